@@ -1,0 +1,118 @@
+"""Which bytes a layer keeps, and where: the page layouts of the KV cache.
+
+Three kinds of block, all managed by the engine:
+
+- window block: `window_block` token rows, the last `sliding_window` tokens of a request;
+- page: everything that lasts, for `page_size` tokens: compressed rows, indexer keys, and for CSA
+  the carry (half-open pooling sums of the page's last window) that the next page starts from;
+- ring: one per running request, the pooling sums of the window that is still open.
+
+Every ratio divides the page, so a prefix that ends with a page needs nothing but its pages and
+the window rows: prefix caching, preemption and chunking are plain consequences of that.
+Pooling sums are (max, sum, weighted sum) per channel; a carry is kept as (log-sum-exp, mean).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv4_plugin.cache.rows import (
+    BFloat16Rows,
+    Float32Rows,
+    FP8IndexRows,
+    FP8KVRows,
+    RowCodec,
+)
+from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
+
+KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
+
+
+@dataclass(frozen=True)
+class Part:
+    """`rows` rows of a codec inside a block, `offset` words from the block's start."""
+
+    codec: RowCodec
+    rows: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The named parts of one layer's block, and its size in words."""
+
+    parts: dict[str, Part]
+    words: int
+
+    @classmethod
+    def of(cls, **parts: tuple[RowCodec, int]) -> BlockLayout:
+        placed, offset = {}, 0
+        for name, (codec, rows) in parts.items():
+            placed[name] = Part(codec, rows, offset)
+            offset += codec.words * rows
+        return cls(placed, offset)
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.words
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Block layouts by layer kind (compress ratio), shared by all layers of the kind."""
+
+    page_size: int
+    window_block: int
+    window: BlockLayout
+    page: dict[int, BlockLayout]
+    ring: dict[int, BlockLayout]
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, kv_dtype: str, page_size: int = 256, window_block: int = 32
+    ) -> CacheLayout:
+        """Lay out the caches.
+
+        Args:
+            kv_dtype: 'float32', 'bfloat16' or 'fp8' (KV rows and indexer keys).
+            page_size: tokens per page, a multiple of every compress ratio of the model.
+
+        Raises:
+            ValueError: an unknown kv_dtype or a page size that a ratio does not divide.
+        """
+        ratios = sorted(set(config.compress_ratios) - {SWA})
+        for ratio in ratios:
+            if page_size < 1 or page_size % ratio:
+                raise ValueError(f"block_size is {page_size}; it must be a multiple of {ratios[-1]}")
+        kv, key = _codecs(config, kv_dtype)
+        d = config.head_dim
+        dc = config.head_dim + config.index_head_dim
+        page, ring = {}, {}
+        if CSA in ratios:
+            n = page_size // CSA
+            page[CSA] = BlockLayout.of(kv=(kv, n), key=(key, n), carry=(Float32Rows(2 * dc), 1))
+            ring[CSA] = BlockLayout.of(sums=(Float32Rows(6 * dc), 1))
+        if HCA in ratios:
+            page[HCA] = BlockLayout.of(kv=(kv, page_size // HCA))
+            ring[HCA] = BlockLayout.of(sums=(Float32Rows(3 * d), 1))
+        return cls(page_size, window_block, BlockLayout.of(kv=(kv, window_block)), page, ring)
+
+
+def resolve_kv_dtype(kv_dtype: str, model_dtype: str) -> str:
+    """'auto' is float32 for a float32 model (exact) and bfloat16 otherwise. Raises ValueError."""
+    if kv_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_dtype is {kv_dtype!r}; allowed are {', '.join(KV_DTYPES)}")
+    if kv_dtype != "auto":
+        return kv_dtype
+    return "float32" if model_dtype == "float32" else "bfloat16"
+
+
+def _codecs(config: ModelConfig, kv_dtype: str) -> tuple[RowCodec, RowCodec]:
+    d, di = config.head_dim, config.index_head_dim
+    if kv_dtype == "float32":
+        return Float32Rows(d), Float32Rows(di)
+    if kv_dtype == "bfloat16":
+        return BFloat16Rows(d), BFloat16Rows(di)
+    if kv_dtype == "fp8":
+        return FP8KVRows(d, config.qk_rope_head_dim), FP8IndexRows(di)
+    raise ValueError(f"kv_dtype is {kv_dtype!r}; allowed are {', '.join(KV_DTYPES[1:])}")

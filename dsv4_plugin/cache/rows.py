@@ -1,0 +1,148 @@
+"""How one cache row is stored, and pools of rows addressed by 32-bit words.
+
+An address counts 32-bit words from the start of a pool's storage; a row is `words` words long.
+The same address means the same bytes to torch and to a GPU kernel, whatever block structure an
+engine puts around it. (Words, not bytes: torch's row gather is 10 times slower on wide byte rows.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsv4_plugin.quant.e4m3 import decode_e4m3, decode_ue8m0, quantise_e4m3
+
+FP8_BLOCK = 64
+"""Dims that share one scale in an fp8 KV row."""
+
+
+class RowCodec(Protocol):
+    """Turns [N, width] values into [N, words] int32 rows and back."""
+
+    width: int
+    words: int
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Float32Rows:
+    """4 bytes per value: exact; states always, KV rows of a float32 model."""
+
+    width: int
+
+    @property
+    def words(self) -> int:
+        return self.width
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.float().view(torch.int32)
+
+    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        return rows.view(torch.float32).to(dtype)
+
+
+@dataclass(frozen=True)
+class BFloat16Rows:
+    """2 bytes per value."""
+
+    width: int
+
+    @property
+    def words(self) -> int:
+        return (self.width + 1) // 2
+
+    def encode(self, x: Tensor) -> Tensor:
+        x = torch.nn.functional.pad(x.to(torch.bfloat16), (0, 2 * self.words - self.width))
+        return x.view(torch.int32)
+
+    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        return rows.view(torch.bfloat16)[..., : self.width].to(dtype)
+
+
+@dataclass(frozen=True)
+class FP8KVRows:
+    """The engines' `fp8_ds_mla` bytes: e4m3 non-rope dims, bf16 rope dims, UE8M0 scales, padding.
+
+    For head_dim 512 with 64 rope dims: 448 + 128 + 7 + 1 = 584 bytes.
+    """
+
+    width: int
+    rope: int
+
+    @property
+    def nope(self) -> int:
+        return self.width - self.rope
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.nope // FP8_BLOCK)
+
+    @property
+    def words(self) -> int:
+        return -(-(self.nope + 2 * self.rope + self.blocks) // 8) * 2
+
+    def encode(self, x: Tensor) -> Tensor:
+        codes, scales = quantise_e4m3(x[:, : self.nope], FP8_BLOCK)
+        rope = x[:, self.nope :].to(torch.bfloat16).contiguous().view(torch.uint8)
+        used = self.nope + 2 * self.rope + self.blocks
+        padding = rope.new_zeros(x.shape[0], 4 * self.words - used)
+        return torch.cat([codes, rope, scales, padding], -1).view(torch.int32)
+
+    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        data = rows.view(torch.uint8)
+        rope_end = self.nope + 2 * self.rope
+        scales = decode_ue8m0(data[..., rope_end : rope_end + self.blocks])
+        nope = decode_e4m3(data[..., : self.nope], scales, FP8_BLOCK)
+        rope = data[..., self.nope : rope_end].contiguous().view(torch.bfloat16)
+        return torch.cat([nope.to(dtype), rope.to(dtype)], -1)
+
+
+@dataclass(frozen=True)
+class FP8IndexRows:
+    """An indexer key: e4m3 codes and one float32 scale for the whole row (128 + 4 bytes)."""
+
+    width: int
+
+    @property
+    def words(self) -> int:
+        return (self.width + 3) // 4 + 1
+
+    def encode(self, x: Tensor) -> Tensor:
+        codes, scales = quantise_e4m3(x, self.width)
+        codes = torch.nn.functional.pad(codes, (0, -self.width % 4))
+        return torch.cat([codes.view(torch.int32), decode_ue8m0(scales).view(torch.int32)], -1)
+
+    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        codes = rows[..., :-1].contiguous().view(torch.uint8)[..., : self.width]
+        return decode_e4m3(codes, rows[..., -1:].view(torch.float32), self.width).to(dtype)
+
+
+class RowPool:
+    """Rows of one cache part, anywhere in a 1-D int32 `storage`, addressed by word.
+
+    Args:
+        storage: int32 [words]; a view that starts at the part's own base, so that one set of
+            addresses serves every layer of a kind.
+        codec: how a row is stored.
+    """
+
+    def __init__(self, storage: Tensor, codec: RowCodec) -> None:
+        self.codec = codec
+        n = storage.numel() - codec.words + 1
+        # Every word may start a row: an overlapping view, indexed only at true row starts.
+        self._rows = torch.as_strided(storage, (n, codec.words), (1, 1), storage.storage_offset())
+
+    def write(self, address: Tensor, x: Tensor) -> None:
+        """Store x [N, width] at the int64 addresses [N]."""
+        self._rows.index_put_((address,), self.codec.encode(x))
+
+    def read(self, address: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows at int64 addresses [...]: [..., width] in `dtype`."""
+        rows = self._rows.index_select(0, address.reshape(-1))
+        return self.codec.decode(rows, dtype).view(*address.shape, self.codec.width)

@@ -1,0 +1,295 @@
+"""The metadata of one engine step, computed once from block tables and lengths.
+
+The data's way: an engine hands over its block tables, how many tokens each request brings and how
+long it then is; `Step.build` turns that into addresses (see `rows`) of everything that will be
+written and read, for all layers of a kind at once. Layers only follow addresses.
+
+Requests that bring one token are decoded together, in groups of similar length (within a factor of
+two above 2,048 tokens, so that padding never doubles the work); requests that bring more are
+prefilled one by one. Nothing else tells a first chunk from a later one, a prefix hit from a
+recomputation, or a mixed batch from a pure one.
+
+Shape letters: T tokens of the step, B requests, G requests of a decode group, n tokens of a
+prefill span, W sliding window, N compressed entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4_plugin.cache.layout import CacheLayout
+from dsv4_plugin.config import CSA, SWA, ModelConfig
+from dsv4_plugin.kernels.rope import Rope
+
+SHORT = 2048
+"""Requests up to this many tokens share a decode group."""
+
+
+@dataclass(frozen=True)
+class BlockTables:
+    """What the engine knows: block numbers per request, and the words from one block to the next.
+
+    window, page: int64 [B, blocks]; ring: int64 [B].
+    """
+
+    window: Tensor
+    page: Tensor
+    ring: Tensor
+    window_stride: int
+    page_stride: int
+    ring_stride: int
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Where the compressed entries of a ratio lie that queries of a group or span may see.
+
+    visible is how many each query sees ([G] or [n]), count the most of them; hidden, [G, N] or
+    [n, N], is its mask. kv, key: addresses [G, N] or [N]; key is None for HCA.
+    """
+
+    visible: Tensor
+    count: int
+    hidden: Tensor
+    kv: Tensor
+    key: Tensor | None
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Compressor addresses of a ratio for a decode group.
+
+    sums: address of each token's open window state [G], read and written.
+    opening, paging, fresh, closing, filling: indices into the group of the tokens that open a
+    window; open a page after the first (their previous window's sums lie at carry_in); start the
+    request; close a window (its entry, with RoPE factors cis, goes to kv_out / key_out); close a page
+    (carry_out).
+    """
+
+    phase: Tensor
+    sums: Tensor
+    opening: Tensor
+    fresh: Tensor
+    paging: Tensor
+    carry_in: Tensor
+    closing: Tensor
+    cis: Tensor
+    kv_out: Tensor
+    key_out: Tensor | None
+    filling: Tensor
+    carry_out: Tensor
+
+
+@dataclass(frozen=True)
+class SpanPooling:
+    """Compressor addresses of a ratio for one prefill span of positions p0 .. p1-1.
+
+    sums: [1]; carry_in: [1] when the span opens a page other than the first, else None.
+    kv_out, key_out: addresses of the windows closed by the span; cis: their RoPE factors.
+    carry_windows: which of the span's windows (0 = that of p0) end a page; carry_out: where to.
+    """
+
+    sums: Tensor
+    carry_in: Tensor | None
+    kv_out: Tensor
+    key_out: Tensor | None
+    cis: Tensor
+    carry_windows: Tensor
+    carry_out: Tensor
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Requests with one token each: their rows of the step [G], and what they read."""
+
+    rows: Tensor
+    window_read: Tensor
+    window_hidden: Tensor
+    entries: dict[int, Entries]
+    pooling: dict[int, Pooling]
+
+
+@dataclass(frozen=True)
+class PrefillSpan:
+    """One request's tokens: rows start..end-1 of the step, positions p0..p1-1.
+
+    window_read: addresses of positions max(0, p0 - W + 1) .. p1 - 1.
+    """
+
+    start: int
+    end: int
+    p0: int
+    p1: int
+    window_read: Tensor
+    entries: dict[int, Entries]
+    pooling: dict[int, SpanPooling]
+
+
+@dataclass(frozen=True)
+class Step:
+    """All of a step: RoPE factors complex64 [T, rope_dim / 2] by layer kind, addresses [T] of the
+    window rows, and the two kinds of work."""
+
+    cis: dict[int, Tensor]
+    window_write: Tensor
+    decode: tuple[DecodeGroup, ...]
+    prefill: tuple[PrefillSpan, ...]
+
+
+class StepBuilder:
+    """Computes steps for one model and cache layout.
+
+    Args of `build`:
+        tables: block numbers of every request.
+        query_start: int64 [B + 1], first row of each request in the flat batch.
+        seq_lens: int64 [B], length of each request after this step.
+    """
+
+    def __init__(self, config: ModelConfig, layout: CacheLayout) -> None:
+        self.window = config.sliding_window
+        self.layout = layout
+        self.ropes = {ratio: Rope(config, ratio) for ratio in (SWA, *layout.page)}
+
+    def build(self, tables: BlockTables, query_start: Tensor, seq_lens: Tensor) -> Step:
+        return _Build(self, tables).build(query_start, seq_lens)
+
+
+class _Build:
+    """One step in the making."""
+
+    def __init__(self, builder: StepBuilder, tables: BlockTables) -> None:
+        self.window, self.layout, self.ropes = builder.window, builder.layout, builder.ropes
+        self.tables = tables
+
+    def build(self, query_start: Tensor, seq_lens: Tensor) -> Step:
+        count = query_start.diff()
+        n_tokens = int(query_start[-1])
+        request = torch.repeat_interleave(
+            torch.arange(len(count), device=count.device), count, output_size=n_tokens
+        )
+        first = seq_lens - count - query_start[:-1]
+        position = torch.arange(n_tokens, device=count.device) + first[request]
+        single = (count == 1).nonzero()[:, 0]
+        several = (count > 1).nonzero()[:, 0]
+        return Step(
+            cis={ratio: rope(position) for ratio, rope in self.ropes.items()},
+            window_write=self._window(request, position),
+            decode=tuple(self._groups(single, query_start, seq_lens)),
+            prefill=tuple(
+                self._span(b, start, end, total)
+                for b, start, end, total in torch.stack(
+                    [several, query_start[several], query_start[several + 1], seq_lens[several]], 1
+                ).tolist()
+            ),
+        )
+
+    def _window(self, request: Tensor, position: Tensor) -> Tensor:
+        block, part = self.layout.window_block, self.layout.window.parts["kv"]
+        number = self.tables.window[request, position // block]
+        return number * self.tables.window_stride + position % block * part.codec.words
+
+    def _entry(self, ratio: int, name: str, request: Tensor, entry: Tensor) -> Tensor:
+        part = self.layout.page[ratio].parts[name]
+        number = self.tables.page[request, entry // part.rows]
+        inside = part.offset + entry % part.rows * part.codec.words
+        return number * self.tables.page_stride + inside
+
+    def _key(self, ratio: int, request: Tensor, entry: Tensor) -> Tensor | None:
+        return self._entry(ratio, "key", request, entry) if ratio == CSA else None
+
+    def _groups(self, single: Tensor, query_start: Tensor, seq_lens: Tensor) -> list[DecodeGroup]:
+        if len(single) == 0:
+            return []
+        length = seq_lens[single]
+        octave = torch.frexp((length - 1).clamp(min=SHORT - 1).double()).exponent
+        return [
+            self._group(single[octave == o], query_start, seq_lens) for o in octave.unique()
+        ]
+
+    def _group(self, request: Tensor, query_start: Tensor, seq_lens: Tensor) -> DecodeGroup:
+        position = seq_lens[request] - 1
+        seen = position[:, None] - torch.arange(self.window - 1, -1, -1, device=position.device)
+        ratios = self.layout.page
+        return DecodeGroup(
+            rows=query_start[request],
+            window_read=self._window(request[:, None], seen.clamp(min=0)),
+            window_hidden=seen < 0,
+            entries={r: self._visible_entries(r, request, position) for r in ratios},
+            pooling={r: self._pooling(r, request, position) for r in ratios},
+        )
+
+    def _visible_entries(self, ratio: int, request: Tensor, position: Tensor) -> Entries:
+        visible = (position + 1) // ratio
+        count = int(visible.max())
+        entry = torch.arange(count, device=position.device)
+        hidden = entry >= visible[:, None]
+        entry = torch.minimum(entry, (visible[:, None] - 1).clamp(min=0))
+        who = request[:, None]
+        kv, key = self._entry(ratio, "kv", who, entry), self._key(ratio, who, entry)
+        return Entries(visible, count, hidden, kv, key)
+
+    def _carry(self, ratio: int, request: Tensor, page: Tensor) -> Tensor:
+        offset = self.layout.page[ratio].parts["carry"].offset if ratio == CSA else 0
+        return self.tables.page[request, page] * self.tables.page_stride + offset
+
+    def _pooling(self, ratio: int, request: Tensor, position: Tensor) -> Pooling:
+        size = self.layout.page_size
+        where = lambda mask: mask.nonzero()[:, 0]  # noqa: E731
+        closing = where((position + 1) % ratio == 0)
+        paging = where((position % size == 0) & (position > 0))
+        filling = where((position + 1) % size == 0)
+        who, entry = request[closing], position[closing] // ratio
+        return Pooling(
+            phase=position % ratio,
+            sums=self.tables.ring[request] * self.tables.ring_stride,
+            opening=where(position % ratio == 0),
+            fresh=where(position == 0),
+            paging=paging,
+            carry_in=self._carry(ratio, request[paging], position[paging] // size - 1),
+            closing=closing,
+            cis=self.ropes[ratio](entry * ratio),
+            kv_out=self._entry(ratio, "kv", who, entry),
+            key_out=self._key(ratio, who, entry),
+            filling=filling,
+            carry_out=self._carry(ratio, request[filling], position[filling] // size),
+        )
+
+    def _span(self, request: int, start: int, end: int, total: int) -> PrefillSpan:
+        p0 = total - (end - start)
+        device = self.tables.page.device
+        who = torch.tensor(request, device=device)
+        seen = torch.arange(max(0, p0 - self.window + 1), total, device=device)
+        return PrefillSpan(
+            start=start,
+            end=end,
+            p0=p0,
+            p1=total,
+            window_read=self._window(who, seen),
+            entries={r: self._span_entries(r, who, p0, total) for r in self.layout.page},
+            pooling={r: self._span_pooling(r, who, p0, total) for r in self.layout.page},
+        )
+
+    def _span_entries(self, ratio: int, who: Tensor, p0: int, p1: int) -> Entries:
+        entry = torch.arange(p1 // ratio, device=who.device)
+        visible = (torch.arange(p0, p1, device=who.device) + 1) // ratio
+        hidden = entry >= visible[:, None]
+        kv, key = self._entry(ratio, "kv", who, entry), self._key(ratio, who, entry)
+        return Entries(visible, len(entry), hidden, kv, key)
+
+    def _span_pooling(self, ratio: int, who: Tensor, p0: int, p1: int) -> SpanPooling:
+        size = self.layout.page_size
+        closed = torch.arange(p0 // ratio, p1 // ratio, device=who.device)
+        ends = torch.arange(p0 // size, p1 // size, device=who.device)
+        before = torch.arange(p0 // size - 1, p0 // size, device=who.device)
+        return SpanPooling(
+            sums=(self.tables.ring[who] * self.tables.ring_stride).reshape(1),
+            carry_in=self._carry(ratio, who, before) if p0 > 0 and p0 % size == 0 else None,
+            kv_out=self._entry(ratio, "kv", who, closed),
+            key_out=self._key(ratio, who, closed),
+            cis=self.ropes[ratio](closed * ratio),
+            carry_windows=(ends + 1) * (size // ratio) - 1 - p0 // ratio,
+            carry_out=self._carry(ratio, who, ends),
+        )

@@ -1,0 +1,85 @@
+"""The tensors of a checkpoint in the native layout: one table of names and shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from dsv4_plugin.config import CSA, SWA, ModelConfig
+
+Shape = tuple[int, ...]
+
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(w[123])\.weight")
+_HC = re.compile(r"\bhc_(attn|ffn|head)_(fn|base|scale)$")
+
+
+def parameter_name(name: str) -> str:
+    """The module path of a checkpoint tensor (`layers.0.hc_attn_fn` -> `layers.0.hc_attn.fn`)."""
+    return _HC.sub(r"hc_\1.\2", name)
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
+    """Every tensor of the main model (no MTP) and its unquantised shape."""
+    c = config
+    tensors: dict[str, Shape] = {
+        "embed.weight": (c.vocab_size, c.hidden_size),
+        "head.weight": (c.vocab_size, c.hidden_size),
+        "norm.weight": (c.hidden_size,),
+    }
+    tensors |= _hyper_connection("hc_head", c.hc_mult, 1, c)
+    for layer in range(c.num_hidden_layers):
+        inner = {**dict(_attention(c, layer)), **dict(_moe(c, layer))}
+        n = (2 + c.hc_mult) * c.hc_mult
+        inner |= _hyper_connection("hc_attn", n, 3, c) | _hyper_connection("hc_ffn", n, 3, c)
+        inner |= {"attn_norm.weight": (c.hidden_size,), "ffn_norm.weight": (c.hidden_size,)}
+        tensors |= {f"layers.{layer}.{name}": shape for name, shape in inner.items()}
+    return tensors
+
+
+def _hyper_connection(name: str, n: int, scales: int, c: ModelConfig) -> dict[str, Shape]:
+    fn = (n, c.hc_mult * c.hidden_size)
+    return {f"{name}_fn": fn, f"{name}_base": (n,), f"{name}_scale": (scales,)}
+
+
+def _attention(c: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
+    ratio, heads_dim = c.compress_ratios[layer], c.num_attention_heads * c.head_dim
+    yield "attn.wq_a.weight", (c.q_lora_rank, c.hidden_size)
+    yield "attn.q_norm.weight", (c.q_lora_rank,)
+    yield "attn.wq_b.weight", (heads_dim, c.q_lora_rank)
+    yield "attn.wkv.weight", (c.head_dim, c.hidden_size)
+    yield "attn.kv_norm.weight", (c.head_dim,)
+    yield "attn.attn_sink", (c.num_attention_heads,)
+    yield "attn.wo_a.weight", (c.o_groups * c.o_lora_rank, heads_dim // c.o_groups)
+    yield "attn.wo_b.weight", (c.hidden_size, c.o_groups * c.o_lora_rank)
+    if ratio != SWA:
+        yield from _compressor(c, ratio, c.head_dim, "attn.compressor")
+    if ratio == CSA:
+        yield "attn.indexer.wq_b.weight", (c.index_n_heads * c.index_head_dim, c.q_lora_rank)
+        yield "attn.indexer.weights_proj.weight", (c.index_n_heads, c.hidden_size)
+        yield from _compressor(c, ratio, c.index_head_dim, "attn.indexer.compressor")
+
+
+def _compressor(c: ModelConfig, ratio: int, dim: int, name: str) -> Iterator[tuple[str, Shape]]:
+    width = 2 * dim if ratio == CSA else dim
+    yield f"{name}.wkv.weight", (width, c.hidden_size)
+    yield f"{name}.wgate.weight", (width, c.hidden_size)
+    yield f"{name}.ape", (ratio, width)
+    yield f"{name}.norm.weight", (dim,)
+
+
+def _moe(c: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
+    d, f = c.hidden_size, c.moe_intermediate_size
+    yield "ffn.gate.weight", (c.n_routed_experts, d)
+    if layer < c.num_hash_layers:
+        yield "ffn.gate.tid2eid", (c.vocab_size, c.num_experts_per_tok)
+    else:
+        yield "ffn.gate.bias", (c.n_routed_experts,)
+    yield from _expert("ffn.shared_experts", d, f * c.n_shared_experts)
+    for e in range(c.n_routed_experts):
+        yield from _expert(f"ffn.experts.{e}", d, f)
+
+
+def _expert(name: str, d: int, f: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.w1.weight", (f, d)
+    yield f"{name}.w2.weight", (d, f)
+    yield f"{name}.w3.weight", (f, d)

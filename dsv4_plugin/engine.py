@@ -1,0 +1,241 @@
+"""The local engine: one process, plain torch. For tests, the command line, and readers.
+
+It shows in the least code what an engine owes the network: block tables and lengths per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsv4_plugin.cache.layer import LayerCache
+from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
+from dsv4_plugin.cache.step import BlockTables, Step, StepBuilder
+from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
+from dsv4_plugin.checkpoint.load import load_weights
+from dsv4_plugin.config import SWA, ModelConfig
+from dsv4_plugin.model.parallel import LocalParallel
+from dsv4_plugin.model.transformer import Transformer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load(directory: str | Path, dtype: str = "auto", kv_dtype: str = "auto") -> LocalModel:
+    """Load a checkpoint folder for local use on the CPU.
+
+    Args:
+        dtype: 'float32', 'bfloat16', or 'auto' (what config.json says).
+        kv_dtype: 'float32', 'bfloat16', 'fp8', or 'auto' (float32 for float32 models, else bfloat16).
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError: before any weight is read, in one
+            sentence that names the field or tensor and what is allowed.
+    """
+    config = ModelConfig.from_pretrained(directory)
+    dtype = config.torch_dtype if dtype == "auto" else dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; allowed are auto, {', '.join(DTYPES)}")
+    kv_dtype = resolve_kv_dtype(kv_dtype, dtype)
+    headers = check_checkpoint(config, directory)
+    model = Transformer(config, LocalParallel(config, DTYPES[dtype]))
+    load_weights(model, read_tensors(headers))
+    return LocalModel(model, kv_dtype)
+
+
+class LocalModel:
+    """A loaded network with caches of its own for each call."""
+
+    def __init__(self, model: Transformer, kv_dtype: str) -> None:
+        self.model = model
+        self.config = model.config
+        self.kv_dtype = kv_dtype
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor, chunk: int = 256) -> Tensor:
+        """Logits after every token: LongTensor [T] -> FloatTensor [T, vocab], in paged chunks."""
+        batch = Batch(self.model, self.kv_dtype, [len(ids)], chunk)
+        parts = [
+            self.model.head(batch.run([(0, ids[a : a + chunk])]).float())
+            for a in range(0, len(ids), chunk)
+        ]
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        chunk: int = 2048,
+        ignore_eos: bool = False,
+    ) -> list[list[int]]:
+        """Continue every prompt by up to max_new_tokens ids, ending with eos where it comes.
+
+        Args:
+            temperature: 0 is greedy; else logits are divided by it and sampled.
+            seed: of the sampler; None is a fresh one.
+            chunk: most prompt tokens per step.
+
+        Raises:
+            ValueError: an empty prompt, or an id outside the vocabulary.
+        """
+        for i, prompt in enumerate(prompts):
+            if len(prompt) == 0 or not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
+                raise ValueError(
+                    f"prompts[{i}] must hold at least one id from 0 to {self.config.vocab_size - 1}"
+                )
+        sampler = _Sampler(temperature, seed)
+        batch = Batch(self.model, self.kv_dtype, [len(p) + max_new_tokens for p in prompts], chunk)
+        token = sampler(self.model.head(batch.prefill([torch.tensor(p) for p in prompts]).float()))
+        out: list[list[int]] = [[] for _ in prompts]
+        running = list(range(len(prompts)))
+        for _ in range(max_new_tokens):
+            for b, t in zip(running, token.tolist(), strict=True):
+                out[b].append(t)
+            keep = [
+                i
+                for i, b in enumerate(running)
+                if len(out[b]) < max_new_tokens
+                and (ignore_eos or out[b][-1] != self.config.eos_token_id)
+            ]
+            running, token = [running[i] for i in keep], token[keep]
+            if not running:
+                break
+            token = sampler(self.model.head(batch.decode(running, token).float()))
+        return out
+
+
+class _Sampler:
+    def __init__(self, temperature: float, seed: int | None) -> None:
+        if not temperature >= 0:
+            raise ValueError(f"temperature is {temperature}; it must be 0 or more")
+        self.temperature = temperature
+        self.generator = torch.Generator()
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        p = (logits.float() / self.temperature).softmax(-1)
+        return p.multinomial(1, generator=self.generator)[:, 0]
+
+
+class Batch:
+    """Requests in flight, with block tables fixed from the start.
+
+    Every request owns the pages of its final length, a ring, and as many window blocks as a step
+    can touch, used in turn.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        kv_dtype: str,
+        max_lengths: Sequence[int],
+        chunk: int,
+        page_size: int = 256,
+        poison: bool = False,
+    ) -> None:
+        self.model, self.chunk = model, chunk
+        config = model.config
+        layout = CacheLayout.of(config, kv_dtype, page_size)
+        self.builder = StepBuilder(config, layout)
+        n, longest = len(max_lengths), max(max_lengths)
+        pages = -(-longest // page_size)
+        turns = -(-(config.sliding_window - 1 + min(chunk, longest)) // layout.window_block) + 1
+        buffers, strides = _buffers(config, layout, n * turns, n * pages, n, poison)
+        self.caches = buffers
+        request = torch.arange(n)[:, None]
+        blocks = torch.arange(-(-longest // layout.window_block))
+        self.tables = BlockTables(
+            window=request * turns + blocks % turns,
+            page=request * pages + torch.arange(pages),
+            ring=request[:, 0],
+            window_stride=strides[0],
+            page_stride=strides[1],
+            ring_stride=strides[2],
+        )
+        self.lengths = torch.zeros(n, dtype=torch.int64)
+
+    def _step(self, requests: Tensor, counts: Tensor) -> Step:
+        self.lengths[requests] += counts
+        t = self.tables
+        tables = BlockTables(
+            t.window[requests], t.page[requests], t.ring[requests],
+            t.window_stride, t.page_stride, t.ring_stride,
+        )  # fmt: skip
+        start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        return self.builder.build(tables, start, self.lengths[requests])
+
+    def run(self, work: Sequence[tuple[int, Tensor]]) -> Tensor:
+        """One step: the next ids of some requests -> hidden states of all of them, flat."""
+        requests = torch.tensor([b for b, _ in work])
+        counts = torch.tensor([len(ids) for _, ids in work])
+        step = self._step(requests, counts)
+        hidden: Tensor = self.model(torch.cat([ids for _, ids in work]), step, self.caches)
+        return hidden
+
+    def decode(self, requests: Sequence[int], token: Tensor) -> Tensor:
+        """One token each -> hidden states [G, D]."""
+        step = self._step(torch.tensor(requests), torch.ones(len(requests), dtype=torch.int64))
+        hidden: Tensor = self.model(token, step, self.caches)
+        return hidden
+
+    def prefill(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Whole prompts, `chunk` tokens a step -> hidden state after each prompt [B, D]."""
+        last: list[Tensor] = []
+        queue = list(enumerate(prompts))
+        while queue:
+            work, room = [], self.chunk
+            while queue and room:
+                b, ids = queue.pop(0)
+                work.append((b, ids[:room]))
+                if len(ids) > room:
+                    queue.insert(0, (b, ids[room:]))
+                room -= len(work[-1][1])
+            hidden = self.run(work)
+            ends = torch.tensor([len(ids) for _, ids in work]).cumsum(0) - 1
+            finished = ends[:-1] if queue and queue[0][0] == work[-1][0] else ends
+            last.append(hidden[finished])
+        return torch.cat(last)
+
+
+def _buffers(
+    config: ModelConfig, layout: CacheLayout, windows: int, pages: int, rings: int, poison: bool
+) -> tuple[list[LayerCache], tuple[int, int, int]]:
+    """Storage for all layers, one buffer per kind of block, layers side by side in a block."""
+
+    def allocate(blocks: int, words: int) -> Tensor:
+        nan = torch.tensor(float("nan")).view(torch.int32).item() if poison else 0
+        return torch.full((blocks * words,), int(nan), dtype=torch.int32)
+
+    kinds = [r for r in config.compress_ratios if r != SWA]
+    strides = (
+        layout.window.words * config.num_hidden_layers,
+        sum(layout.page[r].words for r in kinds),
+        sum(layout.ring[r].words for r in kinds),
+    )
+    buffers = [allocate(n, w) for n, w in zip((windows, pages, rings), strides, strict=True)]
+    window = page = ring = 0
+    caches = []
+    for ratio in config.compress_ratios:
+        compressed = ratio != SWA
+        caches.append(
+            LayerCache.bind(
+                layout, ratio, buffers[0][window:],
+                buffers[1][page:] if compressed else None,
+                buffers[2][ring:] if compressed else None,
+            )
+        )  # fmt: skip
+        window += layout.window.words
+        if compressed:
+            page += layout.page[ratio].words
+            ring += layout.ring[ratio].words
+    return caches, strides

@@ -1,0 +1,37 @@
+"""The router: sqrt-softplus scores, and which experts a token goes to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.kernels.select import stable_topk
+
+
+class Gate(nn.Module):
+    """Experts by top-k of score + bias, or, in the first layers, by a table over token ids."""
+
+    def __init__(self, config: ModelConfig, hash_routed: bool) -> None:
+        super().__init__()
+        self.k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
+        shape = (config.n_routed_experts, config.hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        self.tid2eid: nn.Parameter | None = None
+        if hash_routed:
+            table = torch.empty(config.vocab_size, self.k, dtype=torch.int64)
+            self.tid2eid = nn.Parameter(table, requires_grad=False)
+        else:
+            bias = torch.empty(config.n_routed_experts, dtype=torch.float32)
+            self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, D], input_ids int64 [T] -> expert ids int64 [T, k], weights float32 [T, k]."""
+        scores = nn.functional.softplus(nn.functional.linear(x.float(), self.weight)).sqrt_()
+        if self.tid2eid is not None:
+            ids = self.tid2eid[input_ids]
+        else:
+            ids = stable_topk(scores + self.bias, self.k)
+        weight = scores.gather(1, ids)
+        return ids, weight / weight.sum(-1, keepdim=True) * self.scale

@@ -1,0 +1,74 @@
+"""mHC, manifold-constrained hyper-connections: R residual streams instead of one.
+
+Shapes: T tokens, R streams (hc_mult), D hidden size. All arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.kernels.sinkhorn import sinkhorn
+
+
+def _mix(h: Tensor, fn: Tensor, eps: float) -> Tensor:
+    """The streams, flattened and RMS-normalised, times fn^T: [T, len(fn)]."""
+    x = h.flatten(1)
+    return nn.functional.linear(x, fn) * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+class HyperConnection(nn.Module):
+    """Around one sublayer: `pre` collapses the streams to its input, `post` spreads its output."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        r = config.hc_mult
+        self.r, self.iters = r, config.hc_sinkhorn_iters
+        self.hc_eps, self.norm_eps = config.hc_eps, config.rms_norm_eps
+        n = (2 + r) * r
+        self.fn = _parameter(n, r * config.hidden_size)
+        self.base = _parameter(n)
+        self.scale = _parameter(3)
+
+    def finalize(self) -> None:
+        """After loading: one scale per output, so that a single fused step applies them."""
+        counts = torch.tensor([self.r, self.r, self.r * self.r], device=self.scale.device)
+        self.scale = nn.Parameter(self.scale.repeat_interleave(counts), requires_grad=False)
+
+    def pre(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h float32 [T, R, D] -> sublayer input [T, D], post [T, R], mixing C [T, R, R]."""
+        r = self.r
+        m = torch.addcmul(self.base, _mix(h, self.fn, self.norm_eps), self.scale)
+        gates = m[:, : 2 * r].sigmoid()
+        pre, post = gates[:, :r] + self.hc_eps, gates[:, r:] * 2
+        mixing = sinkhorn(m[:, 2 * r :].unflatten(-1, (r, r)), self.iters, self.hc_eps)
+        return torch.bmm(pre[:, None], h)[:, 0], post, mixing
+
+    @staticmethod
+    def post(out: Tensor, h: Tensor, post: Tensor, mixing: Tensor) -> Tensor:
+        """h'[k] = post[k] * out + sum_j C[j, k] h[j]: [T, R, D]."""
+        return torch.baddbmm(post[:, :, None] * out[:, None], mixing.transpose(1, 2), h)
+
+
+class HyperHead(nn.Module):
+    """The final collapse of the streams, without Sinkhorn."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        r = config.hc_mult
+        self.hc_eps, self.norm_eps = config.hc_eps, config.rms_norm_eps
+        self.fn = _parameter(r, r * config.hidden_size)
+        self.base = _parameter(r)
+        self.scale = _parameter(1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h [T, R, D] -> [T, D]."""
+        h32 = h.float()
+        m = torch.addcmul(self.base, _mix(h32, self.fn, self.norm_eps), self.scale)
+        pre = m.sigmoid() + self.hc_eps
+        return torch.bmm(pre[:, None], h32)[:, 0].to(h.dtype)
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)

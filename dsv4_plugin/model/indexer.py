@@ -1,0 +1,46 @@
+"""The Indexer of a CSA layer: which compressed entries a query attends to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dsv4_plugin.config import CSA, ModelConfig
+from dsv4_plugin.kernels.rope import rotate_
+from dsv4_plugin.model.compressor import Compressor
+from dsv4_plugin.model.parallel import Parallel
+
+
+class Indexer(nn.Module):
+    """Index queries and head weights; their keys come from a compressor of their own."""
+
+    def __init__(self, config: ModelConfig, parallel: Parallel, prefix: str) -> None:
+        super().__init__()
+        self.heads, self.dim, self.topk = (
+            config.index_n_heads,
+            config.index_head_dim,
+            config.index_topk,
+        )
+        self.wq_b = parallel.replicated(
+            config.q_lora_rank, self.heads * self.dim, f"{prefix}.wq_b"
+        )
+        self.weights_proj = parallel.replicated(
+            config.hidden_size, self.heads, f"{prefix}.weights_proj"
+        )
+        self.compressor = Compressor(config, CSA, self.dim)
+
+    def forward(
+        self, x: Tensor, qr: Tensor, cis: Tensor, rotate: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x [T, D], qr [T, q_lora_rank] -> queries float32 [T, I, c], weights float32 [T, I]."""
+        q = rotate_(self.wq_b(qr).view(-1, self.heads, self.dim), cis).float()
+        weight = self.weights_proj(x).float() * (self.dim**-0.5 * self.heads**-0.5)
+        return q if rotate is None else q @ rotate, weight
+
+
+def hadamard(dim: int) -> Tensor:
+    """The orthonormal Hadamard matrix [dim, dim], dim a power of two."""
+    h = torch.ones(1, 1)
+    while h.shape[0] < dim:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
+    return h * dim**-0.5

@@ -1,0 +1,39 @@
+"""The feed-forward part of a block: gate, routed experts, shared expert."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.kernels.experts import swiglu
+from dsv4_plugin.model.gate import Gate
+from dsv4_plugin.model.parallel import Parallel
+
+
+class Expert(nn.Module):
+    """The shared expert: every token's, clamped like the routed ones. Not summed over ranks."""
+
+    def __init__(self, config: ModelConfig, parallel: Parallel, prefix: str) -> None:
+        super().__init__()
+        d, f = config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
+        self.limit = config.swiglu_limit
+        self.w1 = parallel.column(d, f, f"{prefix}.w1")
+        self.w2 = parallel.row(f, d, f"{prefix}.w2", reduce=False)
+        self.w3 = parallel.column(d, f, f"{prefix}.w3")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.w2(swiglu(self.w1(x), self.w3(x), self.limit).to(x.dtype))
+        return out
+
+
+class MoE(nn.Module):
+    def __init__(self, config: ModelConfig, parallel: Parallel, layer: int, prefix: str) -> None:
+        super().__init__()
+        self.gate = Gate(config, hash_routed=layer < config.num_hash_layers)
+        self.experts = parallel.experts(f"{prefix}.experts")
+        self.shared_experts = Expert(config, parallel, f"{prefix}.shared_experts")
+        self.all_reduce = parallel.all_reduce
+
+    def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        return self.all_reduce(self.experts(x, *self.gate(x, input_ids)) + self.shared_experts(x))
