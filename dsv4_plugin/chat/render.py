@@ -1,0 +1,407 @@
+"""Messages -> the parts of a prompt: control tokens and plain text, before any tokenizer.
+
+Layout (thinking mode): bos, effort text, system texts, tools, response format, then turns
+`<｜User｜>..<｜Assistant｜><think>reasoning</think>content + calls, eos`. A turn without reasoning
+opens with `</think>`. docs/chat.md tells where public encoders disagree and what is done here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from .tokens import (
+    ASSISTANT,
+    BOS,
+    DSML,
+    END_THINK,
+    EOS,
+    INVOKE,
+    JSON_FORMAT,
+    LATEST_REMINDER,
+    PARAMETER,
+    SCHEMA_FORMAT,
+    TASKS,
+    THINK,
+    TOOL_CALLS,
+    TOOLS_CONCLUSION,
+    TOOLS_INTRODUCTION,
+    USER,
+    Control,
+    Part,
+)
+from .tools import functions
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
+_USER_ROLES = ("user", "developer", "tool")
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt as parts. `thinking`: it ends inside a reasoning block."""
+
+    parts: list[Part]
+    thinking: bool
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tool call of the history; `arguments` is the decoded JSON object."""
+
+    id: str | None
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One checked message."""
+
+    role: str
+    content: str
+    reasoning: str
+    calls: list[Call]
+    call_id: str | None
+    task: Control | None
+    tools: list[Mapping[str, Any]]
+    response_format: str
+    prefix: bool
+
+
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    thinking: bool = True,
+    effort: str = "",
+    response_format: Mapping[str, Any] | None = None,
+    continue_final_message: bool = False,
+    add_generation_prompt: bool = True,
+) -> Rendered:
+    """Render OpenAI-style `messages`; `effort` is the text to put after bos in thinking mode.
+
+    Raises ValueError naming the message index and field for anything the format cannot hold.
+    """
+    turns = [read_message(message, index) for index, message in enumerate(messages)]
+    _check_order(turns, continue_final_message)
+    system = [turn for turn in turns if turn.role == "system"]
+    turns = [turn for turn in turns if turn.role != "system"]
+    offered = functions(tools) + [tool for turn in system for tool in turn.tools]
+    formats = [format_text(response_format, "response_format")]
+    formats += [turn.response_format for turn in system]
+
+    writer = _Writer()
+    writer.control(BOS)
+    if thinking:
+        writer.text(effort)
+    writer.text("\n\n".join(turn.content for turn in system if turn.content))
+    writer.tools(offered)
+    writer.text("".join(formats))
+
+    has_tools = bool(offered) or any(turn.tools for turn in turns)
+    is_open = bool(turns) and (continue_final_message or turns[-1].prefix)
+    opens = add_generation_prompt and not is_open
+    first_kept = _first_kept(turns, has_tools, is_open, opens) if thinking else len(turns)
+    in_reasoning = writer.turns(turns, thinking, first_kept, is_open)
+    if opens and not (turns and turns[-1].task):
+        writer.control(ASSISTANT, THINK if thinking else END_THINK)
+        in_reasoning = thinking
+    return Rendered(writer.joined(), in_reasoning)
+
+
+def _check_order(turns: Sequence[Turn], continue_final_message: bool) -> None:
+    if not turns:
+        raise ValueError("messages: must hold at least one message")
+    last = len(turns) - 1
+    if continue_final_message and turns[last].role != "assistant":
+        raise ValueError(
+            f"messages[{last}].role: continue_final_message needs a final assistant message, "
+            f"not {turns[last].role!r}"
+        )
+    for index, turn in enumerate(turns):
+        if turn.prefix and (index != last or turn.role != "assistant"):
+            raise ValueError(
+                f"messages[{index}].prefix: only the final message can be a prefix, "
+                "and only an assistant message"
+            )
+
+
+def _first_kept(turns: Sequence[Turn], has_tools: bool, is_open: bool, opens: bool) -> int:
+    """The index from which assistant turns keep their reasoning.
+
+    With tools all do. Without, reasoning belongs to the turn that is still open: opening a new
+    assistant turn closes all others; otherwise everything after the last user turn is open.
+    """
+    if has_tools:
+        return 0
+    if is_open:
+        return len(turns) - 1
+    if opens:
+        return len(turns)
+    users = [index for index, turn in enumerate(turns) if turn.role in _USER_ROLES]
+    return users[-1] if users else 0
+
+
+class _Writer:
+    """Collects parts; adjacent text is joined, since a tokenizer must see it in one piece."""
+
+    def __init__(self) -> None:
+        self._parts: list[Part] = []
+
+    def control(self, *tokens: Control) -> None:
+        self._parts.extend(tokens)
+
+    def text(self, text: str) -> None:
+        if text:
+            self._parts.append(text)
+
+    def joined(self) -> list[Part]:
+        parts: list[Part] = []
+        for kind, run in groupby(self._parts, key=type):
+            if kind is Control:
+                parts.extend(run)
+            else:
+                parts.append("".join(run))
+        return parts
+
+    def tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        if tools:
+            self._parts.extend(TOOLS_INTRODUCTION)
+            self.text("\n".join(map(_tool_schema, tools)) + TOOLS_CONCLUSION)
+
+    def turns(self, turns: Sequence[Turn], thinking: bool, first_kept: int, is_open: bool) -> bool:
+        """Write all turns; returns whether the last one is left open inside its reasoning."""
+        in_reasoning = False
+        start = 0
+        for run in _runs(turns):
+            before = turns[start - 1] if start else None
+            turn = run[0]
+            stop = start + len(run)
+            if turn.role == "assistant":
+                leave_open = is_open and stop == len(turns)
+                opened = before is None or before.task is None
+                in_reasoning = self._assistant(
+                    turn, start >= first_kept, opened, thinking, leave_open
+                )
+            elif turn.role == "latest_reminder":
+                self.control(LATEST_REMINDER)
+                self.text(turn.content)
+            else:
+                self._user(run, _call_order(turns[:start]))
+            if run[-1].task and (stop == len(turns) or turns[stop].role == "assistant"):
+                self._task(run[-1].task, thinking)
+            start = stop
+        return in_reasoning
+
+    def _user(self, run: Sequence[Turn], order: Mapping[str | None, int]) -> None:
+        """Tool results, in the order of their calls, and the user texts that follow them."""
+        results = [turn for turn in run if turn.role == "tool"]
+        results.sort(key=lambda turn: order.get(turn.call_id, len(order)))
+        texts = [f"<tool_result>{turn.content}</tool_result>" for turn in results]
+        if users := run[len(results) :]:
+            texts.append("\n\n".join(turn.content for turn in users if turn.content))
+        self.control(USER)
+        self.text("\n\n".join(texts))
+        self.tools(run[-1].tools)
+        self.text(run[-1].response_format)
+
+    def _assistant(
+        self, turn: Turn, keep: bool, opened: bool, thinking: bool, leave_open: bool
+    ) -> bool:
+        empty = not (turn.content or turn.calls)
+        in_reasoning = leave_open and empty and thinking and opened
+        if opened:
+            self.control(ASSISTANT)
+            if keep:
+                self.control(THINK)
+                self.text(turn.reasoning)
+            if not in_reasoning:
+                self.control(END_THINK)
+        self.text(turn.content)
+        self._calls(turn.calls)
+        if not leave_open:
+            self.control(EOS)
+        return in_reasoning
+
+    def _calls(self, calls: Sequence[Call]) -> None:
+        if not calls:
+            return
+        self.text("\n\n")
+        self._tag(f"{TOOL_CALLS}>\n")
+        for call in calls:
+            self._tag(f'{INVOKE} name="{call.name}">\n')
+            for name, value in call.arguments.items():
+                is_text = isinstance(value, str)
+                self._tag(f'{PARAMETER} name="{name}" string="{str(is_text).lower()}">')
+                self.text(value if is_text else to_json(value))
+                self._tag(f"{PARAMETER}>\n", "</")
+            self._tag(f"{INVOKE}>\n", "</")
+        self._tag(f"{TOOL_CALLS}>", "</")
+
+    def _tag(self, rest: str, opening: str = "<") -> None:
+        self.text(opening)
+        self.control(DSML)
+        self.text(rest)
+
+    def _task(self, task: Control | None, thinking: bool) -> None:
+        assert task is not None
+        if task == TASKS["action"]:
+            self.control(ASSISTANT, THINK if thinking else END_THINK)
+        self.control(task)
+
+
+def _runs(turns: Sequence[Turn]) -> list[list[Turn]]:
+    """Group the messages that share a turn: tool results, then user texts up to a task."""
+    runs: list[list[Turn]] = []
+    for turn in turns:
+        last = runs[-1][-1] if runs else None
+        joins = (
+            last is not None
+            and last.task is None
+            and (last.role, turn.role) in (("tool", "tool"), ("tool", "user"), ("user", "user"))
+        )
+        if joins:
+            runs[-1].append(turn)
+        else:
+            runs.append([turn])
+    return runs
+
+
+def _call_order(turns: Sequence[Turn]) -> dict[str | None, int]:
+    for turn in reversed(turns):
+        if turn.calls:
+            return {call.id: index for index, call in enumerate(turn.calls)}
+    return {}
+
+
+def to_json(value: Any) -> str:
+    """JSON as the authors write it into prompts: ", " and ": ", text unescaped."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _tool_schema(function: Mapping[str, Any]) -> str:
+    return to_json(
+        {
+            "name": function["name"],
+            "description": function.get("description") or "",
+            "parameters": function.get("parameters") or {},
+        }
+    )
+
+
+def format_text(response_format: Mapping[str, Any] | None, field: str) -> str:
+    """What the system text says about `response_format`, OpenAI's object."""
+    if response_format is None:
+        return ""
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if kind in ("text", "regex", "structural_tag"):
+        return ""
+    if kind == "json_object":
+        return JSON_FORMAT
+    schema = (
+        (response_format.get("json_schema") or {}).get("schema") if kind == "json_schema" else None
+    )
+    if schema is None:
+        raise ValueError(
+            f"{field}: must be of type text, json_object, or json_schema with json_schema.schema, "
+            f"not {response_format!r:.80}"
+        )
+    return SCHEMA_FORMAT.replace("{schema}", to_json(schema))
+
+
+def read_message(message: Mapping[str, Any], index: int) -> Turn:
+    """Check one OpenAI-style message; `reasoning` and `reasoning_content` mean the same."""
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{where}: must be an object, not {message!r:.80}")
+    role = message.get("role")
+    if role not in ROLES:
+        raise ValueError(f"{where}.role: {role!r:.80} is not one of {', '.join(ROLES)}")
+    task = message.get("task")
+    if task is not None and task not in TASKS:
+        raise ValueError(f"{where}.task: {task!r:.80} is not one of {', '.join(TASKS)}")
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    calls = message.get("tool_calls") if role == "assistant" else None
+    if calls is not None and not isinstance(calls, list | tuple):
+        raise ValueError(f"{where}.tool_calls: must be a list, not {calls!r:.80}")
+    carries = role in ("system", "developer")
+    return Turn(
+        role=role,
+        content=_text(message.get("content"), f"{where}.content"),
+        reasoning=_text(reasoning, f"{where}.reasoning_content") if role == "assistant" else "",
+        calls=[_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(calls or ())],
+        call_id=message.get("tool_call_id"),
+        task=TASKS[task] if task else None,
+        tools=functions(message.get("tools"), f"{where}.tools") if carries else [],
+        response_format=format_text(message.get("response_format"), f"{where}.response_format")
+        if carries
+        else "",
+        prefix=bool(message.get("prefix")),
+    )
+
+
+def _text(content: Any, where: str) -> str:
+    """The text of a content field: a string, null, or text parts (joined by an empty line)."""
+    if content is None:
+        return ""
+    if isinstance(content, list | tuple):
+        return "\n\n".join(_part_text(part, f"{where}[{n}]") for n, part in enumerate(content))
+    return _string(content, where)
+
+
+def _part_text(part: Any, where: str) -> str:
+    if not isinstance(part, Mapping):
+        return _string(part, where)
+    key = _TEXT_PARTS.get(part.get("type", "text"))
+    if key is None:
+        raise ValueError(
+            f"{where}.type: {part.get('type')!r:.80} is not one of {', '.join(_TEXT_PARTS)}; "
+            "DeepSeek-V4 reads text only"
+        )
+    return _string(part.get(key), f"{where}.{key}")
+
+
+def _string(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: must be a string, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: not valid Unicode: {error}") from None
+    return text
+
+
+def _call(call: Any, where: str) -> Call:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise ValueError(f"{where}.function: must be an object, not {function!r:.80}")
+    name = _string(function.get("name"), f"{where}.function.name")
+    arguments = function.get("arguments")
+    if arguments is None or isinstance(arguments, str):
+        arguments = _arguments(_text(arguments, f"{where}.function.arguments"))
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{where}.function.arguments: must be JSON text or an object")
+    return Call(call.get("id"), name, arguments)
+
+
+def _arguments(text: str) -> Mapping[str, Any]:
+    """Decode JSON text; what is not an object becomes one text parameter, `arguments`."""
+    if not text.strip():
+        return {}
+    try:
+        decoded = json.loads(text, parse_constant=_reject)
+    except (ValueError, RecursionError):
+        decoded = None
+    return decoded if isinstance(decoded, dict) else {"arguments": text}
+
+
+def _reject(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

@@ -1,0 +1,35 @@
+"""OpenAI tool lists, read and checked in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def functions(
+    tools: Sequence[Mapping[str, Any]] | None, field: str = "tools"
+) -> list[Mapping[str, Any]]:
+    """The `function` objects of an OpenAI tool list (nested, or flat as in the Responses API).
+
+    Raises ValueError, naming the index and field, for anything that is not a named function.
+    """
+    found = []
+    for index, tool in enumerate(tools or ()):
+        where = f"{field}[{index}]"
+        if not isinstance(tool, Mapping) or tool.get("type", "function") != "function":
+            raise ValueError(f"{where}: must be an object of type 'function', not {tool!r:.80}")
+        function = tool.get("function", tool)
+        if not isinstance(function, Mapping):
+            raise ValueError(f"{where}.function: must be an object, not {function!r:.80}")
+        name = function.get("name")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{where}.function.name: must be a non-empty string, not {name!r:.80}")
+        found.append(function)
+    return found
+
+
+def properties(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schemas of a function's parameters by name; empty where it declares none."""
+    parameters = function.get("parameters")
+    found = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
