@@ -42,21 +42,21 @@ def load(directory: str | Path, dtype: str = "auto", kv_dtype: str = "auto") -> 
     headers = check_checkpoint(config, directory)
     model = Transformer(config, LocalParallel(config, DTYPES[dtype]))
     load_weights(model, read_tensors(headers))
-    return LocalModel(model, kv_dtype)
+    return LocalModel(model, CacheLayout.of(config, kv_dtype))
 
 
 class LocalModel:
     """A loaded network with caches of its own for each call."""
 
-    def __init__(self, model: Transformer, kv_dtype: str) -> None:
+    def __init__(self, model: Transformer, layout: CacheLayout) -> None:
         self.model = model
         self.config = model.config
-        self.kv_dtype = kv_dtype
+        self.layout = layout
 
     @torch.inference_mode()
     def logits(self, ids: Tensor, chunk: int = 256) -> Tensor:
         """Logits after every token: LongTensor [T] -> FloatTensor [T, vocab], in paged chunks."""
-        batch = Batch(self.model, self.kv_dtype, [len(ids)], chunk)
+        batch = Batch(self.model, self.layout, [len(ids)], chunk)
         parts = [
             self.model.head(batch.run([(0, ids[a : a + chunk])]).float())
             for a in range(0, len(ids), chunk)
@@ -89,7 +89,7 @@ class LocalModel:
                     f"prompts[{i}] must hold at least one id from 0 to {self.config.vocab_size - 1}"
                 )
         sampler = _Sampler(temperature, seed)
-        batch = Batch(self.model, self.kv_dtype, [len(p) + max_new_tokens for p in prompts], chunk)
+        batch = Batch(self.model, self.layout, [len(p) + max_new_tokens for p in prompts], chunk)
         token = sampler(self.model.head(batch.prefill([torch.tensor(p) for p in prompts]).float()))
         out: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
@@ -131,21 +131,19 @@ class Batch:
     """Requests in flight, with block tables fixed from the start.
 
     Every request owns the pages of its final length, a ring, and as many window blocks as a step
-    can touch, used in turn.
+    can touch, used in turn. `poison` fills fresh caches with NaN, so that a stray read shows.
     """
 
     def __init__(
         self,
         model: Transformer,
-        kv_dtype: str,
+        layout: CacheLayout,
         max_lengths: Sequence[int],
         chunk: int,
-        page_size: int = 256,
         poison: bool = False,
     ) -> None:
         self.model, self.chunk = model, chunk
-        config = model.config
-        layout = CacheLayout.of(config, kv_dtype, page_size)
+        config, page_size = model.config, layout.page_size
         self.builder = StepBuilder(config, layout)
         n, longest = len(max_lengths), max(max_lengths)
         pages = -(-longest // page_size)

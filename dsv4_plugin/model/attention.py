@@ -57,7 +57,7 @@ class Attention(nn.Module):
         if self.ratio == CSA:
             self.indexer = Indexer(c, parallel, f"{prefix}.indexer")
 
-    def finalize(self) -> None:
+    def finalize_weights(self) -> None:
         """After loading."""
         compressors = [self.compressor] if self.ratio != SWA else []
         if self.ratio == CSA:
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         cache.window.write(step.window_write, rotate_(self.kv_norm(self.wkv(x)), cis))
         index = None
         if self.pool is not None:
-            rotate = self._rotation(cache)
+            rotate = self._rotation(cache, x.device)
             self.pool(x, step, cache, rotate)
             if self.ratio == CSA:
                 index = self.indexer(x, qr, cis, rotate)
@@ -87,11 +87,11 @@ class Attention(nn.Module):
         out: Tensor = self.wo_b(self.wo_a(o.view(-1, self.groups, o[0].numel() // self.groups)))
         return out
 
-    def _rotation(self, cache: LayerCache) -> Tensor | None:
+    def _rotation(self, cache: LayerCache, device: torch.device) -> Tensor | None:
         """Hadamard rotation of indexer queries and keys: it decides how quantised keys round."""
         if cache.key is None or not isinstance(cache.key.codec, FP8IndexRows):
             return None
-        return _hadamard(self.indexer.dim)
+        return _hadamard(self.indexer.dim, device)
 
     def _decode(
         self, q: Tensor, index: tuple[Tensor, Tensor] | None, group: DecodeGroup, cache: LayerCache
@@ -134,7 +134,7 @@ class Attention(nn.Module):
             tile = slice(span.start + part.start, span.start + part.stop)
             low = max(0, span.p0 + part.start - self.window + 1)
             band = window[low - first : span.p0 + part.stop - first]
-            hidden = _band(self.window, TILE)[: part.stop - part.start]
+            hidden = _band(self.window, TILE, q.device)[: part.stop - part.start]
             cut = low - (span.p0 + part.start - self.window + 1)
             parts = [Keys(band, hidden[:, cut : cut + len(band)])]
             parts += seen.keys(part, (span.p0 + part.stop) // self.ratio if self.ratio else 0)
@@ -208,12 +208,13 @@ def _blocks(n: int, width: int, most: int = 1 << 30) -> list[slice]:
 
 
 @lru_cache
-def _band(window: int, tile: int) -> Tensor:
+def _band(window: int, tile: int, device: torch.device) -> Tensor:
     """Mask [tile, window - 1 + tile]: query i sees columns i .. i + window - 1."""
-    ahead = torch.arange(window - 1 + tile) - torch.arange(tile)[:, None]
+    ahead = torch.arange(window - 1 + tile, device=device)
+    ahead = ahead - torch.arange(tile, device=device)[:, None]
     return (ahead < 0) | (ahead >= window)
 
 
 @lru_cache
-def _hadamard(dim: int) -> Tensor:
-    return hadamard(dim)
+def _hadamard(dim: int, device: torch.device) -> Tensor:
+    return hadamard(dim).to(device)

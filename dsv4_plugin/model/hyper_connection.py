@@ -31,7 +31,7 @@ class HyperConnection(nn.Module):
         self.base = _parameter(n)
         self.scale = _parameter(3)
 
-    def finalize(self) -> None:
+    def finalize_weights(self) -> None:
         """After loading: one scale per output, so that a single fused step applies them."""
         counts = torch.tensor([self.r, self.r, self.r * self.r], device=self.scale.device)
         self.scale = nn.Parameter(self.scale.repeat_interleave(counts), requires_grad=False)

@@ -67,7 +67,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=dtype), requires_grad=False)
         self.packed: Tensor | None = None
 
-    def finalize(self) -> None:
+    def finalize_weights(self) -> None:
         """After loading: reorder, and let go of the plain weight."""
         if self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, 1)
@@ -93,7 +93,7 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
         self.weight.shard_dim = 0  # type: ignore[attr-defined]
 
-    def finalize(self) -> None:
+    def finalize_weights(self) -> None:
         """After loading: [G, in, out], as the batched product reads it."""
         weight = self.weight.data.unflatten(0, (self.groups, -1)).transpose(1, 2).contiguous()
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -112,12 +112,15 @@ class Embedding(nn.Module):
         return nn.functional.embedding(ids, self.weight)
 
 
-class LocalExperts(nn.Module):
-    """All experts of a layer on this process, as [E, in, out] weights."""
+class SplitExperts(nn.Module):
+    """All experts of a layer, each split over ranks by width, as [E, in, out] weights."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, rank: int = 0, size: int = 1
+    ) -> None:
         super().__init__()
-        n, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.rank = rank
+        n, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size // size
         self.w13 = nn.Parameter(torch.empty(n, d, 2 * f, dtype=dtype), requires_grad=False)
         self.w2 = nn.Parameter(torch.empty(n, f, d, dtype=dtype), requires_grad=False)
         self.limit = config.swiglu_limit
@@ -132,7 +135,8 @@ class LocalExperts(nn.Module):
             "w3": self.w13[expert, :, width:],
             "w2": self.w2[expert],
         }[name]
-        target.copy_(tensor.t())
+        split = 1 if name == "w2" else 0
+        target.copy_(tensor.narrow(split, self.rank * width, width).t())
 
 
 class LocalParallel:
@@ -160,7 +164,7 @@ class LocalParallel:
         return Linear(self.config.hidden_size, self.config.vocab_size, torch.float32)
 
     def experts(self, prefix: str) -> nn.Module:
-        return LocalExperts(self.config, self.dtype)
+        return SplitExperts(self.config, self.dtype)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x

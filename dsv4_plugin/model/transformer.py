@@ -38,8 +38,8 @@ class Transformer(nn.Module):
         out: Tensor = self.norm(self.hc_head(h))
         return out
 
-    def finalize(self) -> None:
+    def finalize_weights(self) -> None:
         """After loading: let every module put its weights into the form it computes with."""
         for module in self.modules():
-            if module is not self and hasattr(module, "finalize"):
-                module.finalize()
+            if module is not self and hasattr(module, "finalize_weights"):
+                module.finalize_weights()

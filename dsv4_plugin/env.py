@@ -1,0 +1,38 @@
+"""Every environment variable the package reads: name, allowed values, default, meaning."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A variable with a fixed set of values."""
+
+    name: str
+    allowed: tuple[str, ...]
+    default: str
+    meaning: str
+
+    def read(self) -> str:
+        """The value, or the default where unset or empty. Raises ValueError naming the variable."""
+        value = os.environ.get(self.name) or self.default
+        if value not in self.allowed:
+            raise ValueError(f"{self.name} is {value!r}; allowed are {', '.join(self.allowed)}")
+        return value
+
+
+MODEL = Choice(
+    "DSV4_MODEL",
+    ("auto", "plugin", "native"),
+    "auto",
+    "Whose network serves the model. auto: the plugin's where the engine's own cannot run, the "
+    "engine's where its kernels are made for the chip.",
+)
+CHAT = Choice(
+    "DSV4_CHAT",
+    ("plugin", "native"),
+    "plugin",
+    "Whose prompt encoder, tool parser and reasoning parser are used.",
+)

@@ -1,0 +1,205 @@
+"""The KV cache in vLLM's hands: three cache entries, one per kind of block, each for all layers.
+
+vLLM sizes one physical block for all its cache groups and allocates by block number. One entry
+holds every layer's part of a block, side by side, so that all layers of a kind share addresses:
+
+- window: a sliding-window spec, `window_block` token rows per block;
+- page: a full-attention spec whose one opaque state spans `page_size` tokens;
+- ring: one block per running request, not cached by prefix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import (
+    CircularBufferSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
+
+from dsv4_plugin.cache.layer import LayerCache
+from dsv4_plugin.cache.layout import BlockLayout, CacheLayout
+from dsv4_plugin.cache.step import BlockTables
+from dsv4_plugin.config import SWA, ModelConfig
+from vllm_ext._compat import kv_cache_layouts
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True)
+class GroupMetadata:
+    """One cache group's part of a step: its block table int64 [B, blocks] and the batch's shape."""
+
+    table: Tensor
+    query_start: Tensor
+    seq_lens: Tensor
+
+
+class MetadataBuilder(AttentionMetadataBuilder[GroupMetadata]):
+    """Hands the block table on; the step is built from all groups at once, in the model."""
+
+    def __init__(
+        self,
+        kv_cache_spec: KVCacheSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> GroupMetadata:
+        m, n = common_attn_metadata, common_attn_metadata.num_reqs
+        return GroupMetadata(
+            table=m.block_table_tensor[:n].long(),
+            query_start=m.query_start_loc[: n + 1].long(),
+            seq_lens=m.seq_lens[:n].long(),
+        )
+
+
+class Backend(AttentionBackend):
+    """Names the builder and the memory layout; the attention itself is the core's."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "DSV4_PLUGIN"
+
+    @staticmethod
+    def get_impl_cls() -> type[AttentionImpl[Any]]:
+        raise NotImplementedError("the core computes attention; vLLM never calls an impl")
+
+    @staticmethod
+    def get_builder_cls() -> type[MetadataBuilder]:
+        return MetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
+        """Blocks outermost: blocks of different sizes share one physical block."""
+        return (kv_cache_layouts()["BLHNC"],)
+
+
+class CacheBlocks(nn.Module, AttentionLayerBase):
+    """One cache entry: blocks of one kind, for all layers.
+
+    vLLM finds it by `prefix` in the compilation config's static forward context; the prefix has
+    to hold exactly one number.
+    """
+
+    def __init__(self, kind: str, blocks: list[BlockLayout], spec: dict[str, Any]) -> None:
+        super().__init__()
+        self.prefix = f"dsv4.0.{kind}"
+        self.kind = kind
+        self.offsets = [sum(b.words for b in blocks[:i]) for i in range(len(blocks))]
+        self.words = sum(b.words for b in blocks)
+        self.spec = spec
+        self.storage: Tensor | None = None
+        self.stride = 0
+        context = get_current_vllm_config().compilation_config.static_forward_context
+        if self.prefix in context:
+            raise ValueError(f"cache entry {self.prefix} exists already: two models in one process")
+        context[self.prefix] = self
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return Backend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return cache_spec(self.kind, self.words, **self.spec)
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Take vLLM's [blocks, 1, states, content] view; keep its storage as flat int32 words."""
+        n, stride, offset = kv_cache.shape[0], kv_cache.stride(0), kv_cache.storage_offset()
+        size = kv_cache.element_size()
+        assert stride * size % 4 == 0
+        assert offset * size % 4 == 0
+        self.stride = stride * size // 4
+        words = torch.empty(0, dtype=torch.int32, device=kv_cache.device).set_(
+            kv_cache.untyped_storage()[: kv_cache.untyped_storage().nbytes() // 4 * 4]
+        )
+        start = offset * size // 4
+        self.storage = words[start : start + (n - 1) * self.stride + self.words]
+
+    def layer(self, i: int) -> Tensor:
+        """Storage from layer i's part of the first block on."""
+        assert self.storage is not None
+        return self.storage[self.offsets[i] :]
+
+
+def cache_spec(kind: str, words: int, block_size: int, window: int = 0) -> KVCacheSpec:
+    """vLLM's spec of a kind of block that takes `words` 32-bit words for all layers."""
+    common: dict[str, Any] = {
+        "block_size": block_size, "num_kv_heads": 1, "head_size": 1, "dtype": torch.int32,
+    }  # fmt: skip
+    if kind == "window":
+        row = 4 * words // block_size
+        return SlidingWindowSpec(**common, sliding_window=window, state_content_bytes=row)
+    whole: dict[str, Any] = {"tokens_per_state": block_size, "state_content_bytes": 4 * words}
+    spec = FullAttentionSpec if kind == "page" else CircularBufferSpec
+    return spec(**common, **whole)
+
+
+class PagedCaches:
+    """All cache entries of a model, and the core's views of them once vLLM has allocated."""
+
+    def __init__(self, config: ModelConfig, layout: CacheLayout) -> None:
+        self.config, self.layout = config, layout
+        compressed = [r for r in config.compress_ratios if r != SWA]
+        size = layout.page_size
+        self.window = CacheBlocks(
+            "window",
+            [layout.window] * config.num_hidden_layers,
+            {"block_size": layout.window_block, "window": config.sliding_window},
+        )
+        self.page = self.ring = None
+        if compressed:
+            self.page = CacheBlocks("page", [layout.page[r] for r in compressed], {"block_size": size})
+            self.ring = CacheBlocks("ring", [layout.ring[r] for r in compressed], {"block_size": size})
+        self._layers: list[LayerCache] | None = None
+
+    def layers(self) -> list[LayerCache]:
+        """One LayerCache per layer; made on first use after allocation."""
+        if self._layers is None:
+            order = [i for i, r in enumerate(self.config.compress_ratios) if r != SWA]
+            place = {layer: i for i, layer in enumerate(order)}
+            self._layers = [
+                LayerCache.bind(
+                    self.layout,
+                    ratio,
+                    self.window.layer(i),
+                    self.page.layer(place[i]) if self.page and ratio != SWA else None,
+                    self.ring.layer(place[i]) if self.ring and ratio != SWA else None,
+                )
+                for i, ratio in enumerate(self.config.compress_ratios)
+            ]
+        return self._layers
+
+    def tables(self, metadata: dict[str, GroupMetadata]) -> BlockTables:
+        """The step's block tables, from vLLM's metadata by cache entry."""
+        window = metadata[self.window.prefix].table
+        if self.page is None or self.ring is None:
+            return BlockTables(window, window, window[:, 0], self.window.stride, 0, 0)
+        return BlockTables(
+            window=window,
+            page=metadata[self.page.prefix].table,
+            ring=metadata[self.ring.prefix].table[:, 0],
+            window_stride=self.window.stride,
+            page_stride=self.page.stride,
+            ring_stride=self.ring.stride,
+        )

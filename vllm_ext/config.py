@@ -1,0 +1,113 @@
+"""vLLM's configuration hook: refuse early what cannot be served, and settle the cache's sizes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.utils.hub import cached_file
+from vllm.model_executor.models.config import DeepseekV4ForCausalLMConfig
+
+from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
+from dsv4_plugin.checkpoint.files import check_checkpoint
+from dsv4_plugin.config import ModelConfig
+from vllm_ext.choice import choose
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+log = logging.getLogger("vllm.dsv4")
+
+PAGE_SIZE = 256
+SERVED_TYPE = "dsv4_plugin"
+"""hf_config.model_type once the hook ran: vLLM's platform code treats the name `deepseek_v4` as its
+own network (fixed block size, no chunked prefill or prefix caching without AMX)."""
+_KV_DTYPES = {
+    "auto": "auto",
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "fp8": "fp8",
+    "fp8_e4m3": "fp8",
+    "fp8_ds_mla": "fp8",
+}
+
+
+class PluginConfig(DeepseekV4ForCausalLMConfig):
+    """Runs in the API server, before the platform's own adjustments."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config) -> None:  # type: ignore[no-untyped-def]
+        """Nothing to rename: the plugin reads quantisation itself."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Raises ValueError or NotImplementedError in one sentence that names the option."""
+        from vllm_ext.registration import check_active
+
+        check_active()
+        cache = vllm_config.cache_config
+        if not cache.user_specified_block_size:
+            cache.block_size = PAGE_SIZE
+            cache.user_specified_block_size = True
+        _refuse_unsupported(vllm_config)
+        config = model_config_of(vllm_config)
+        config.require_tensor_parallel(vllm_config.parallel_config.tensor_parallel_size)
+        cache_layout(config, vllm_config)
+        directory = vllm_config.model_config.model
+        if cached_file(directory, "config.json", _raise_exceptions_for_missing_entries=False) and (
+            vllm_config.load_config.load_format in ("auto", "safetensors")
+        ):
+            _check_local(config, directory)
+        model = vllm_config.model_config
+        model.model_arch_config.is_deepseek_mla = False
+        model.hf_config.model_type = SERVED_TYPE
+        log.info("DeepSeek-V4 is served by dsv4-plugin: %s.", choose().reason)
+
+
+def _check_local(config: ModelConfig, directory: str) -> None:
+    from pathlib import Path
+
+    if Path(directory).is_dir():
+        check_checkpoint(config, directory)
+
+
+def model_config_of(vllm_config: VllmConfig) -> ModelConfig:
+    """The core's configuration, from config.json itself and --hf-overrides."""
+    model = vllm_config.model_config
+    path = cached_file(model.model, "config.json", revision=model.revision)
+    hf = json.loads(open(path).read())
+    if isinstance(model.hf_overrides, dict):
+        hf |= model.hf_overrides
+    return ModelConfig.from_hf(hf)
+
+
+def cache_layout(config: ModelConfig, vllm_config: VllmConfig) -> CacheLayout:
+    """The cache layout that --kv-cache-dtype, --dtype and --block-size ask for."""
+    asked = vllm_config.cache_config.cache_dtype
+    if asked not in _KV_DTYPES:
+        raise ValueError(f"kv_cache_dtype is {asked!r}; allowed are {', '.join(_KV_DTYPES)}")
+    kv_dtype = resolve_kv_dtype(_KV_DTYPES[asked], dtype_name(vllm_config))
+    return CacheLayout.of(config, kv_dtype, vllm_config.cache_config.block_size)
+
+
+def dtype_name(vllm_config: VllmConfig) -> str:
+    return str(vllm_config.model_config.dtype).removeprefix("torch.")
+
+
+def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    if vllm_config.model_config.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype is {dtype_name(vllm_config)!r}; allowed are float32 and bfloat16")
+    unsupported = {
+        "speculative_config": vllm_config.speculative_config is not None,
+        "kv_transfer_config": vllm_config.kv_transfer_config is not None,
+        "pipeline_parallel_size": parallel.pipeline_parallel_size > 1,
+        "enable_expert_parallel": parallel.enable_expert_parallel,
+        "decode_context_parallel_size": parallel.decode_context_parallel_size > 1,
+        "lora_config": vllm_config.lora_config is not None,
+    }
+    for option, asked in unsupported.items():
+        if asked:
+            raise NotImplementedError(f"{option} is set; dsv4-plugin does not support it so far")

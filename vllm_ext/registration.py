@@ -1,0 +1,65 @@
+"""What is put into vLLM's registries, and the check that it is still there."""
+
+from __future__ import annotations
+
+import logging
+
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.reasoning import ReasoningParserManager
+from vllm.tokenizers import TokenizerRegistry
+from vllm.tool_parsers import ToolParserManager
+
+from dsv4_plugin import env
+from dsv4_plugin.config import ARCHITECTURE
+from vllm_ext._compat import require_tested_version
+from vllm_ext.choice import choose
+
+log = logging.getLogger("vllm.dsv4")
+
+MODE = "deepseek_v4"
+MODEL = ("vllm_ext.model", "DeepseekV4ForCausalLM")
+TOKENIZER = ("vllm_ext.tokenizer", "DeepseekV4Tokenizer")
+TOOL_PARSER = ("vllm_ext.tool_parser", "DeepseekV4ToolParser")
+REASONING_PARSER = ("vllm_ext.reasoning_parser", "DeepseekV4ReasoningParser")
+
+
+def register_all() -> None:
+    """Register the model (where the plugin serves it) and the chat layer."""
+    require_tested_version()
+    if choose().plugin:
+        from vllm_ext.config import PluginConfig
+
+        ModelRegistry.register_model(ARCHITECTURE, ":".join(MODEL))
+        MODELS_CONFIG_MAP[ARCHITECTURE] = PluginConfig
+    if env.CHAT.read() == "plugin":
+        TokenizerRegistry.tokenizers[MODE] = TOKENIZER
+        ToolParserManager.register_lazy_module(MODE, *TOOL_PARSER)
+        ReasoningParserManager.register_lazy_module(MODE, *REASONING_PARSER)
+
+
+def check_active() -> None:
+    """Raise RuntimeError if another plugin has replaced what was registered here."""
+    registered = ModelRegistry.models[ARCHITECTURE]
+    found = {
+        "model": (getattr(registered, "module_name", ""), getattr(registered, "class_name", "")),
+    }
+    expected = {"model": MODEL}
+    if env.CHAT.read() == "plugin":
+        found |= {
+            "tokenizer mode": TokenizerRegistry.tokenizers[MODE],
+            "tool parser": ToolParserManager.lazy_parsers.get(MODE, ("", "")),
+            "reasoning parser": ReasoningParserManager.lazy_parsers.get(MODE, ("", "")),
+        }
+        expected |= {
+            "tokenizer mode": TOKENIZER,
+            "tool parser": TOOL_PARSER,
+            "reasoning parser": REASONING_PARSER,
+        }
+    for what, wanted in expected.items():
+        if found[what] != wanted:
+            raise RuntimeError(
+                f"dsv4-plugin is installed but its {what} is not active: vLLM would use "
+                f"{'.'.join(found[what])}; uninstall one of the two plugins, or set "
+                f"{env.MODEL.name}=native and {env.CHAT.name}=native"
+            )
