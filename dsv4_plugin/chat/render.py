@@ -282,19 +282,22 @@ def _call_order(turns: Sequence[Turn]) -> dict[str | None, int]:
     return {}
 
 
-def to_json(value: Any) -> str:
+def to_json(value: Any, where: str = "arguments") -> str:
     """JSON as the authors write it into prompts: ", " and ": ", text unescaped."""
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    return _string(text, where)
 
 
 def _tool_schema(function: Mapping[str, Any]) -> str:
-    return to_json(
-        {
-            "name": function["name"],
-            "description": function.get("description") or "",
-            "parameters": function.get("parameters") or {},
-        }
-    )
+    schema = {
+        "name": function["name"],
+        "description": function.get("description") or "",
+        "parameters": function.get("parameters") or {},
+    }
+    return to_json(schema, f"tools: {function['name']}")
 
 
 def format_text(response_format: Mapping[str, Any] | None, field: str) -> str:
@@ -314,7 +317,7 @@ def format_text(response_format: Mapping[str, Any] | None, field: str) -> str:
             f"{field}: must be of type text, json_object, or json_schema with json_schema.schema, "
             f"not {response_format!r:.80}"
         )
-    return SCHEMA_FORMAT.replace("{schema}", to_json(schema))
+    return SCHEMA_FORMAT.replace("{schema}", to_json(schema, field))
 
 
 def read_message(message: Mapping[str, Any], index: int) -> Turn:
@@ -385,10 +388,13 @@ def _call(call: Any, where: str) -> Call:
         raise ValueError(f"{where}.function: must be an object, not {function!r:.80}")
     name = _string(function.get("name"), f"{where}.function.name")
     arguments = function.get("arguments")
+    where = f"{where}.function.arguments"
     if arguments is None or isinstance(arguments, str):
-        arguments = _arguments(_text(arguments, f"{where}.function.arguments"))
-    if not isinstance(arguments, Mapping):
-        raise ValueError(f"{where}.function.arguments: must be JSON text or an object")
+        arguments = _arguments(_text(arguments, where))
+    elif isinstance(arguments, Mapping):
+        to_json(arguments, where)
+    else:
+        raise ValueError(f"{where}: must be JSON text or an object, not {arguments!r:.80}")
     return Call(call.get("id"), name, arguments)
 
 
@@ -398,6 +404,8 @@ def _arguments(text: str) -> Mapping[str, Any]:
         return {}
     try:
         decoded = json.loads(text, parse_constant=_reject)
+        if "\\u" in text:
+            to_json(decoded)  # an escaped lone surrogate is JSON, but not text
     except (ValueError, RecursionError):
         decoded = None
     return decoded if isinstance(decoded, dict) else {"arguments": text}

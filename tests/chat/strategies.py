@@ -39,21 +39,36 @@ json_value = st.recursive(
 json_object = st.dictionaries(unicode_text, json_value, max_size=4)
 
 
+leaf_schema = st.fixed_dictionaries(
+    {"type": st.sampled_from(["string", "integer", "number", "boolean", "null"])},
+    optional={"description": text, "default": json_value, "title": text, "enum": st.just(["a", 1])},
+)
+schema = st.recursive(
+    leaf_schema,
+    lambda inner: st.one_of(
+        st.fixed_dictionaries({"type": st.just("array"), "items": inner}),
+        st.fixed_dictionaries({"anyOf": st.lists(inner, min_size=1, max_size=2)}),
+        st.dictionaries(unicode_text, inner, max_size=3).map(
+            lambda properties: {"type": "object", "properties": properties}
+        ),
+    ),
+    max_leaves=4,
+)
+parameters = st.fixed_dictionaries(
+    {"type": st.just("object"), "properties": st.dictionaries(unicode_text, schema, max_size=3)},
+    optional={"title": text, "default": json_value, "additionalProperties": st.booleans()},
+)
+
+
 @st.composite
 def tools(draw: st.DrawFn) -> list[dict[str, Any]] | None:
-    """Tools with nested schemas of everything `deepseek-recipe` keeps as it is."""
-    names = draw(st.lists(name, max_size=3, unique=True))
-    found = []
-    for tool_name in names:
-        function: dict[str, Any] = {"name": tool_name}
-        if draw(st.booleans()):
-            function["description"] = draw(st.one_of(st.none(), text))
-        if draw(st.booleans()):
-            schema = {"type": "object", "properties": draw(json_object)}
-            function["parameters"] = schema | draw(
-                st.fixed_dictionaries({}, optional={"title": text, "default": json_value})
-            )
-        found.append({"type": "function", "function": function})
+    """Tools with nested schemas, all of a kind that `deepseek-recipe` shows as they are."""
+    function = st.fixed_dictionaries(
+        {"name": name},
+        optional={"description": st.none() | text, "parameters": parameters},
+    )
+    functions = st.lists(function, max_size=3, unique_by=lambda function: function["name"])
+    found = [{"type": "function", "function": function} for function in draw(functions)]
     return found or draw(st.sampled_from([None, []]))
 
 
@@ -105,7 +120,8 @@ def conversations(draw: st.DrawFn) -> dict[str, Any]:
         if role == "assistant":
             messages += draw(assistant_and_results())
         else:
-            messages.append({"role": role, "content": content(draw)})
+            is_reminder = role == "latest_reminder"
+            messages.append({"role": role, "content": draw(text) if is_reminder else content(draw)})
     request: dict[str, Any] = {"messages": messages, "tools": draw(tools())}
     efforts = ["minimal", "low", "medium", "high", "max", "ultra"]
     match draw(st.integers(0, 3)):

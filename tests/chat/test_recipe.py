@@ -1,18 +1,16 @@
-"""Prompts equal `deepseek-recipe`'s, id for id, over generated conversations."""
+"""Prompts equal `deepseek-recipe`'s id for id, but for the differences listed here as data."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import deepseek_recipe
+import pytest
 from hypothesis import HealthCheck, given, settings
 
 from . import recipe
-from .data import encoder
+from .data import call, encoder, tool
 from .strategies import conversations
-
-accepted: Counter[bool] = Counter()
 
 
 def ours(request: dict[str, Any]) -> tuple[list[int], str]:
@@ -31,9 +29,93 @@ def ours(request: dict[str, Any]) -> tuple[list[int], str]:
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 def test_ids_equal_recipes(request: dict[str, Any]) -> None:
     try:
-        ids, text = recipe.encode(request)
-    except (deepseek_recipe.ConversionError, ValueError):
-        accepted[False] += 1
+        expected = recipe.encode(request)
+    except deepseek_recipe.ConversionError as error:
+        assert any(reason in str(error) for reason in REFUSALS), error
         return
-    accepted[True] += 1
-    assert ours(request) == (ids, text)
+    assert ours(request) == expected
+
+
+REFUSALS = ["should not be used with prefix"]
+"""The only reason to refuse a generated conversation: nearly all of them are compared."""
+
+USER = {"role": "user", "content": "hi"}
+
+
+def calling(arguments: str) -> list[dict[str, Any]]:
+    result = {"role": "tool", "tool_call_id": "c1", "content": ""}
+    return [{"role": "assistant", "content": "", "tool_calls": [call("f", arguments)]}, result]
+
+
+STRICT = tool("f", a={"type": "string", "minLength": 2})
+STRICT["function"]["strict"] = True
+
+DIFFERENCES: dict[str, tuple[dict[str, Any], str, str]] = {
+    # what: (request, in recipe's prompt only, in ours only)
+    "xhigh asks for the most, as max does": (
+        {"messages": [USER], "reasoning_effort": "xhigh"},
+        "Absolute maximum",
+        "Beyond maximum",
+    ),
+    "effort none is chat mode, whatever else is asked": (
+        {"messages": [USER], "reasoning_effort": "none", "thinking": {"type": "enabled"}},
+        "<｜Assistant｜><think>",
+        "<｜Assistant｜></think>",
+    ),
+    "integers of any size stay exact": (
+        {"messages": calling('{"n": 123456789012345678901}')},
+        '"false">1.2345678901234568e+20<',
+        '"false">123456789012345678901<',
+    ),
+    "small numbers are written as Python's json does, like the authors' own encoder": (
+        {"messages": calling('{"n": 0.00001}')},
+        '"false">0.00001<',
+        '"false">1e-05<',
+    ),
+    "no arguments are no parameters, not one empty parameter": (
+        {"messages": calling("")},
+        'name="arguments" string="true"></',
+        '<｜DSML｜invoke name="f">\n</｜DSML｜invoke>',
+    ),
+    "a strict tool's schema is shown as the user wrote it": (
+        {"messages": [USER], "tools": [STRICT]},
+        '"additionalProperties": false',
+        '"minLength": 2',
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENCES)
+def test_differences(what: str) -> None:
+    """Each is still one, so that the list in docs/chat.md stays true."""
+    request, theirs, mine = DIFFERENCES[what]
+    expected, found = recipe.encode(request)[1], ours(request)[1]
+    assert (theirs in expected, theirs in found) == (True, False)
+    assert (mine in expected, mine in found) == (False, True)
+
+
+ACCEPTED_HERE_ONLY: dict[str, list[dict[str, Any]]] = {
+    "developer": [{"role": "developer", "content": "d"}, USER],
+    "null content": [{"role": "user", "content": None}],
+    "empty assistant message": [USER, {"role": "assistant", "content": None}, USER],
+    "calls that nobody answered": [calling("{}")[0], USER],
+    "a result that nobody asked for": [{"role": "tool", "tool_call_id": "x", "content": "r"}],
+    "arguments as an object": calling({"a": 1}),  # type: ignore[arg-type]
+    "an empty list of calls": [{"role": "assistant", "content": "a", "tool_calls": []}, USER],
+}
+
+
+@pytest.mark.parametrize("what", ACCEPTED_HERE_ONLY)
+def test_accepted_here_only(what: str) -> None:
+    request = {"messages": ACCEPTED_HERE_ONLY[what]}
+    with pytest.raises((deepseek_recipe.ConversionError, ValueError)):
+        recipe.encode(request)
+    assert ours(request)
+
+
+def test_images_are_refused_not_dropped() -> None:
+    image = {"type": "image_url", "image_url": {"url": "http://localhost/a.png"}}
+    request = {"messages": [{"role": "user", "content": [image]}]}
+    assert "[Unsupported Image]" in recipe.encode(request)[1]
+    with pytest.raises(ValueError, match="reads text only"):
+        ours(request)

@@ -1,0 +1,134 @@
+"""Structured output as structural tags: plain dicts in xgrammar's JSON form, for any engine.
+
+vLLM takes them as `StructuredOutputsParams(structural_tag=json.dumps(tag))`, SGLang as
+`response_format=tag`. `reasoning=True` makes the grammar cover the reasoning too, from the first
+generated token on; leave it out where the engine itself waits for `</think>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .tokens import DSML, END_THINK, INVOKE, THINK, TOOL_CALLS
+from .tools import functions
+
+Format = dict[str, Any]
+
+MAX_WHITESPACE = 2
+"""Longest run of optional white space, so that a model cannot pad without end."""
+
+_BLOCK = f"<{DSML}{TOOL_CALLS}>"
+_BLOCK_END = f"</{DSML}{TOOL_CALLS}>"
+_NO_THINKING = [str(THINK), str(END_THINK)]
+
+
+def tool_tag(
+    tools: Sequence[Mapping[str, Any]] | None,
+    tool_choice: str | Mapping[str, Any] = "auto",
+    *,
+    reasoning: bool = False,
+    parallel: bool = True,
+) -> Format | None:
+    """The structural tag for OpenAI's `tools` and `tool_choice`; None where all text is free.
+
+    auto: the arguments of tools with `strict: true` follow their schemas. required, or a named
+    function: one block of calls and nothing else, all by schema. none: no DSML at all. Without
+    `parallel` a block holds one call. Raises ValueError for a choice that `tools` cannot meet.
+    """
+    offered = functions(tools)
+    if tool_choice == "none":
+        return _tag({"type": "any_text", "excludes": [*_NO_THINKING, str(DSML)]}, reasoning)
+    if tool_choice == "auto":
+        if not any(function.get("strict") for function in offered):
+            return None
+        calls = _calls([(f, bool(f.get("strict"))) for f in offered], parallel)
+        block = {"type": "tag", "begin": f"{_BLOCK}\n", "content": calls, "end": _BLOCK_END}
+        text = {
+            "type": "triggered_tags",
+            "triggers": [_BLOCK],
+            "tags": [block],
+            "excludes": _NO_THINKING,
+            "stop_after_first": not parallel,
+        }
+        return _tag(text, reasoning)
+    chosen = _chosen(offered, tool_choice)
+    calls = _calls([(f, True) for f in chosen], parallel and tool_choice == "required")
+    return _tag(_sequence(_constant(f"\n\n{_BLOCK}\n"), calls, _constant(_BLOCK_END)), reasoning)
+
+
+def response_tag(
+    response_format: Mapping[str, Any] | None, *, reasoning: bool = False
+) -> Format | None:
+    """The structural tag for OpenAI's `response_format`; None where it asks for plain text."""
+    kind = "text" if response_format is None else response_format.get("type")
+    if kind == "text":
+        return None
+    schema: Any = {"type": "object"}
+    if kind == "json_schema":
+        schema = ((response_format or {}).get("json_schema") or {}).get("schema")
+    if kind not in ("json_object", "json_schema") or not isinstance(schema, Mapping | bool):
+        raise ValueError(
+            "response_format: must be of type text, json_object, or json_schema with "
+            f"json_schema.schema, not {response_format!r:.80}"
+        )
+    return _tag({"type": "json_schema", "json_schema": schema}, reasoning)
+
+
+def _chosen(
+    offered: Sequence[Mapping[str, Any]], tool_choice: str | Mapping[str, Any]
+) -> Sequence[Mapping[str, Any]]:
+    names = [function["name"] for function in offered]
+    if tool_choice == "required" and offered:
+        return offered
+    if isinstance(tool_choice, Mapping):
+        name = (tool_choice.get("function") or tool_choice).get("name")
+        if name in names:
+            return [offered[names.index(name)]]
+    raise ValueError(
+        f"tool_choice: {tool_choice!r:.80} is not auto, none, required, or a function of tools "
+        f"({', '.join(names) or 'there are none'})"
+    )
+
+
+def _calls(offered: Sequence[tuple[Mapping[str, Any], bool]], parallel: bool) -> Format:
+    return {
+        "type": "tags_with_separator",
+        "tags": [_call(function, by_schema) for function, by_schema in offered],
+        "separator": "",
+        "at_least_one": True,
+        "stop_after_first": not parallel,
+    }
+
+
+def _call(function: Mapping[str, Any], by_schema: bool) -> Format:
+    arguments: Format = {"type": "any_text"}
+    if by_schema:
+        arguments = {
+            "type": "json_schema",
+            "json_schema": function.get("parameters") or {"type": "object"},
+            "style": "deepseek_xml",
+            "max_whitespace_cnt": MAX_WHITESPACE,
+        }
+    return {
+        "type": "tag",
+        "begin": f'<{DSML}{INVOKE} name="{function["name"]}">\n',
+        "content": arguments,
+        "end": f"</{DSML}{INVOKE}>\n",
+    }
+
+
+def _tag(content: Format, reasoning: bool) -> Format:
+    if reasoning:
+        text = {"type": "any_text", "excludes": _NO_THINKING}
+        thought = {"type": "tag", "begin": "", "content": text, "end": str(END_THINK)}
+        content = _sequence(thought, content)
+    return {"type": "structural_tag", "format": content}
+
+
+def _sequence(*elements: Format) -> Format:
+    return {"type": "sequence", "elements": list(elements)}
+
+
+def _constant(value: str) -> Format:
+    return {"type": "const_string", "value": value}

@@ -1,0 +1,350 @@
+"""Prompts: the published pairs, effort, turns, continuation, tasks, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4_plugin.chat import Encoder, render
+from dsv4_plugin.chat.effort import DEFAULT_EFFORT_VARIABLE, EFFORTS, default_effort
+from dsv4_plugin.chat.encoder import TextEncoder
+from dsv4_plugin.chat.tokens import ABSOLUTE_EFFORT, BEYOND_EFFORT, TOOLS_CONCLUSION
+from dsv4_plugin.chat.tokens import TOOLS_INTRODUCTION
+
+from .data import ENCODING, TOOLS, call, encoder, needs_encoding_data, tokenizer_file
+
+USER = {"role": "user", "content": "hi"}
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+
+
+def text(*messages: dict[str, Any], effort: str = "low", **options: Any) -> str:
+    """The prompt text, without bos, of `messages` and of strings as user messages."""
+    prompt = encoder().encode(list(messages), effort=effort, **options)
+    assert prompt.text.startswith(BOS)
+    return prompt.text.removeprefix(BOS)
+
+
+def assistant(
+    content: str | None = None, reasoning: str | None = None, **more: Any
+) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, "reasoning_content": reasoning, **more}
+
+
+@needs_encoding_data
+@pytest.mark.parametrize("number", [1, 2])
+def test_published_pairs(number: int) -> None:
+    folder = ENCODING / "published"
+    given = json.loads((folder / f"test_input_{number}.json").read_text(encoding="utf-8"))
+    given = given if isinstance(given, dict) else {"messages": given}
+    expected = (folder / f"test_output_{number}.txt").read_text(encoding="utf-8")
+    prompt = encoder("april").encode(**given, add_generation_prompt=False)
+    assert prompt.text == expected
+    assert prompt.ids == encoder().tokenizer.encode(expected, add_special_tokens=False).ids
+
+
+@needs_encoding_data
+def test_literal_texts_are_the_authors() -> None:
+    efforts = json.loads((ENCODING / "effort_texts.json").read_text(encoding="utf-8"))
+    assert (efforts["ABS"], efforts["BEYOND"]) == (ABSOLUTE_EFFORT, BEYOND_EFFORT)
+    preamble = (ENCODING / "tool_preamble.txt").read_text(encoding="utf-8")
+    ours = "".join(TOOLS_INTRODUCTION) + "{tool_schemas}" + TOOLS_CONCLUSION
+    assert ours.strip("\n") == preamble.strip("\n")
+
+
+EFFORT_TEXTS = {
+    # asked: (April, 0731); None is chat mode
+    None: ("", ABSOLUTE_EFFORT),
+    "minimal": ("", ""),
+    "low": ("", ""),
+    "medium": ("", ABSOLUTE_EFFORT),
+    "high": ("", ABSOLUTE_EFFORT),
+    "xhigh": (ABSOLUTE_EFFORT, BEYOND_EFFORT),
+    "max": (ABSOLUTE_EFFORT, BEYOND_EFFORT),
+    "ultra": (ABSOLUTE_EFFORT, BEYOND_EFFORT),
+    "none": (None, None),
+}
+
+
+@pytest.mark.parametrize("asked", EFFORT_TEXTS)
+@pytest.mark.parametrize(("generation", "column"), [("april", 0), ("0731", 1)])
+def test_effort_by_generation(asked: str | None, generation: str, column: int) -> None:
+    expected = EFFORT_TEXTS[asked][column]
+    prompt = encoder(generation).encode([USER], effort=asked)
+    mode = "</think>" if expected is None else "<think>"
+    assert prompt.text == f"{BOS}{expected or ''}<｜User｜>hi<｜Assistant｜>{mode}"
+    assert prompt.thinking == (expected is not None)
+    chat = encoder(generation).encode([USER], thinking=False, effort=asked)
+    assert chat.text == f"{BOS}<｜User｜>hi<｜Assistant｜></think>"
+    assert not chat.thinking
+
+
+def test_default_effort_is_a_setting() -> None:
+    assert default_effort({}) == "high"
+    assert default_effort({DEFAULT_EFFORT_VARIABLE: "low"}) == "low"
+    assert encoder("0731", "low").encode([USER]).text == f"{BOS}<｜User｜>hi<｜Assistant｜><think>"
+    with pytest.raises(ValueError, match=f"{DEFAULT_EFFORT_VARIABLE}: 'lots' is not one of none"):
+        default_effort({DEFAULT_EFFORT_VARIABLE: "lots"})
+
+
+@pytest.mark.parametrize(("config", "generation"), [({}, "april"), ({"dspark_x": 1}, "0731")])
+def test_from_pretrained(tmp_path: Path, config: dict[str, Any], generation: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").symlink_to(tokenizer_file())
+    assert Encoder.from_pretrained(tmp_path).generation == generation
+
+
+RESULTS = [
+    {"role": "tool", "tool_call_id": "2", "content": "second"},
+    {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "first"}]},
+]
+CALLS = [call("f", '{"x": "a\\nb", "n": 1, "o": {"é": [1.5, null]}}', "1"), call("f", "{}", "2")]
+
+TURNS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
+    # what it shows: (messages, options, prompt after bos)
+    "users merge": ([USER, USER], {}, "<｜User｜>hi\n\nhi<｜Assistant｜><think>"),
+    "system texts come first": (
+        [USER, {"role": "system", "content": "a"}, {"role": "system", "content": "b"}],
+        {},
+        "a\n\nb<｜User｜>hi<｜Assistant｜><think>",
+    ),
+    "text parts": (
+        [{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}],
+        {},
+        "<｜User｜>a\n\nb<｜Assistant｜><think>",
+    ),
+    "null content": ([{"role": "user", "content": None}], {}, "<｜User｜><｜Assistant｜><think>"),
+    "reasoning of earlier turns is dropped": (
+        [USER, assistant("a", "r"), USER],
+        {},
+        f"<｜User｜>hi<｜Assistant｜></think>a{EOS}<｜User｜>hi<｜Assistant｜><think>",
+    ),
+    "chat mode drops all reasoning": (
+        [USER, assistant("a", "r"), USER],
+        {"thinking": False},
+        f"<｜User｜>hi<｜Assistant｜></think>a{EOS}<｜User｜>hi<｜Assistant｜></think>",
+    ),
+    "nothing is opened": (
+        [USER, assistant("a", "r")],
+        {"add_generation_prompt": False},
+        f"<｜User｜>hi<｜Assistant｜><think>r</think>a{EOS}",
+    ),
+    "nothing is opened after a user": (
+        [USER],
+        {"add_generation_prompt": False},
+        "<｜User｜>hi",
+    ),
+    "continue content": (
+        [USER, assistant("a", "r")],
+        {"continue_final_message": True},
+        "<｜User｜>hi<｜Assistant｜><think>r</think>a",
+    ),
+    "continue reasoning": (
+        [USER, assistant(None, "r")],
+        {"continue_final_message": True},
+        "<｜User｜>hi<｜Assistant｜><think>r",
+    ),
+    "continue nothing": (
+        [USER, assistant()],
+        {"continue_final_message": True},
+        "<｜User｜>hi<｜Assistant｜><think>",
+    ),
+    "prefix in chat mode": (
+        [USER, assistant("a", prefix=True)],
+        {"thinking": False},
+        "<｜User｜>hi<｜Assistant｜></think>a",
+    ),
+    "calls and results, sorted": (
+        [USER, assistant("c", "r", tool_calls=CALLS), *RESULTS, USER],
+        {},
+        "<｜User｜>hi<｜Assistant｜></think>c\n\n<｜DSML｜tool_calls>\n"
+        '<｜DSML｜invoke name="f">\n'
+        '<｜DSML｜parameter name="x" string="true">a\nb</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="n" string="false">1</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="o" string="false">{"é": [1.5, null]}</｜DSML｜parameter>\n'
+        '</｜DSML｜invoke>\n<｜DSML｜invoke name="f">\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
+        f"{EOS}<｜User｜><tool_result>first</tool_result>\n\n"
+        "<tool_result>second</tool_result>\n\nhi<｜Assistant｜><think>",
+    ),
+    "a tool result opens a turn": (
+        [USER, RESULTS[0]],
+        {},
+        "<｜User｜>hi<｜User｜><tool_result>second</tool_result><｜Assistant｜><think>",
+    ),
+    "arguments that are no object": (
+        [assistant(None, tool_calls=[call("f", "[1]"), call("f", ""), call("f", '"\\ud800"')])],
+        {"add_generation_prompt": False, "thinking": False},
+        "<｜Assistant｜></think>\n\n<｜DSML｜tool_calls>\n"
+        '<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="arguments" string="true">[1]'
+        '</｜DSML｜parameter>\n</｜DSML｜invoke>\n<｜DSML｜invoke name="f">\n</｜DSML｜invoke>\n'
+        '<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="arguments" string="true">"\\ud800"'
+        f"</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>{EOS}",
+    ),
+    "latest reminder": (
+        [USER, {"role": "latest_reminder", "content": "r"}],
+        {},
+        "<｜User｜>hi<｜latest_reminder｜>r<｜Assistant｜><think>",
+    ),
+    "developer": (
+        [
+            USER,
+            {"role": "developer", "content": "d", "response_format": {"type": "json_object"}},
+            assistant("a", "r"),
+        ],
+        {"add_generation_prompt": False},
+        "<｜User｜>hi<｜User｜>d\n\nYou are a helpful assistant designed to output JSON.\n"
+        "## Response Format:\n\nReply with JSON object ONLY."
+        f"<｜Assistant｜><think>r</think>a{EOS}",
+    ),
+    "task action": (
+        [USER | {"task": "action"}],
+        {},
+        "<｜User｜>hi<｜Assistant｜><think><｜action｜>",
+    ),
+    "task query": ([USER | {"task": "query"}], {}, "<｜User｜>hi<｜query｜>"),
+    "task and its answer": (
+        [USER | {"task": "read_url"}, assistant("u")],
+        {"add_generation_prompt": False},
+        f"<｜User｜>hi<｜read_url｜>u{EOS}",
+    ),
+    "task title": (
+        [USER, assistant("a") | {"task": "title"}],
+        {},
+        f"<｜User｜>hi<｜Assistant｜></think>a{EOS}<｜title｜>",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TURNS)
+def test_turns(what: str) -> None:
+    messages, options, expected = TURNS[what]
+    assert text(*messages, **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("what", "thinking"),
+    [("continue content", False), ("continue reasoning", True), ("task action", False)],
+)
+def test_where_the_output_starts(what: str, thinking: bool) -> None:
+    messages, options, _ = TURNS[what]
+    assert encoder().encode(messages, **options).thinking == thinking
+
+
+def test_tools_keep_all_reasoning() -> None:
+    prompt = text(USER, assistant("a", "r"), USER, tools=TOOLS)
+    assert "<｜User｜>hi<｜Assistant｜><think>r</think>a" in prompt
+    assert prompt.startswith("\n\n## Tools\n\nYou have access")
+    assert '\n{"name": "get_weather", "description": "", "parameters": {"type"' in prompt
+    in_system = text(
+        {"role": "system", "content": "", "tools": TOOLS}, USER, assistant("a", "r"), USER
+    )
+    assert in_system == prompt
+
+
+def test_developer_tools() -> None:
+    developer = {"role": "developer", "content": "d", "tools": TOOLS}
+    prompt = text(USER, assistant("a", "r"), developer)
+    assert prompt.startswith("<｜User｜>hi<｜Assistant｜><think>r</think>a")
+    assert "<｜User｜>d\n\n## Tools" in prompt
+
+
+def test_response_schema() -> None:
+    schema = {"type": "object", "title": "é"}
+    prompt = text(USER, response_format={"type": "json_schema", "json_schema": {"schema": schema}})
+    assert prompt.startswith(
+        "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
+        '{"type": "object", "title": "é"}<｜User｜>'
+    )
+
+
+CALLER = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}
+REFUSED: list[tuple[list[Any], dict[str, Any], str]] = [
+    ([], {}, "messages: must hold at least one message"),
+    (["hi"], {}, r"messages\[0\]: must be an object, not 'hi'"),
+    ([USER, {"role": "function"}], {}, r"messages\[1\].role: 'function' is not one of system, dev"),
+    ([{"role": "user", "content": 1}], {}, r"messages\[0\].content: must be a string, not int"),
+    (
+        [{"role": "user", "content": ["a", {"type": "image_url"}]}],
+        {},
+        r"messages\[0\].content\[1\].type: 'image_url' is not one of text, .*reads text only",
+    ),
+    (
+        [{"role": "user", "content": [{"type": "text"}]}],
+        {},
+        r"messages\[0\].content\[0\].text: must be a string, not NoneType",
+    ),
+    ([{"role": "user", "content": "\ud800"}], {}, r"messages\[0\].content: not valid Unicode"),
+    ([USER | {"task": "x"}], {}, r"messages\[0\].task: 'x' is not one of action, query"),
+    ([CALLER], {}, r"messages\[0\].tool_calls\[0\].function.arguments: must be JSON text or an"),
+    (
+        [{"role": "assistant", "tool_calls": [{"function": {}}]}],
+        {},
+        r"messages\[0\].tool_calls\[0\].function.name: must be a string",
+    ),
+    (
+        [{"role": "assistant", "tool_calls": [{}]}],
+        {},
+        r"messages\[0\].tool_calls\[0\].function: must be an object",
+    ),
+    ([{"role": "assistant", "tool_calls": 1}], {}, r"messages\[0\].tool_calls: must be a list"),
+    ([USER], {"continue_final_message": True}, r"messages\[0\].role: .* not 'user'"),
+    ([assistant("a", prefix=True), USER], {}, r"messages\[0\].prefix: only the final message"),
+    ([USER], {"tools": [1]}, r"tools\[0\]: must be an object of type 'function'"),
+    ([USER], {"tools": [{"type": "function"}]}, r"tools\[0\].function.name: must be a non-empty"),
+    ([USER], {"tools": [{"function": 1}]}, r"tools\[0\].function: must be an object"),
+    (
+        [USER],
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {1}}}]},
+        "tools: f: not JSON",
+    ),
+    (
+        [{"role": "system", "tools": [{"type": "x"}]}],
+        {},
+        r"messages\[0\].tools\[0\]: must be an object of type 'function'",
+    ),
+    ([USER], {"response_format": {"type": "xml"}}, "response_format: must be of type text"),
+    ([USER], {"effort": "lots"}, f"effort: 'lots' is not one of {', '.join(EFFORTS)}"),
+]
+
+
+@pytest.mark.parametrize(("messages", "options", "error"), REFUSED)
+def test_refused(messages: list[Any], options: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        encoder().encode(messages, **options)
+
+
+@pytest.mark.parametrize("source", ["/nowhere", 7])
+def test_tokenizers_that_are_none(source: Any) -> None:
+    with pytest.raises(ValueError, match="tokenizer: "):
+        Encoder(source)
+
+
+def test_unknown_generation() -> None:
+    with pytest.raises(ValueError, match="generation: 'may' is not one of"):
+        Encoder(tokenizer_file(), "may")
+
+
+def test_tokenizer_without_control_tokens() -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    bare = Encoder(Tokenizer(BPE()))
+    with pytest.raises(ValueError, match="tokenizer: has no token '<｜begin▁of▁sentence｜>'"):
+        bare.encode([USER])
+
+
+def test_cached_texts_give_the_same_ids_within_bounds() -> None:
+    texts = TextEncoder(encoder().tokenizer, cached_characters=20)
+    inputs = ["twelve chars", "another one", "", "twelve chars", "longer than the whole cache"]
+    expected = [encoder().tokenizer.encode(text, add_special_tokens=False).ids for text in inputs]
+    for _ in range(3):
+        assert texts.encode(inputs) == expected
+        assert sum(map(len, texts._cache)) <= 20
+    assert texts.encode(["another one"]) == [expected[1]]
+
+
+def test_render_needs_no_tokenizer() -> None:
+    assert render([USER]).text == f"{BOS}<｜User｜>hi<｜Assistant｜><think>"
