@@ -41,7 +41,7 @@ def effort_text(generation: Generation, effort: str) -> str:
 
 
 def generation_of(config: Mapping[str, Any]) -> Generation:
-    """The generation of a checkpoint, from its `config.json`: 0731 brought the `dspark_*` fields."""
+    """The generation of a checkpoint by its `config.json`: 0731 brought the `dspark_*` fields."""
     return "0731" if any(key.startswith("dspark_") for key in config) else "april"
 
 

@@ -90,6 +90,8 @@ def render(
 
     Raises ValueError naming the message index and field for anything the format cannot hold.
     """
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise ValueError(f"messages: must be a list, not {messages!r:.80}")
     turns = [read_message(message, index) for index, message in enumerate(messages)]
     _check_order(turns, continue_final_message)
     system = [turn for turn in turns if turn.role == "system"]

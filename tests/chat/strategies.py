@@ -131,11 +131,12 @@ def conversations(draw: st.DrawFn) -> dict[str, Any]:
             request["thinking"] = {"type": "disabled"}
         case 2:
             request["reasoning_effort"] = draw(st.sampled_from(efforts))
-    if draw(st.integers(0, 4)) == 0:
+    calls = request["tools"] or any(message.get("tool_calls") for message in messages)
+    if not calls and draw(st.integers(0, 2)) == 0:
         message = draw(assistant_and_results(final=True))[0]
         message.pop("tool_calls", None)
         messages.append(message | {"prefix": True, "content": message["content"] or ""})
-    if draw(st.integers(0, 3)) == 0:
+    elif draw(st.integers(0, 3)) == 0:
         messages.insert(0, {"role": "system", "content": "Answer in JSON."})
         schema = {"type": "object", "properties": {"a": {"type": "string", "title": draw(text)}}}
         schema |= {"required": ["a"], "additionalProperties": False}

@@ -11,8 +11,12 @@ import pytest
 from dsv4_plugin.chat import Encoder, render
 from dsv4_plugin.chat.effort import DEFAULT_EFFORT_VARIABLE, EFFORTS, default_effort
 from dsv4_plugin.chat.encoder import TextEncoder
-from dsv4_plugin.chat.tokens import ABSOLUTE_EFFORT, BEYOND_EFFORT, TOOLS_CONCLUSION
-from dsv4_plugin.chat.tokens import TOOLS_INTRODUCTION
+from dsv4_plugin.chat.tokens import (
+    ABSOLUTE_EFFORT,
+    BEYOND_EFFORT,
+    TOOLS_CONCLUSION,
+    TOOLS_INTRODUCTION,
+)
 
 from .data import ENCODING, TOOLS, call, encoder, needs_encoding_data, tokenizer_file
 

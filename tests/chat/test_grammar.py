@@ -101,7 +101,7 @@ def test_responses() -> None:
 
 @pytest.mark.parametrize("choice", ["required", "sometimes", {"type": "function", "name": "q"}])
 def test_choices_that_cannot_be_met(choice: Any) -> None:
-    with pytest.raises(ValueError, match="tool_choice: .* is not auto"):
+    with pytest.raises(ValueError, match=r"tool_choice: .* is not auto"):
         tool_tag([] if choice == "required" else [WEATHER], choice)
 
 

@@ -156,7 +156,8 @@ SLIPS: dict[str, tuple[str, str | None, str | None, list[tuple[str, Any]]]] = {
         *(None, None, [("f", {"x": "v", "n": 1})]),
     ),
     "</parameter> and </invoke> left out": (
-        f'</think><{DSML}invoke name="f"><{DSML}parameter name="x" string="true">v</{DSML}tool_calls>',
+        f'</think><{DSML}invoke name="f"><{DSML}parameter name="x" string="true">'
+        f"v</{DSML}tool_calls>",
         *(None, None, [V]),
     ),
     "</invoke> left out": (

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .data import call, encoder, tool, tokenizer_file
+from .data import call, encoder, tokenizer_file, tool
 
 ADDED = {
     token["content"]: token["id"]
