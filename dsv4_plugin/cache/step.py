@@ -16,6 +16,7 @@ prefill span, W sliding window, N compressed entries.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -138,6 +139,12 @@ class Step:
     decode: tuple[DecodeGroup, ...]
     prefill: tuple[PrefillSpan, ...]
 
+    @cached_property
+    def most_entries(self) -> dict[int, int]:
+        """By ratio, the most compressed entries that any query of the step sees."""
+        parts = [part.entries for part in (*self.decode, *self.prefill)]
+        return {ratio: max(p[ratio].count for p in parts) for ratio in parts[0]}
+
 
 class StepBuilder:
     """Computes steps for one model and cache layout.
@@ -151,7 +158,8 @@ class StepBuilder:
     def __init__(self, config: ModelConfig, layout: CacheLayout) -> None:
         self.window = config.sliding_window
         self.layout = layout
-        self.ropes = {ratio: Rope(config, ratio) for ratio in (SWA, *layout.page)}
+        compressed = Rope(config, CSA)
+        self.ropes = {SWA: Rope(config, SWA)} | dict.fromkeys(layout.page, compressed)
 
     def build(self, tables: BlockTables, query_start: Tensor, seq_lens: Tensor) -> Step:
         return _Build(self, tables).build(query_start, seq_lens)
@@ -175,7 +183,7 @@ class _Build:
         single = (count == 1).nonzero()[:, 0]
         several = (count > 1).nonzero()[:, 0]
         return Step(
-            cis={ratio: rope(position) for ratio, rope in self.ropes.items()},
+            cis=self._cis(position),
             window_write=self._window(request, position),
             decode=tuple(self._groups(single, query_start, seq_lens)),
             prefill=tuple(
@@ -185,6 +193,11 @@ class _Build:
                 ).tolist()
             ),
         )
+
+    def _cis(self, position: Tensor) -> dict[int, Tensor]:
+        cis = {SWA: self.ropes[SWA](position)}
+        ratios = list(self.layout.page)
+        return cis | dict.fromkeys(ratios, self.ropes[ratios[0]](position)) if ratios else cis
 
     def _window(self, request: Tensor, position: Tensor) -> Tensor:
         block, part = self.layout.window_block, self.layout.window.parts["kv"]

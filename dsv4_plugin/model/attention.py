@@ -21,11 +21,12 @@ from dsv4_plugin.kernels.select import scores, select
 from dsv4_plugin.kernels.sparse_attention import Keys, sparse_attention
 from dsv4_plugin.model.compressor import Compressor, Pool
 from dsv4_plugin.model.indexer import Indexer, hadamard
-from dsv4_plugin.model.norm import RMSNorm, rms_norm
+from dsv4_plugin.model.norm import RMSNorm, inverse_rms
 from dsv4_plugin.model.parallel import GroupedLinear, Parallel
 
-TILE = 128
-"""Queries of a prefill tile: its window band is W - 1 + TILE rows wide."""
+TILE_ROWS = 512
+"""Query-head rows of a prefill tile: few enough that its window band is not mostly hidden."""
+MAX_TILE = 128
 DENSE = 2
 """Up to this many times k entries, one masked dense product beats gathering each query's k."""
 BLOCK_VALUES = 1 << 24
@@ -68,21 +69,20 @@ class Attention(nn.Module):
         """x [T, D], normed -> [T, D]. Writes this step's rows, then reads what each token sees."""
         cis = step.cis[self.ratio]
         qr = self.q_norm(self.wq_a(x))
-        q = rms_norm(self.wq_b(qr).view(-1, self.heads, self.dim), None, self.eps)
-        q = rotate_(q, cis).float()
+        q = self.wq_b(qr).view(-1, self.heads, self.dim).float()
+        q = rotate_(q.mul_(inverse_rms(q, self.eps).mul_(self.scale)), cis)
         cache.window.write(step.window_write, rotate_(self.kv_norm(self.wkv(x)), cis))
         index = None
         if self.pool is not None:
             rotate = self._rotation(cache, x.device)
             self.pool(x, step, cache, rotate)
-            if self.ratio == CSA:
+            if self.ratio == CSA and step.most_entries[CSA] > self.topk:
                 index = self.indexer(x, qr, cis, rotate)
         o = torch.empty_like(q)
         for group in step.decode:
-            o[group.rows] = self._decode(q, index, group, cache)
+            o.index_copy_(0, group.rows, self._decode(q, index, group, cache))
         for span in step.prefill:
-            for tile, out in self._prefill(q, index, span, cache):
-                o[tile] = out
+            self._prefill(q, index, span, cache, o)
         o = rotate_(o, cis.conj()).to(x.dtype)
         out: Tensor = self.wo_b(self.wo_a(o.view(-1, self.groups, o[0].numel() // self.groups)))
         return out
@@ -103,11 +103,14 @@ class Attention(nn.Module):
             entries = group.entries[self.ratio]
             assert cache.kv is not None
             address, hidden = entries.kv, entries.hidden
-            if index is not None and entries.count > self.topk:
+            if self.ratio == CSA and entries.count > self.topk:
+                assert index is not None
                 chosen, hidden = self._choose(index, group.rows, entries, cache)
                 address = entries.kv.gather(1, chosen)
             parts.append(Keys(cache.kv.read(address, torch.float32), hidden))
-        return sparse_attention(q, self.attn_sink, self.scale, parts)
+        out = torch.empty_like(q)
+        sparse_attention(q, self.attn_sink, parts, out)
+        return out
 
     def _choose(
         self, index: tuple[Tensor, Tensor], rows: Tensor, entries: Entries, cache: LayerCache
@@ -123,22 +126,28 @@ class Attention(nn.Module):
         return select(torch.cat(found), entries.visible, self.topk)
 
     def _prefill(
-        self, q: Tensor, index: tuple[Tensor, Tensor] | None, span: PrefillSpan, cache: LayerCache
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Attention tile by tile: rows of the step, and their output [n, H, d]."""
+        self,
+        q: Tensor,
+        index: tuple[Tensor, Tensor] | None,
+        span: PrefillSpan,
+        cache: LayerCache,
+        out: Tensor,
+    ) -> None:
+        """Attention of one request's tokens, tile by tile, into their rows of out [T, H, d]."""
         window = cache.window.read(span.window_read, torch.float32)
         first = max(0, span.p0 - self.window + 1)
         seen = _SpanEntries(self, span.entries.get(self.ratio), index, span.start, cache)
-        width = self.heads * (self.window + TILE + seen.width)
-        for part in _blocks(span.end - span.start, width, TILE):
+        size = min(MAX_TILE, max(1, TILE_ROWS // self.heads))
+        width = self.heads * (self.window + size + seen.width)
+        band = _band(self.window, size, q.device)
+        for part in _blocks(span.end - span.start, width, size):
             tile = slice(span.start + part.start, span.start + part.stop)
-            low = max(0, span.p0 + part.start - self.window + 1)
-            band = window[low - first : span.p0 + part.stop - first]
-            hidden = _band(self.window, TILE, q.device)[: part.stop - part.start]
-            cut = low - (span.p0 + part.start - self.window + 1)
-            parts = [Keys(band, hidden[:, cut : cut + len(band)])]
+            low = span.p0 + part.start - self.window + 1
+            rows = window[max(low, 0) - first : span.p0 + part.stop - first]
+            cut = max(-low, 0)
+            parts = [Keys(rows, band[: part.stop - part.start, cut : cut + len(rows)])]
             parts += seen.keys(part, (span.p0 + part.stop) // self.ratio if self.ratio else 0)
-            yield tile, sparse_attention(q[tile], self.attn_sink, self.scale, parts)
+            sparse_attention(q[tile], self.attn_sink, parts, out[tile])
 
 
 class _SpanEntries:
@@ -155,7 +164,7 @@ class _SpanEntries:
         self.entries, self.index, self.start, self.cache = entries, index, start, cache
         self.topk = attention.topk
         count = entries.count if entries is not None else 0
-        self.choosing = index is not None and count > self.topk
+        self.choosing = attention.ratio == CSA and count > self.topk
         self.gathering = self.choosing and count > DENSE * self.topk
         self.width = 0 if self.gathering else count
         self.rows = self.key = None

@@ -10,12 +10,21 @@ from torch import Tensor, nn
 
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.sinkhorn import sinkhorn
+from dsv4_plugin.model.norm import inverse_rms
 
 
 def _mix(h: Tensor, fn: Tensor, eps: float) -> Tensor:
     """The streams, flattened and RMS-normalised, times fn^T: [T, len(fn)]."""
     x = h.flatten(1)
-    return nn.functional.linear(x, fn) * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return nn.functional.linear(x, fn).mul_(inverse_rms(x, eps))
+
+
+def _collapse(weight: Tensor, h: Tensor) -> Tensor:
+    """sum_i weight_i h_i: [T, R, 1], [T, R, D] -> [T, D]."""
+    out = weight[:, 0] * h[:, 0]
+    for i in range(1, h.shape[1]):
+        out.addcmul_(weight[:, i], h[:, i])
+    return out
 
 
 class HyperConnection(nn.Module):
@@ -37,18 +46,21 @@ class HyperConnection(nn.Module):
         self.scale = nn.Parameter(self.scale.repeat_interleave(counts), requires_grad=False)
 
     def pre(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h float32 [T, R, D] -> sublayer input [T, D], post [T, R], mixing C [T, R, R]."""
+        """h float32 [T, R, D] -> sublayer input [T, D], post [T, R, 1], mixing [T, R, R].
+
+        mixing is C transposed, [target, source], as `post` multiplies it.
+        """
         r = self.r
         m = torch.addcmul(self.base, _mix(h, self.fn, self.norm_eps), self.scale)
         gates = m[:, : 2 * r].sigmoid()
-        pre, post = gates[:, :r] + self.hc_eps, gates[:, r:] * 2
+        pre, post = gates[:, :r, None] + self.hc_eps, gates[:, r:, None] * 2
         mixing = sinkhorn(m[:, 2 * r :].unflatten(-1, (r, r)), self.iters, self.hc_eps)
-        return torch.bmm(pre[:, None], h)[:, 0], post, mixing
+        return _collapse(pre, h), post, mixing
 
     @staticmethod
     def post(out: Tensor, h: Tensor, post: Tensor, mixing: Tensor) -> Tensor:
         """h'[k] = post[k] * out + sum_j C[j, k] h[j]: [T, R, D]."""
-        return torch.baddbmm(post[:, :, None] * out[:, None], mixing.transpose(1, 2), h)
+        return torch.baddbmm(post * out[:, None], mixing, h)
 
 
 class HyperHead(nn.Module):
@@ -66,8 +78,7 @@ class HyperHead(nn.Module):
         """h [T, R, D] -> [T, D]."""
         h32 = h.float()
         m = torch.addcmul(self.base, _mix(h32, self.fn, self.norm_eps), self.scale)
-        pre = m.sigmoid() + self.hc_eps
-        return torch.bmm(pre[:, None], h32)[:, 0].to(h.dtype)
+        return _collapse(m.sigmoid()[..., None] + self.hc_eps, h32).to(h.dtype)
 
 
 def _parameter(*shape: int) -> nn.Parameter:

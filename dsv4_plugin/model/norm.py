@@ -17,5 +17,16 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return nn.functional.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., dim] normalised and weighted, in x's dtype."""
+    x32 = x.float()
+    return (x32 * inverse_rms(x32, eps)).mul_(weight).to(x.dtype)
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """rsqrt(mean(x^2) + eps) of float32 [..., dim] -> [..., 1].
+
+    By way of the vector norm: one pass, where squaring first would write as much as it reads.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))

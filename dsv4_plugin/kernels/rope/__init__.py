@@ -24,7 +24,7 @@ class Rope:
     def __call__(self, position: Tensor) -> Tensor:
         """e^(i * angle) for int64 positions [T]: complex64 [T, rope_dim / 2]."""
         angle = position.float()[:, None] * self.frequency.to(position.device)
-        return torch.polar(torch.ones_like(angle), angle)
+        return torch.complex(angle.cos(), angle.sin())
 
 
 def _yarn_scale(yarn: Yarn, theta: float, dim: int) -> Tensor:

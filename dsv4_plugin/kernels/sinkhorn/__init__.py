@@ -17,11 +17,17 @@ def reference(logits: Tensor, iters: int, eps: float) -> Tensor:
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
-    """As `reference`, with tokens innermost, so that every small operation runs along them."""
-    c = logits.permute(1, 2, 0).softmax(1).add_(eps)  # [source, target, T], contiguous
-    c = c.contiguous()
-    c.div_(c.sum(0).add_(eps))
+    """`reference`, transposed ([T, target, source], contiguous).
+
+    Tokens are innermost while it works, so that every small operation runs along them.
+    """
+    c = logits.permute(1, 2, 0).contiguous().softmax(1).add_(eps)
+    rows, columns = c[:, :1].clone(), c[0].clone()
+    torch.sum(c, 0, out=columns)
+    c.div_(columns.add_(eps))
     for _ in range(iters - 1):
-        c.div_(c.sum(1, keepdim=True).add_(eps))
-        c.div_(c.sum(0).add_(eps))
-    return c.permute(2, 0, 1)
+        torch.sum(c, 1, keepdim=True, out=rows)
+        c.div_(rows.add_(eps))
+        torch.sum(c, 0, out=columns)
+        c.div_(columns.add_(eps))
+    return c.permute(2, 1, 0).contiguous()

@@ -19,10 +19,10 @@ class Keys:
     hidden: Tensor | None
 
 
-def reference(q: Tensor, sink: Tensor, scale: float, parts: list[Keys]) -> Tensor:
+def reference(q: Tensor, sink: Tensor, parts: list[Keys]) -> Tensor:
     """Softmax over all parts together; the sink adds exp(sink) to the denominator only.
 
-    q float [n, H, d], sink float32 [H] -> float32 [n, H, d].
+    q float32 [n, H, d], already scaled by d^-0.5; sink float32 [H] -> float32 [n, H, d].
     """
     n = q.shape[0]
     rows = torch.cat([k.rows.expand(n, *k.rows.shape[-2:]) for k in parts], 1)
@@ -30,7 +30,7 @@ def reference(q: Tensor, sink: Tensor, scale: float, parts: list[Keys]) -> Tenso
         [k.rows.new_zeros(n, k.rows.shape[-2]).bool() if k.hidden is None else k.hidden for k in parts],
         1,
     )
-    s = torch.einsum("nhd,nkd->nhk", q.float(), rows) * scale
+    s = torch.einsum("nhd,nkd->nhk", q, rows)
     s = s.masked_fill(hidden[:, None], float("-inf"))
     top = torch.maximum(s.amax(-1), sink)
     p = torch.exp(s - top[..., None])
@@ -38,35 +38,25 @@ def reference(q: Tensor, sink: Tensor, scale: float, parts: list[Keys]) -> Tenso
     return torch.einsum("nhk,nkd->nhd", p / total[..., None], rows)
 
 
-def sparse_attention(q: Tensor, sink: Tensor, scale: float, parts: list[Keys]) -> Tensor:
-    """As `reference`; rows shared by all queries are read once, by one dense product."""
-    n, heads, _ = q.shape
-    q = q.float() * scale
-    sizes = [k.rows.shape[-2] for k in parts]
-    s = q.new_empty(n, heads, sum(sizes) + 1)
-    for part, keys in zip(s.split([*sizes, 1], -1), parts, strict=False):
-        part.copy_(_scores(q, keys.rows))
-        if keys.hidden is not None:
-            part.masked_fill_(keys.hidden[:, None], float("-inf"))
-    s[..., -1] = sink
-    p = s.softmax(-1)
-    out = None
-    for part, keys in zip(p.split([*sizes, 1], -1), parts, strict=False):
-        o = _mix(part, keys.rows)
-        out = o if out is None else out.add_(o)
-    assert out is not None
-    return out
-
-
-def _scores(q: Tensor, rows: Tensor) -> Tensor:
-    if rows.dim() == 3:
-        return torch.bmm(q, rows.transpose(1, 2))
+def sparse_attention(q: Tensor, sink: Tensor, parts: list[Keys], out: Tensor) -> None:
+    """`reference` into out [n, H, d]; rows shared by all queries are read by one dense product."""
     n, heads, d = q.shape
-    return (q.view(n * heads, d) @ rows.t()).view(n, heads, -1)
-
-
-def _mix(p: Tensor, rows: Tensor) -> Tensor:
-    if rows.dim() == 3:
-        return torch.bmm(p, rows)
-    n, heads, k = p.shape
-    return (p.reshape(n * heads, k) @ rows).view(n, heads, -1)
+    q, flat = q.view(n * heads, d), out.view(n * heads, d)
+    sizes = [k.rows.shape[-2] for k in parts]
+    s = q.new_empty(n * heads, sum(sizes) + 1)
+    columns = s.split([*sizes, 1], -1)
+    for column, keys in zip(columns, parts, strict=False):
+        if keys.rows.dim() == 3:
+            torch.bmm(q.view(n, heads, d), keys.rows.transpose(1, 2), out=column.view(n, heads, -1))
+        else:
+            torch.mm(q, keys.rows.t(), out=column)
+        if keys.hidden is not None:
+            column.view(n, heads, -1).masked_fill_(keys.hidden[:, None], float("-inf"))
+    s.view(n, heads, -1)[..., -1] = sink
+    columns = s.softmax(-1).split([*sizes, 1], -1)
+    for i, (p, keys) in enumerate(zip(columns, parts, strict=False)):
+        beta = min(i, 1)
+        if keys.rows.dim() == 3:
+            torch.baddbmm(out, p.view(n, heads, -1), keys.rows, beta=beta, out=out)
+        else:
+            torch.addmm(flat, p, keys.rows, beta=beta, out=flat)
