@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .messages import json_schema
 from .tokens import DSML, END_THINK, INVOKE, THINK, TOOL_CALLS
 from .tools import functions
 
@@ -61,12 +62,10 @@ def response_tag(
     response_format: Mapping[str, Any] | None, *, reasoning: bool = False
 ) -> Format | None:
     """The structural tag for OpenAI's `response_format`; None where it asks for plain text."""
-    kind = "text" if response_format is None else response_format.get("type")
-    if kind == "text":
+    if response_format is None or response_format.get("type") == "text":
         return None
-    schema: Any = {"type": "object"}
-    if kind == "json_schema":
-        schema = ((response_format or {}).get("json_schema") or {}).get("schema")
+    kind = response_format.get("type")
+    schema = json_schema(response_format) if kind == "json_schema" else {"type": "object"}
     if kind not in ("json_object", "json_schema") or not isinstance(schema, Mapping | bool):
         raise ValueError(
             "response_format: must be of type text, json_object, or json_schema with "
@@ -82,7 +81,8 @@ def _chosen(
     if tool_choice == "required" and offered:
         return offered
     if isinstance(tool_choice, Mapping):
-        name = (tool_choice.get("function") or tool_choice).get("name")
+        named = tool_choice.get("function", tool_choice)
+        name = named.get("name") if isinstance(named, Mapping) else None
         if name in names:
             return [offered[names.index(name)]]
     raise ValueError(

@@ -7,12 +7,12 @@ opens with `</think>`. docs/chat.md tells where public encoders disagree and wha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from .messages import Call, Turn, format_text, read_message, to_json
 from .tokens import (
     ASSISTANT,
     BOS,
@@ -20,10 +20,8 @@ from .tokens import (
     END_THINK,
     EOS,
     INVOKE,
-    JSON_FORMAT,
     LATEST_REMINDER,
     PARAMETER,
-    SCHEMA_FORMAT,
     TASKS,
     THINK,
     TOOL_CALLS,
@@ -35,9 +33,7 @@ from .tokens import (
 )
 from .tools import functions
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 _USER_ROLES = ("user", "developer", "tool")
-_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
 @dataclass(frozen=True)
@@ -50,30 +46,6 @@ class Rendered:
     @property
     def text(self) -> str:
         return "".join(self.parts)
-
-
-@dataclass(frozen=True)
-class Call:
-    """A tool call of the history; `arguments` is the decoded JSON object."""
-
-    id: str | None
-    name: str
-    arguments: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One checked message."""
-
-    role: str
-    content: str
-    reasoning: str
-    calls: list[Call]
-    call_id: str | None
-    task: Control | None
-    tools: list[Mapping[str, Any]]
-    response_format: str
-    prefix: bool
 
 
 def render(
@@ -182,12 +154,15 @@ class _Writer:
     def turns(self, turns: Sequence[Turn], thinking: bool, first_kept: int, is_open: bool) -> bool:
         """Write all turns; returns whether the last one is left open inside its reasoning."""
         in_reasoning = False
+        order: dict[str | None, int] = {}
         start = 0
         for run in _runs(turns):
             before = turns[start - 1] if start else None
             turn = run[0]
             stop = start + len(run)
             if turn.role == "assistant":
+                if turn.calls:
+                    order = {call.id: index for index, call in enumerate(turn.calls)}
                 leave_open = is_open and stop == len(turns)
                 opened = before is None or before.task is None
                 in_reasoning = self._assistant(
@@ -197,7 +172,7 @@ class _Writer:
                 self.control(LATEST_REMINDER)
                 self.text(turn.content)
             else:
-                self._user(run, _call_order(turns[:start]))
+                self._user(run, order)
             if run[-1].task and (stop == len(turns) or turns[stop].role == "assistant"):
                 self._task(run[-1].task, thinking)
             start = stop
@@ -277,22 +252,6 @@ def _runs(turns: Sequence[Turn]) -> list[list[Turn]]:
     return runs
 
 
-def _call_order(turns: Sequence[Turn]) -> dict[str | None, int]:
-    for turn in reversed(turns):
-        if turn.calls:
-            return {call.id: index for index, call in enumerate(turn.calls)}
-    return {}
-
-
-def to_json(value: Any, where: str = "arguments") -> str:
-    """JSON as the authors write it into prompts: ", " and ": ", text unescaped."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    return _string(text, where)
-
-
 def _tool_schema(function: Mapping[str, Any]) -> str:
     schema = {
         "name": function["name"],
@@ -300,118 +259,3 @@ def _tool_schema(function: Mapping[str, Any]) -> str:
         "parameters": function.get("parameters") or {},
     }
     return to_json(schema, f"tools: {function['name']}")
-
-
-def format_text(response_format: Mapping[str, Any] | None, field: str) -> str:
-    """What the system text says about `response_format`, OpenAI's object."""
-    if response_format is None:
-        return ""
-    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
-    if kind in ("text", "regex", "structural_tag"):
-        return ""
-    if kind == "json_object":
-        return JSON_FORMAT
-    schema = (
-        (response_format.get("json_schema") or {}).get("schema") if kind == "json_schema" else None
-    )
-    if schema is None:
-        raise ValueError(
-            f"{field}: must be of type text, json_object, or json_schema with json_schema.schema, "
-            f"not {response_format!r:.80}"
-        )
-    return SCHEMA_FORMAT.replace("{schema}", to_json(schema, field))
-
-
-def read_message(message: Mapping[str, Any], index: int) -> Turn:
-    """Check one OpenAI-style message; `reasoning` and `reasoning_content` mean the same."""
-    where = f"messages[{index}]"
-    if not isinstance(message, Mapping):
-        raise ValueError(f"{where}: must be an object, not {message!r:.80}")
-    role = message.get("role")
-    if role not in ROLES:
-        raise ValueError(f"{where}.role: {role!r:.80} is not one of {', '.join(ROLES)}")
-    task = message.get("task")
-    if task is not None and task not in TASKS:
-        raise ValueError(f"{where}.task: {task!r:.80} is not one of {', '.join(TASKS)}")
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
-    calls = message.get("tool_calls") if role == "assistant" else None
-    if calls is not None and not isinstance(calls, list | tuple):
-        raise ValueError(f"{where}.tool_calls: must be a list, not {calls!r:.80}")
-    carries = role in ("system", "developer")
-    return Turn(
-        role=role,
-        content=_text(message.get("content"), f"{where}.content"),
-        reasoning=_text(reasoning, f"{where}.reasoning_content") if role == "assistant" else "",
-        calls=[_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(calls or ())],
-        call_id=message.get("tool_call_id"),
-        task=TASKS[task] if task else None,
-        tools=functions(message.get("tools"), f"{where}.tools") if carries else [],
-        response_format=format_text(message.get("response_format"), f"{where}.response_format")
-        if carries
-        else "",
-        prefix=bool(message.get("prefix")),
-    )
-
-
-def _text(content: Any, where: str) -> str:
-    """The text of a content field: a string, null, or text parts (joined by an empty line)."""
-    if content is None:
-        return ""
-    if isinstance(content, list | tuple):
-        return "\n\n".join(_part_text(part, f"{where}[{n}]") for n, part in enumerate(content))
-    return _string(content, where)
-
-
-def _part_text(part: Any, where: str) -> str:
-    if not isinstance(part, Mapping):
-        return _string(part, where)
-    key = _TEXT_PARTS.get(part.get("type", "text"))
-    if key is None:
-        raise ValueError(
-            f"{where}.type: {part.get('type')!r:.80} is not one of {', '.join(_TEXT_PARTS)}; "
-            "DeepSeek-V4 reads text only"
-        )
-    return _string(part.get(key), f"{where}.{key}")
-
-
-def _string(text: Any, where: str) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: must be a string, not {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: not valid Unicode: {error}") from None
-    return text
-
-
-def _call(call: Any, where: str) -> Call:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
-        raise ValueError(f"{where}.function: must be an object, not {function!r:.80}")
-    name = _string(function.get("name"), f"{where}.function.name")
-    arguments = function.get("arguments")
-    where = f"{where}.function.arguments"
-    if arguments is None or isinstance(arguments, str):
-        arguments = _arguments(_text(arguments, where))
-    elif isinstance(arguments, Mapping):
-        to_json(arguments, where)
-    else:
-        raise ValueError(f"{where}: must be JSON text or an object, not {arguments!r:.80}")
-    return Call(call.get("id"), name, arguments)
-
-
-def _arguments(text: str) -> Mapping[str, Any]:
-    """Decode JSON text; what is not an object becomes one text parameter, `arguments`."""
-    if not text.strip():
-        return {}
-    try:
-        decoded = json.loads(text, parse_constant=_reject)
-        if "\\u" in text:
-            to_json(decoded)  # an escaped lone surrogate is JSON, but not text
-    except (ValueError, RecursionError):
-        decoded = None
-    return decoded if isinstance(decoded, dict) else {"arguments": text}
-
-
-def _reject(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")

@@ -13,6 +13,8 @@ def functions(
 
     Raises ValueError, naming the index and field, for anything that is not a named function.
     """
+    if not isinstance(tools, list | tuple | None):
+        raise ValueError(f"{field}: must be a list, not {tools!r:.80}")
     found = []
     for index, tool in enumerate(tools or ()):
         where = f"{field}[{index}]"

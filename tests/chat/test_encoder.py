@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dsv4_plugin.chat import Encoder, render
 from dsv4_plugin.chat.effort import DEFAULT_EFFORT_VARIABLE, EFFORTS, default_effort
 from dsv4_plugin.chat.encoder import TextEncoder
+from dsv4_plugin.chat.messages import ROLES
 from dsv4_plugin.chat.tokens import (
     ABSOLUTE_EFFORT,
     BEYOND_EFFORT,
+    TASKS,
     TOOLS_CONCLUSION,
     TOOLS_INTRODUCTION,
 )
@@ -296,6 +301,7 @@ REFUSED: list[tuple[list[Any], dict[str, Any], str]] = [
     ([{"role": "assistant", "tool_calls": 1}], {}, r"messages\[0\].tool_calls: must be a list"),
     ([USER], {"continue_final_message": True}, r"messages\[0\].role: .* not 'user'"),
     ([assistant("a", prefix=True), USER], {}, r"messages\[0\].prefix: only the final message"),
+    ([USER], {"tools": 1}, "tools: must be a list, not 1"),
     ([USER], {"tools": [1]}, r"tools\[0\]: must be an object of type 'function'"),
     ([USER], {"tools": [{"type": "function"}]}, r"tools\[0\].function.name: must be a non-empty"),
     ([USER], {"tools": [{"function": 1}]}, r"tools\[0\].function: must be an object"),
@@ -324,6 +330,49 @@ def test_refused(messages: list[Any], options: dict[str, Any], error: str) -> No
 def test_tokenizers_that_are_none(source: Any) -> None:
     with pytest.raises(ValueError, match="tokenizer: "):
         Encoder(source)
+
+
+KEYS = [
+    *("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "function", "name"),
+    *("arguments", "id", "type", "text", "task", "prefix", "tools", "parameters", "json_schema"),
+    *("schema", "response_format", "messages"),
+]
+any_json = st.recursive(
+    st.one_of(
+        st.none(),
+        st.integers(0, 9),
+        st.text(st.characters(codec=None), max_size=3),
+        st.sampled_from([*ROLES, *TASKS, "function", "json_schema", "text", "[", "{}"]),
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+any_message = st.fixed_dictionaries(
+    {"role": st.sampled_from(ROLES)}, optional={key: any_json for key in KEYS if key != "role"}
+)
+
+
+@given(st.lists(any_message, max_size=4) | any_json, any_json, any_json, st.booleans())
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_json_is_encoded_or_refused_by_name(
+    messages: Any, tools: Any, response_format: Any, continues: bool
+) -> None:
+    named = r"^(messages|tools|response_format)(\[\d+\])?[.:]"
+    refusal = None
+    try:
+        prompt = encoder().encode(
+            messages,
+            tools,
+            response_format=response_format,
+            continue_final_message=continues,
+        )
+        decoded = encoder().tokenizer.decode(prompt.ids, skip_special_tokens=False)
+        assert decoded == prompt.text
+    except ValueError as error:
+        refusal = str(error)
+    assert refusal is None or re.match(named, refusal)
 
 
 def test_unknown_generation() -> None:
