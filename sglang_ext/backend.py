@@ -1,0 +1,52 @@
+"""The attention backend: from SGLang's batch to the core's step, once per forward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+from dsv4_plugin.cache.step import Step, StepBuilder
+from sglang_ext.pool import KVPool
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+NAME = "dsv4_plugin"
+
+
+class Backend(AttentionBackend):
+    """Holds the step of the running forward; the attention itself is the core's."""
+
+    forward_metadata: Step
+
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__()
+        if not isinstance(runner.token_to_kv_pool, KVPool):
+            raise RuntimeError(
+                f"attention backend {NAME} serves dsv4-plugin's models only; "
+                "leave --attention-backend out"
+            )
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.steps = StepBuilder(self.token_to_kv_pool.config, self.token_to_kv_pool.layout)
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        batch = forward_batch
+        lengths = batch.seq_lens.long()
+        if batch.forward_mode.is_extend():
+            counts = batch.extend_seq_lens.long()
+        else:
+            counts = torch.ones_like(lengths)
+        request = batch.req_pool_indices.long()
+        longest = int(lengths.max())
+        firsts = torch.arange(0, longest, self.token_to_kv_pool.page_size, device=request.device)
+        slots = self.req_to_token_pool.req_to_token[request[:, None], firsts]
+        tables = self.token_to_kv_pool.tables(slots, request)
+        start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        self.forward_metadata = self.steps.build(tables, start, lengths)
+
+    def support_triton(self) -> bool:
+        return False

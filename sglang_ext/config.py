@@ -1,0 +1,139 @@
+"""Server arguments: defaults for the plugin's model, and early refusal of what it cannot serve."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
+from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+from sglang.srt.server_args import ServerArgs
+from transformers.utils.hub import cached_file
+
+from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
+from dsv4_plugin.checkpoint.files import check_checkpoint
+from dsv4_plugin.config import CSA, HCA, ModelConfig
+from sglang_ext.backend import NAME
+
+log = logging.getLogger("sglang.srt.dsv4")
+
+SERVED_ARCHITECTURE = "DeepseekV4PluginForCausalLM"
+"""hf_config.architectures where the plugin serves: SGLang treats the published name as its own
+network, and finds the chat format by the substring `DeepseekV4`."""
+PAGE_SIZE = HCA
+MAX_RUNNING_REQUESTS = 256
+KV_DTYPES = {
+    "auto": "auto",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp8_e4m3": "fp8",
+}
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "enable_hierarchical_cache": (False,),
+    "enable_unified_memory": (False,),
+    "disable_hybrid_swa_memory": (False,),
+    "disaggregation_mode": ("null",),
+    "speculative_algorithm": (None,),
+    "tokenizer_worker_num": (1,),
+    "attention_backend": (None, NAME),
+    "prefill_attention_backend": (None, NAME),
+    "decode_attention_backend": (None, NAME),
+    "load_format": ("auto", "safetensors"),
+    "quantization": (None,),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "kv_cache_dtype": tuple(KV_DTYPES),
+    "pp_size": (1,),
+    "ep_size": (1,),
+    "dcp_size": (1,),
+    "attn_dp_size": (1,),
+    "attn_cp_size": (1,),
+    "enable_dp_attention": (False,),
+    "enable_lora": (None, False),
+    "enable_hisparse": (False,),
+    "enable_lmcache": (False,),
+    "enable_flexkv": (False,),
+    "enable_kv_cache_sharding": (False,),
+    "enable_streaming_session": (False,),
+    "enable_two_batch_overlap": (False,),
+    "enable_torch_compile": (False,),
+    "enable_pdmux": (False,),
+    "dllm_algorithm": (None,),
+}
+"""Server arguments that decide whether the plugin can serve, and the values it can."""
+
+
+def server_defaults(server_args: ServerArgs, hf_config: Any) -> dict[str, Any]:
+    """SGLang's override provider: refuse what cannot be served, then fill in defaults.
+
+    Raises:
+        ValueError, NotImplementedError: in one sentence that names the argument.
+    """
+    refuse_unsupported(server_args)
+    config = ModelConfig.from_hf(hf_config.dsv4_json)
+    config.require_tensor_parallel(server_args.tp_size)
+    page_size = server_args.page_size or PAGE_SIZE
+    dtype = config.torch_dtype if server_args.dtype == "auto" else server_args.dtype
+    cache_layout(config, dtype, server_args.kv_cache_dtype, page_size)
+    if Path(server_args.model_path).is_dir():
+        check_checkpoint(config, server_args.model_path)
+    return {
+        "attention_backend": NAME,
+        "page_size": page_size,
+        "dtype": dtype,
+    }
+
+
+def limit_requests(server_args: ServerArgs, previous: Callable[[ServerArgs], None]) -> None:
+    """Resolution hook: a default for --max-running-requests (each has a ring and window blocks),
+    and no CUDA graphs, since a step's addresses have no fixed shape."""
+    previous(server_args)
+    if model_config_of(server_args).hf_config.architectures != [SERVED_ARCHITECTURE]:
+        return
+    args = resolving_view(server_args)
+    graphs = args.cuda_graph_config
+    for phase in Phase.ALL:
+        graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
+    declare_resolution(
+        server_args,
+        "dsv4-plugin",
+        max_running_requests=args.max_running_requests or MAX_RUNNING_REQUESTS,
+        cuda_graph_config=graphs,
+    )
+
+
+def refuse_unsupported(server_args: ServerArgs) -> None:
+    for name, allowed in _ALLOWED.items():
+        value = getattr(server_args, name)
+        if value not in allowed:
+            named = ", ".join(str(v) for v in allowed)
+            raise NotImplementedError(
+                f"{name} is {value!r}; dsv4-plugin supports {named} so far "
+                "(DSV4_MODEL=native leaves the model to SGLang)"
+            )
+
+
+def cache_layout(
+    config: ModelConfig, dtype: str, kv_cache_dtype: str, page_size: int
+) -> CacheLayout:
+    """The layout that --dtype, --kv-cache-dtype and --page-size ask for. Window blocks are as long
+    as pages: SGLang allocates both tiers in step."""
+    if page_size % HCA:
+        raise ValueError(f"page_size is {page_size}; it must be a multiple of {HCA}")
+    kv_dtype = resolve_kv_dtype(KV_DTYPES[kv_cache_dtype], dtype)
+    return CacheLayout.of(config, kv_dtype, page_size, window_block=page_size)
+
+
+def take_over(hf_config: Any, model: str, revision: str | None, overrides: Mapping | None) -> None:
+    """Make SGLang's config of a V4 checkpoint the plugin's: own architecture name, two KV tiers,
+    and config.json itself for the core (SGLang reads it through its V3 class)."""
+    path = cached_file(model, "config.json", revision=revision)
+    hf_config.dsv4_json = json.loads(Path(path).read_text()) | dict(overrides or {})
+    config = ModelConfig.from_hf(hf_config.dsv4_json)
+    hf_config.architectures = [SERVED_ARCHITECTURE]
+    hf_config.is_hybrid_swa = True
+    hf_config.hybrid_layer_pattern = [int(r not in (CSA, HCA)) for r in config.compress_ratios]
+    if hasattr(hf_config, "quantization_config"):
+        del hf_config.quantization_config

@@ -1,0 +1,94 @@
+"""The functions of SGLang that the adapter changes, in the form SGLang's hook registry takes.
+
+Each acts on the plugin's model only and passes everything else through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from dsv4_plugin.config import ARCHITECTURE
+from sglang_ext._compat import require_tested_version
+from sglang_ext.choice import choose
+
+_device: ContextVar[str | None] = ContextVar("device", default=None)
+"""--device of the server whose configuration is being read; None elsewhere."""
+
+
+def serving_device() -> str:
+    return _device.get() or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def remember_device(original: Callable, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND ModelConfig.from_server_args, which reads config.json without knowing the device."""
+    token = _device.set(server_args.device)
+    try:
+        return original(server_args, *args, **kwargs)
+    finally:
+        _device.reset(token)
+
+
+def take_over_config(
+    result: Any,
+    model: str,
+    trust_remote_code: bool,
+    revision: str | None = None,
+    model_override_args: dict | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """AFTER get_config. Raises RuntimeError on an SGLang version that was not tested."""
+    published = (result.architectures or [""])[0] == ARCHITECTURE
+    if published and result.model_type == "deepseek_v4" and choose(serving_device()).plugin:
+        require_tested_version()
+        from sglang_ext.config import take_over
+
+        take_over(result, model, revision, model_override_args)
+
+
+def pool_sizer(original: Callable, kvc: Any) -> Any:
+    """AROUND create_memory_pool_configurator: true bytes per token and request."""
+    if not serves(kvc.model):
+        return original(kvc)
+    from sglang_ext.pool import PoolSizer
+
+    return PoolSizer(kvc)
+
+
+def build_pool(
+    original: Callable, self: Any, *, sizes: Any, req_to_token_pool: Any, **rest: Any
+) -> Any:
+    """AROUND KVCacheConfigurator._build_token_to_kv_pool."""
+    if not serves(self.model):
+        return original(self, sizes=sizes, req_to_token_pool=req_to_token_pool, **rest)
+    from sglang_ext.pool import KVPool
+    from sglang_ext.registration import report
+
+    pool = KVPool(
+        self.model.config,
+        self.model.layout,
+        sizes.full_max_total_num_tokens,
+        sizes.swa_max_total_num_tokens,
+        req_to_token_pool.req_to_token.shape[0],
+        self.device,
+    )
+    report(self.model, pool)
+    return pool
+
+
+def kv_cache_dtype(original: Callable, **kwargs: Any) -> Any:
+    """AROUND configure_kv_cache_dtype: rows are int32 words of the plugin's own formats, so that
+    SGLang's limits of torch's fp8 types on CPUs do not apply."""
+    if not serves(kwargs["model"]):
+        return original(**kwargs)
+    return kwargs["server_args_kv_cache_dtype"], torch.int32
+
+
+def serves(model: Any) -> bool:
+    from sglang_ext.config import SERVED_ARCHITECTURE
+
+    return type(model).__name__ == SERVED_ARCHITECTURE

@@ -1,0 +1,64 @@
+"""The model class SGLang loads: the core's network on SGLang's pools and logits processor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_context import get_attn_backend
+from sglang.srt.runtime_context import get_model, get_schedule
+from torch import Tensor, nn
+
+from dsv4_plugin.checkpoint.files import MTP
+from dsv4_plugin.checkpoint.load import load_weights
+from dsv4_plugin.checkpoint.names import expected_tensors
+from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.model.transformer import Transformer
+from sglang_ext.config import cache_layout
+from sglang_ext.parallel import SglangParallel
+from sglang_ext.registration import check_active
+
+
+class DeepseekV4PluginForCausalLM(nn.Module):
+    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
+        super().__init__()
+        check_active()
+        dtype = torch.get_default_dtype()
+        name = str(dtype).removeprefix("torch.")
+        self.config = ModelConfig.from_hf(config.dsv4_json)
+        self.layout = cache_layout(
+            self.config, name, get_model().kv_cache_dtype, get_schedule().page_size
+        )
+        self.parallel = SglangParallel(self.config, dtype)
+        self.model = Transformer(self.config, self.parallel)
+        self.logits_processor = LogitsProcessor(config)
+
+    def get_attention_sliding_window_size(self) -> int:
+        return self.config.sliding_window
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Raises ValueError where the checkpoint lacks a tensor."""
+        mine = ((name, tensor) for name, tensor in weights if not name.startswith(MTP))
+        taken = load_weights(self.model, mine, self.parallel.rank)
+        missing = expected_tensors(self.config).keys() - taken
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} tensors, {min(missing)} among them"
+            )
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch
+    ) -> LogitsProcessorOutput:
+        """input_ids [T]; positions follow from lengths."""
+        backend = get_attn_backend()
+        hidden = self.model(
+            input_ids.long(), backend.forward_metadata, backend.token_to_kv_pool.layers
+        )
+        return self.logits_processor(input_ids, hidden, self.model.head, forward_batch)
+
+
+EntryClass = DeepseekV4PluginForCausalLM

@@ -1,0 +1,75 @@
+"""The core's layers split over SGLang's tensor-parallel group, by SGLang's collectives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.distributed import tensor_model_parallel_all_reduce
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.runtime_context import get_parallel
+from torch import Tensor, nn
+
+from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.model.parallel import Linear, LocalParallel, SplitExperts
+
+
+class SglangParallel(LocalParallel):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__(config, dtype)
+        self.rank = get_parallel().tp_rank
+        self.size = get_parallel().tp_size
+        if config.vocab_size % self.size:
+            raise ValueError(
+                f"tp_size is {self.size}; it must divide vocab_size ({config.vocab_size})"
+            )
+
+    def column(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
+        return _split(Linear(n_in, n_out // self.size, self.dtype), 0)
+
+    def row(self, n_in: int, n_out: int, prefix: str, reduce: bool = True) -> nn.Module:
+        layer = _split(Linear(n_in // self.size, n_out, self.dtype), 1)
+        if reduce and self.size > 1:
+            layer.register_forward_hook(_all_reduce)
+        return layer
+
+    def embedding(self, prefix: str) -> nn.Module:
+        if self.size == 1:
+            return super().embedding(prefix)
+        return VocabParallelEmbedding(
+            self.config.vocab_size, self.config.hidden_size, prefix=prefix
+        )
+
+    def head(self, prefix: str) -> nn.Module:
+        return _split(Head(self.config.hidden_size, self.config.vocab_size // self.size), 0)
+
+    def experts(self, prefix: str) -> nn.Module:
+        return SplitExperts(self.config, self.dtype, self.rank, self.size)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return tensor_model_parallel_all_reduce(x) if self.size > 1 else x
+
+
+class Head(Linear):
+    """This rank's logits, float32. SGLang's logits processor runs them through `quant_method`."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, torch.float32)
+        self.quant_method = _OwnProduct()
+
+
+class _OwnProduct:
+    def apply(self, layer: Head, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return layer(x.float())
+
+    def process_weights_after_loading(self, layer: Head) -> None:
+        """Nothing: the core has put the weight into its form."""
+
+
+def _split(layer: Linear, dim: int) -> Linear:
+    layer.weight.shard_dim = dim  # type: ignore[attr-defined]
+    return layer
+
+
+def _all_reduce(layer: nn.Module, inputs: Any, out: Tensor) -> Tensor:
+    return tensor_model_parallel_all_reduce(out)
