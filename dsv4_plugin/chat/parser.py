@@ -78,8 +78,8 @@ class StreamParser:
         tokenizer: Any = None,
         call_id: Callable[[], str] = new_call_id,
     ) -> None:
-        self._schemas = {f["name"]: properties(f) for f in functions(tools)}
-        self._has_tools = bool(self._schemas)
+        self._functions = functions(tools)
+        self._has_tools = bool(self._functions)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._call_id = call_id
         self._lexer = Lexer()
@@ -151,7 +151,6 @@ class StreamParser:
         rest, self._lexer.rest = self._lexer.rest, ""
         if rest and not (cut and self._has_tools and _may_be_dsml(rest)):
             self._on_text(rest)
-            rest = ""
         if self._state is State.OPENING and not cut:
             self._back_to_prose()
         if not cut:
@@ -273,7 +272,8 @@ class StreamParser:
         self._newlines = ""
         self._index += 1
         name = tag.attribute("name") or ""
-        self._arguments = Arguments(self._schemas.get(name, {}))
+        called = next((f for f in self._functions if f["name"] == name), {})
+        self._arguments = Arguments(properties(called))
         self._out.append(ToolCallStart(self._index, self._call_id(), name))
         self._arguments_delta("{")
         self._enter(State.BODY)
