@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        tokenizer = tokenizer_path(args.model) if args.ids else None
-        parser = StreamParser(not args.chat, _tools(args.tools), tokenizer)
-        text = read(args.file)
-        if args.ids:
-            events = parser.feed_ids(int(number) for number in re.findall(r"\d+", text))
-        else:
-            events = parser.feed(text)
-    except (OSError, ValueError) as error:
-        print(f"dsv4 parse: {error}", file=sys.stderr)
-        return 1
+    """Raises ValueError or OSError for what the user can mend."""
+    tokenizer = tokenizer_path(args.model) if args.ids else None
+    parser = StreamParser(not args.chat, _tools(args.tools), tokenizer)
+    text = read(args.file)
+    if args.ids:
+        events = parser.feed_ids(int(number) for number in re.findall(r"\d+", text))
+    else:
+        events = parser.feed(text)
     message = collect([*events, *parser.finish(args.finish)])
     found = message.to_openai() | {"finish_reason": message.finish_reason}
     print(json.dumps(found, ensure_ascii=False, indent=2))

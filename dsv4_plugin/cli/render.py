@@ -44,22 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        request = json.loads(read(args.file))
-        request = request if isinstance(request, dict) else {"messages": request}
-        encoder = _encoder(args)
-        rendered = encoder.render(
-            request.get("messages", []),
-            request.get("tools"),
-            thinking=not args.chat,
-            effort=args.effort or request.get("reasoning_effort"),
-            response_format=request.get("response_format"),
-            continue_final_message=args.continue_final_message,
-            add_generation_prompt=args.add_generation_prompt,
-        )
-    except (OSError, ValueError) as error:
-        print(f"dsv4 render: {error}", file=sys.stderr)
-        return 1
+    """Raises ValueError or OSError for what the user can mend."""
+    request = json.loads(read(args.file))
+    request = request if isinstance(request, dict) else {"messages": request}
+    encoder = _encoder(args)
+    rendered = encoder.render(
+        request.get("messages", []),
+        request.get("tools"),
+        thinking=not args.chat,
+        effort=args.effort or request.get("reasoning_effort"),
+        response_format=request.get("response_format"),
+        continue_final_message=args.continue_final_message,
+        add_generation_prompt=args.add_generation_prompt,
+    )
     ids = encoder.ids(rendered.parts)
     if args.json:
         print(json.dumps({"text": rendered.text, "ids": ids, "tokens": len(ids)}))

@@ -77,20 +77,19 @@ def test_parse_of_a_cut_output(
 @pytest.mark.parametrize(
     ("command", "stdin", "arguments", "error"),
     [
-        (render, "[]", (), "dsv4 render: messages: must hold at least one message"),
-        (render, "{", (), "dsv4 render: Expecting property name"),
-        (render, '{"messages": 1}', (), "dsv4 render: messages: must be a list"),
-        (render, "[]", ("--model", "/nowhere"), "dsv4 render: tokenizer: no file /nowhere"),
-        (parse, "x", ("--tools", "/nowhere"), "dsv4 parse: [Errno 2]"),
+        (render, "[]", (), "messages: must hold at least one message"),
+        (render, "{", (), "Expecting property name"),
+        (render, '{"messages": 1}', (), "messages: must be a list"),
+        (render, "[]", ("--model", "/nowhere"), "tokenizer: no file /nowhere"),
+        (parse, "x", ("--tools", "/nowhere"), "No such file"),
     ],
 )
 def test_errors(
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     command: Any,
     stdin: str,
     arguments: tuple[str, ...],
     error: str,
 ) -> None:
-    assert run(command, monkeypatch, stdin, *arguments) == 1
-    assert capsys.readouterr().err.startswith(error)
+    with pytest.raises((ValueError, OSError), match=error):
+        run(command, monkeypatch, stdin, *arguments)
