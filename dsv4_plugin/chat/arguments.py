@@ -115,12 +115,11 @@ class Arguments:
 
     def _may_wrap(self, first: bool = False) -> bool:
         alone = first or self._names == {self._name}
-        return alone and self._name in WRAPPERS and self._name not in self._schemas
+        undeclared = bool(self._schemas) and self._name not in self._schemas
+        return alone and undeclared and self._name in WRAPPERS
 
     def _unwraps(self, value: Any) -> bool:
-        return (
-            isinstance(value, dict) and bool(self._schemas) and value.keys() <= self._schemas.keys()
-        )
+        return isinstance(value, dict) and value.keys() <= self._schemas.keys()
 
 
 _INVALID = object()
@@ -145,12 +144,16 @@ def declared_types(schema: Any) -> set[str]:
     if isinstance(declared, list):
         return {name for name in declared if isinstance(name, str)}
     types: set[str] = set()
-    for choice in schema.get("enum") or ():
+    for choice in _listed(schema, "enum"):
         types |= {"string"} if isinstance(choice, str) else _JSON_TYPES.get(type(choice), set())
-    for keyword in ("anyOf", "oneOf"):
-        for option in schema.get(keyword) or ():
-            types |= declared_types(option)
+    for option in [*_listed(schema, "anyOf"), *_listed(schema, "oneOf")]:
+        types |= declared_types(option)
     return types
+
+
+def _listed(schema: Mapping[str, Any], keyword: str) -> list[Any]:
+    found = schema.get(keyword)
+    return found if isinstance(found, list) else []
 
 
 def _decode(raw: str) -> Any:

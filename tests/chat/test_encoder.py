@@ -355,7 +355,9 @@ any_message = st.fixed_dictionaries(
 
 
 @given(st.lists(any_message, max_size=4) | any_json, any_json, any_json, st.booleans())
-@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 def test_any_json_is_encoded_or_refused_by_name(
     messages: Any, tools: Any, response_format: Any, continues: bool
 ) -> None:

@@ -301,6 +301,13 @@ def test_ids_need_a_tokenizer() -> None:
         StreamParser().feed_ids([1])
 
 
+@pytest.mark.parametrize("schema", [None, 1, "string", [], {"type": 1}, {"enum": 1, "anyOf": {}}])
+def test_schemas_that_are_none(schema: Any) -> None:
+    body = parameter("[1]", "x", "")
+    (call,) = parse(block(invoke(body)), False, [tool("f", x=schema)]).tool_calls
+    assert json.loads(call.arguments) == {"x": [1]}
+
+
 def test_typed_by_schemas_of_any_form() -> None:
     tools = [
         tool(
