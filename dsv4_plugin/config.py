@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +79,9 @@ class ModelConfig:
         """Read `DIR/config.json`. Raises ValueError or FileNotFoundError in one sentence."""
         path = Path(directory) / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; a checkpoint folder needs a config.json")
+            raise FileNotFoundError(
+                f"{path} does not exist; a checkpoint folder needs a config.json"
+            )
         return cls.from_hf(json.loads(path.read_text()))
 
     @classmethod
@@ -87,9 +89,13 @@ class ModelConfig:
         """Build from the parsed config.json. Raises ValueError naming the field at fault."""
         model_type = hf.get("model_type")
         if model_type != "deepseek_v4":
-            raise ValueError(f"model_type is {model_type!r}; this package serves 'deepseek_v4' only")
+            raise ValueError(
+                f"model_type is {model_type!r}; this package serves 'deepseek_v4' only"
+            )
         quantization = hf.get("quantization_config") or {}
-        values: dict[str, Any] = {f.name: hf[f.name] for f in fields(cls) if hf.get(f.name) is not None}
+        values: dict[str, Any] = {
+            f.name: hf[f.name] for f in fields(cls) if hf.get(f.name) is not None
+        }
         values |= {
             "qk_rope_head_dim": _rope_head_dim(hf),
             "compress_ratios": _compress_ratios(hf),
@@ -99,7 +105,7 @@ class ModelConfig:
             "quant_method": quantization.get("quant_method"),
             "generation": "0731" if any(k.startswith("dspark_") for k in hf) else "april",
         } | _rope_thetas(hf)
-        missing = [f.name for f in fields(cls) if f.name not in values and f.name in _REQUIRED]
+        missing = [n for n in _REQUIRED if n not in values]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
         config = cls(**values)
@@ -111,6 +117,9 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+        for name in ("hidden_size", "moe_intermediate_size"):
+            if getattr(self, name) % 8:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a multiple of 8")
         for layer, ratio in enumerate(self.compress_ratios):
             if ratio not in (SWA, CSA, HCA):
                 raise ValueError(
@@ -133,7 +142,8 @@ class ModelConfig:
             )
         if self.qk_rope_head_dim >= self.head_dim:
             raise ValueError(
-                f"head_dim is {self.head_dim}; it must exceed qk_rope_head_dim ({self.qk_rope_head_dim})"
+                f"head_dim is {self.head_dim}; it must exceed "
+                f"qk_rope_head_dim ({self.qk_rope_head_dim})"
             )
         if self.num_experts_per_tok > self.n_routed_experts:
             raise ValueError(
@@ -150,15 +160,28 @@ class ModelConfig:
                 )
 
 
-_REQUIRED = {f.name for f in fields(ModelConfig)} - {
-    f.name for f in fields(ModelConfig) if f.name in vars(ModelConfig)
-}
+_REQUIRED = [f.name for f in fields(ModelConfig) if f.default is MISSING]
 _POSITIVE = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim q_lora_rank o_groups "
-    "o_lora_rank sliding_window index_n_heads index_head_dim index_topk n_routed_experts "
-    "num_experts_per_tok moe_intermediate_size n_shared_experts hc_mult hc_sinkhorn_iters "
-    "max_position_embeddings"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "sliding_window",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "n_shared_experts",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+    "max_position_embeddings",
+)
 
 
 def _rope_head_dim(hf: Mapping[str, Any]) -> int:

@@ -28,7 +28,8 @@ def load(directory: str | Path, dtype: str = "auto", kv_dtype: str = "auto") -> 
 
     Args:
         dtype: 'float32', 'bfloat16', or 'auto' (what config.json says).
-        kv_dtype: 'float32', 'bfloat16', 'fp8', or 'auto' (float32 for float32 models, else bfloat16).
+        kv_dtype: 'float32', 'bfloat16', 'fp8', or 'auto' (float32 for float32 models, else
+            bfloat16).
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError: before any weight is read, in one

@@ -161,7 +161,6 @@ class PagedCaches:
     def __init__(self, config: ModelConfig, layout: CacheLayout) -> None:
         self.config, self.layout = config, layout
         compressed = [r for r in config.compress_ratios if r != SWA]
-        size = layout.page_size
         self.window = CacheBlocks(
             "window",
             [layout.window] * config.num_hidden_layers,
@@ -169,8 +168,9 @@ class PagedCaches:
         )
         self.page = self.ring = None
         if compressed:
-            self.page = CacheBlocks("page", [layout.page[r] for r in compressed], {"block_size": size})
-            self.ring = CacheBlocks("ring", [layout.ring[r] for r in compressed], {"block_size": size})
+            spec = {"block_size": layout.page_size}
+            self.page = CacheBlocks("page", [layout.page[r] for r in compressed], spec)
+            self.ring = CacheBlocks("ring", [layout.ring[r] for r in compressed], spec)
         self._layers: list[LayerCache] | None = None
 
     def layers(self) -> list[LayerCache]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,28 +57,19 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
         config.require_tensor_parallel(vllm_config.parallel_config.tensor_parallel_size)
         cache_layout(config, vllm_config)
         directory = vllm_config.model_config.model
-        if cached_file(directory, "config.json", _raise_exceptions_for_missing_entries=False) and (
-            vllm_config.load_config.load_format in ("auto", "safetensors")
-        ):
-            _check_local(config, directory)
+        if Path(directory).is_dir() and vllm_config.load_config.load_format != "dummy":
+            check_checkpoint(config, directory)
         model = vllm_config.model_config
         model.model_arch_config.is_deepseek_mla = False
         model.hf_config.model_type = SERVED_TYPE
         log.info("DeepSeek-V4 is served by dsv4-plugin: %s.", choose().reason)
 
 
-def _check_local(config: ModelConfig, directory: str) -> None:
-    from pathlib import Path
-
-    if Path(directory).is_dir():
-        check_checkpoint(config, directory)
-
-
 def model_config_of(vllm_config: VllmConfig) -> ModelConfig:
     """The core's configuration, from config.json itself and --hf-overrides."""
     model = vllm_config.model_config
     path = cached_file(model.model, "config.json", revision=model.revision)
-    hf = json.loads(open(path).read())
+    hf = json.loads(Path(path).read_text())
     if isinstance(model.hf_overrides, dict):
         hf |= model.hf_overrides
     return ModelConfig.from_hf(hf)

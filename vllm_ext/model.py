@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -50,7 +49,9 @@ class DeepseekV4ForCausalLM(nn.Module):
         taken = load_weights(self.model, mine, self.parallel.rank)
         missing = expected_tensors(self.config).keys() - taken
         if missing:
-            raise ValueError(f"the checkpoint lacks {len(missing)} tensors, {min(missing)} among them")
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} tensors, {min(missing)} among them"
+            )
         return {name for name, _ in self.named_parameters()}
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class DeepseekV4ForCausalLM(nn.Module):
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """input_ids [T] (padded, perhaps) -> hidden states [T, D]. Positions follow from lengths."""
+        """input_ids [T], perhaps padded -> hidden states [T, D]; positions follow from lengths."""
         input_ids = input_ids.long()
         metadata = get_forward_context().attn_metadata
         if metadata is None:
@@ -87,6 +88,3 @@ class DeepseekV4ForCausalLM(nn.Module):
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         logits: Tensor | None = self.logits_processor(self.model.head, hidden_states.float())
         return logits
-
-
-

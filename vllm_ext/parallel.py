@@ -41,7 +41,9 @@ class VllmParallel:
         return ReplicatedLinear(n_in, n_out, bias=False, prefix=prefix, return_bias=False)
 
     def embedding(self, prefix: str) -> nn.Module:
-        return VocabParallelEmbedding(self.config.vocab_size, self.config.hidden_size, prefix=prefix)
+        return VocabParallelEmbedding(
+            self.config.vocab_size, self.config.hidden_size, prefix=prefix
+        )
 
     def head(self, prefix: str) -> nn.Module:
         """Logits are float32 products of float32 values, as in the core."""

@@ -24,7 +24,12 @@ class LayerCache:
 
     @classmethod
     def bind(
-        cls, layout: CacheLayout, ratio: int, window: Tensor, page: Tensor | None, ring: Tensor | None
+        cls,
+        layout: CacheLayout,
+        ratio: int,
+        window: Tensor,
+        page: Tensor | None,
+        ring: Tensor | None,
     ) -> LayerCache:
         """Views of a layer's storage: 1-D int32 tensors that start at the layer's first block."""
         pools = {"window": _pools(layout.window, window)["kv"]}

@@ -83,7 +83,9 @@ class CacheLayout:
         ratios = sorted(set(config.compress_ratios) - {SWA})
         for ratio in ratios:
             if page_size < 1 or page_size % ratio:
-                raise ValueError(f"block_size is {page_size}; it must be a multiple of {ratios[-1]}")
+                raise ValueError(
+                    f"block_size is {page_size}; it must be a multiple of {ratios[-1]}"
+                )
         kv, key = _codecs(config, kv_dtype)
         d = config.head_dim
         dc = config.head_dim + config.index_head_dim

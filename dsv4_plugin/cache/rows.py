@@ -22,8 +22,11 @@ FP8_BLOCK = 64
 class RowCodec(Protocol):
     """Turns [N, width] values into [N, words] int32 rows and back."""
 
-    width: int
-    words: int
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def words(self) -> int: ...
 
     def encode(self, x: Tensor) -> Tensor: ...
 

@@ -66,8 +66,8 @@ class Pooling:
     sums: address of each token's open window state [G], read and written.
     opening, paging, fresh, closing, filling: indices into the group of the tokens that open a
     window; open a page after the first (their previous window's sums lie at carry_in); start the
-    request; close a window (its entry, with RoPE factors cis, goes to kv_out / key_out); close a page
-    (carry_out).
+    request; close a window (its entry, with RoPE factors cis, goes to kv_out / key_out); close a
+    page (carry_out).
     """
 
     phase: Tensor
@@ -142,7 +142,8 @@ class Step:
     @cached_property
     def most_entries(self) -> dict[int, int]:
         """By ratio, the most compressed entries that any query of the step sees."""
-        parts = [part.entries for part in (*self.decode, *self.prefill)]
+        parts = [group.entries for group in self.decode]
+        parts += [span.entries for span in self.prefill]
         return {ratio: max(p[ratio].count for p in parts) for ratio in parts[0]}
 
 
@@ -180,8 +181,8 @@ class _Build:
         )
         first = seq_lens - count - query_start[:-1]
         position = torch.arange(n_tokens, device=count.device) + first[request]
-        single = (count == 1).nonzero()[:, 0]
-        several = (count > 1).nonzero()[:, 0]
+        single = _where(count == 1)
+        several = _where(count > 1)
         return Step(
             cis=self._cis(position),
             window_write=self._window(request, position),
@@ -218,9 +219,7 @@ class _Build:
             return []
         length = seq_lens[single]
         octave = torch.frexp((length - 1).clamp(min=SHORT - 1).double()).exponent
-        return [
-            self._group(single[octave == o], query_start, seq_lens) for o in octave.unique()
-        ]
+        return [self._group(single[octave == o], query_start, seq_lens) for o in octave.unique()]
 
     def _group(self, request: Tensor, query_start: Tensor, seq_lens: Tensor) -> DecodeGroup:
         position = seq_lens[request] - 1
@@ -239,8 +238,10 @@ class _Build:
         count = int(visible.max())
         entry = torch.arange(count, device=position.device)
         hidden = entry >= visible[:, None]
+        # Hidden places repeat a row that was written, and a request that sees none borrows one:
+        # a weight of 0 times whatever an unwritten row holds might be NaN.
         entry = torch.minimum(entry, (visible[:, None] - 1).clamp(min=0))
-        who = request[:, None]
+        who = torch.where(visible > 0, request, request[visible.argmax()])[:, None]
         kv, key = self._entry(ratio, "kv", who, entry), self._key(ratio, who, entry)
         return Entries(visible, count, hidden, kv, key)
 
@@ -250,16 +251,15 @@ class _Build:
 
     def _pooling(self, ratio: int, request: Tensor, position: Tensor) -> Pooling:
         size = self.layout.page_size
-        where = lambda mask: mask.nonzero()[:, 0]  # noqa: E731
-        closing = where((position + 1) % ratio == 0)
-        paging = where((position % size == 0) & (position > 0))
-        filling = where((position + 1) % size == 0)
+        closing = _where((position + 1) % ratio == 0)
+        paging = _where((position % size == 0) & (position > 0))
+        filling = _where((position + 1) % size == 0)
         who, entry = request[closing], position[closing] // ratio
         return Pooling(
             phase=position % ratio,
             sums=self.tables.ring[request] * self.tables.ring_stride,
-            opening=where(position % ratio == 0),
-            fresh=where(position == 0),
+            opening=_where(position % ratio == 0),
+            fresh=_where(position == 0),
             paging=paging,
             carry_in=self._carry(ratio, request[paging], position[paging] // size - 1),
             closing=closing,
@@ -306,3 +306,8 @@ class _Build:
             carry_windows=(ends + 1) * (size // ratio) - 1 - p0 // ratio,
             carry_out=self._carry(ratio, who, ends),
         )
+
+
+def _where(mask: Tensor) -> Tensor:
+    """Indices int64 of the true places of a mask [n]."""
+    return mask.nonzero()[:, 0]

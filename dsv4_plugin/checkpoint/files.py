@@ -65,7 +65,9 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     header.pop("__metadata__", None)
     end = max((info["data_offsets"][1] for info in header.values()), default=0)
     if size != 8 + length + end:
-        raise ValueError(f"{file} is truncated: {size} bytes, its header asks for {8 + length + end}")
+        raise ValueError(
+            f"{file} is truncated: {size} bytes, its header asks for {8 + length + end}"
+        )
     return {
         name: TensorInfo(file, info["dtype"], tuple(info["shape"])) for name, info in header.items()
     }
@@ -87,14 +89,18 @@ def check_checkpoint(config: ModelConfig, directory: str | Path) -> dict[str, Te
     expected = expected_tensors(config)
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [
-        f"{name} is unexpected" for name in found if name not in expected and not name.startswith(MTP)
+        f"{name} is unexpected"
+        for name in found
+        if name not in expected and not name.startswith(MTP)
     ]
     for name, shape in expected.items():
         info = found.get(name)
         if info is None:
             continue
         if info.shape != shape:
-            problems.append(f"{name} has shape {list(info.shape)}, config.json asks for {list(shape)}")
+            problems.append(
+                f"{name} has shape {list(info.shape)}, config.json asks for {list(shape)}"
+            )
         allowed = ("I64", "I32") if name.endswith("tid2eid") else FLOATS
         if info.dtype not in allowed:
             problems.append(f"{name} is {info.dtype}, allowed are {', '.join(allowed)}")
@@ -104,7 +110,9 @@ def check_checkpoint(config: ModelConfig, directory: str | Path) -> dict[str, Te
     return found
 
 
-def read_tensors(headers: dict[str, TensorInfo], progress: bool = True) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(
+    headers: dict[str, TensorInfo], progress: bool = True
+) -> Iterator[tuple[str, Tensor]]:
     """The main model's tensors, one at a time, file by file."""
     files: dict[Path, list[str]] = {}
     for name, info in headers.items():

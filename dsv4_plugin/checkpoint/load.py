@@ -11,7 +11,9 @@ from dsv4_plugin.model.parallel import take_shard
 from dsv4_plugin.model.transformer import Transformer
 
 
-def load_weights(model: Transformer, tensors: Iterable[tuple[str, Tensor]], rank: int = 0) -> set[str]:
+def load_weights(
+    model: Transformer, tensors: Iterable[tuple[str, Tensor]], rank: int = 0
+) -> set[str]:
     """Copy each (name, full tensor) into the network and finalize it; return the names taken.
 
     A parameter with a `weight_loader(param, tensor)` splits the tensor itself (engines' layers);
@@ -32,5 +34,5 @@ def load_weights(model: Transformer, tensors: Iterable[tuple[str, Tensor]], rank
             loader(param, tensor)
         else:
             take_shard(param, tensor, rank, getattr(param, "shard_dim", None))
-    model.finalize()
+    model.finalize_weights()
     return taken

@@ -183,7 +183,8 @@ def _tokenizer_files() -> list[Path]:
 
 def _write_shards(directory: Path, config: ModelConfig, seed: int) -> None:
     shards = list(_plan(expected_tensors(config)))
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     with tqdm(total=sum(map(len, shards)), desc="making", unit="tensor") as bar:
         for i, names in enumerate(shards):
             file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"

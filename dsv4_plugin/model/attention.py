@@ -37,7 +37,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, parallel: Parallel, layer: int, prefix: str) -> None:
         super().__init__()
         c, d = config, config.head_dim
-        self.ratio, self.window, self.eps = c.compress_ratios[layer], c.sliding_window, c.rms_norm_eps
+        self.ratio, self.window, self.eps = (
+            c.compress_ratios[layer],
+            c.sliding_window,
+            c.rms_norm_eps,
+        )
         self.heads, self.dim, self.scale = c.num_attention_heads // parallel.size, d, d**-0.5
         self.groups, self.topk = c.o_groups // parallel.size, c.index_topk
         n_heads, n_groups = c.num_attention_heads, c.o_groups

@@ -30,8 +30,9 @@ class Gate(nn.Module):
         """x [T, D], input_ids int64 [T] -> expert ids int64 [T, k], weights float32 [T, k]."""
         scores = nn.functional.softplus(nn.functional.linear(x.float(), self.weight)).sqrt_()
         if self.tid2eid is not None:
-            ids = self.tid2eid[input_ids]
+            ids: Tensor = self.tid2eid[input_ids]
         else:
+            assert self.bias is not None
             ids = stable_topk(scores + self.bias, self.k)
         weight = scores.gather(1, ids)
         return ids, weight / weight.sum(-1, keepdim=True) * self.scale

@@ -21,9 +21,7 @@ class Indexer(nn.Module):
             config.index_head_dim,
             config.index_topk,
         )
-        self.wq_b = parallel.replicated(
-            config.q_lora_rank, self.heads * self.dim, f"{prefix}.wq_b"
-        )
+        self.wq_b = parallel.replicated(config.q_lora_rank, self.heads * self.dim, f"{prefix}.wq_b")
         self.weights_proj = parallel.replicated(
             config.hidden_size, self.heads, f"{prefix}.weights_proj"
         )
@@ -33,8 +31,9 @@ class Indexer(nn.Module):
         self, x: Tensor, qr: Tensor, cis: Tensor, rotate: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """x [T, D], qr [T, q_lora_rank] -> queries float32 [T, I, c], weights float32 [T, I]."""
-        q = rotate_(self.wq_b(qr).view(-1, self.heads, self.dim), cis).float()
-        weight = self.weights_proj(x).float() * (self.dim**-0.5 * self.heads**-0.5)
+        q: Tensor = self.wq_b(qr)
+        q = rotate_(q.view(-1, self.heads, self.dim), cis).float()
+        weight: Tensor = self.weights_proj(x).float() * (self.dim**-0.5 * self.heads**-0.5)
         return q if rotate is None else q @ rotate, weight
 
 

@@ -41,5 +41,6 @@ class Transformer(nn.Module):
     def finalize_weights(self) -> None:
         """After loading: let every module put its weights into the form it computes with."""
         for module in self.modules():
-            if module is not self and hasattr(module, "finalize_weights"):
-                module.finalize_weights()
+            finalize = getattr(module, "finalize_weights", None)
+            if module is not self and callable(finalize):
+                finalize()

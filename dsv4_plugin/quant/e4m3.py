@@ -23,7 +23,9 @@ def quantise_e4m3(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(x.float(), (0, -width % block)).view(n, -1, block)
     ratio = padded.abs().amax(-1).clamp(min=MIN_AMAX) / E4M3_MAX
     mantissa, exponent = torch.frexp(ratio)
-    exponent = exponent - (mantissa == 0.5).int()  # ratio = mantissa * 2^exponent, 0.5 <= mantissa < 1
+    exponent = (
+        exponent - (mantissa == 0.5).int()
+    )  # ratio = mantissa * 2^exponent, 0.5 <= mantissa < 1
     scaled = torch.ldexp(padded, -exponent[..., None]).view(n, -1)[:, :width]
     codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
     return codes, (exponent + UE8M0_BIAS).to(torch.uint8)
@@ -49,4 +51,5 @@ def decode_e4m3(codes: Tensor, scales: Tensor, block: int) -> Tensor:
     scales = scales * 2.0**8
     if width % block:
         return value * scales.repeat_interleave(block, -1)[..., :width]
-    return (value.unflatten(-1, (-1, block)) * scales[..., None]).flatten(-2)
+    blocks: Tensor = value.unflatten(-1, (-1, block)) * scales[..., None]
+    return blocks.flatten(-2)

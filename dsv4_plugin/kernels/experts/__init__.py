@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FEW = 64
-"""Up to this many (token, expert) pairs, copying the experts' weights beats a grouped product."""
+FEW = 2
+"""Up to this many (token, expert) pairs per expert, single products beat a grouped one."""
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
@@ -36,22 +36,29 @@ def experts(
     """As `reference`: one grouped product over tokens sorted by expert, each weight read once."""
     n, k = ids.shape
     flat = ids.reshape(-1)
-    if len(flat) <= FEW:
-        y = _copied(x.repeat_interleave(k, 0), flat, weight.reshape(-1, 1), w13, w2, limit)
+    if len(flat) <= FEW * len(w13):
+        gate, up = _product(x.repeat_interleave(k, 0), flat, w13).chunk(2, -1)
+        h = swiglu(gate, up, limit).mul_(weight.reshape(-1, 1))
+        y = _product(h.to(x.dtype), flat, w2)
         return y.view(n, k, -1).sum(1, dtype=torch.float32).to(x.dtype)
     order = flat.argsort(stable=True)
     ends = torch.bincount(flat, minlength=len(w13)).cumsum(0).to(torch.int32)
-    h = torch._grouped_mm(x[order // k], w13, offs=ends)
-    h = swiglu(*h.chunk(2, -1), limit).mul_(weight.reshape(-1, 1)[order])
+    gate, up = torch._grouped_mm(x[order // k], w13, offs=ends).chunk(2, -1)
+    h = swiglu(gate, up, limit).mul_(weight.reshape(-1, 1)[order])
     y = torch._grouped_mm(h.to(x.dtype), w2, offs=ends)
     unsorted = torch.empty_like(y)
     unsorted[order] = y
     return unsorted.view(n, k, -1).sum(1, dtype=torch.float32).to(x.dtype)
 
 
-def _copied(
-    x: Tensor, ids: Tensor, weight: Tensor, w13: Tensor, w2: Tensor, limit: float
-) -> Tensor:
-    h = torch.bmm(x[:, None], w13.index_select(0, ids))[:, 0]
-    h = swiglu(*h.chunk(2, -1), limit).mul_(weight)
-    return torch.bmm(h.to(x.dtype)[:, None], w2.index_select(0, ids))[:, 0]
+def _product(x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """Row i of x [n, in] times the matrix of expert ids[i]: w [E, in, out] -> [n, out].
+
+    Such a product is a weighted sum of rows of one tall matrix: an embedding bag. It reads each
+    weight once, in place, with float32 sums; for 48 pairs of 256 x 256 it takes a third (float32)
+    to a tenth (bfloat16) of the time of grouped or batched products.
+    """
+    n_in, n_out = w.shape[1:]
+    rows = ids[:, None] * n_in + torch.arange(n_in, device=ids.device)
+    table = w.view(-1, n_out)
+    return torch.nn.functional.embedding_bag(rows, table, mode="sum", per_sample_weights=x)

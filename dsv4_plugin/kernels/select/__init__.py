@@ -20,7 +20,7 @@ def reference(q: Tensor, weight: Tensor, keys: Tensor, visible: Tensor, k: int) 
     out = torch.full((len(q), k), -1)
     for i, count in enumerate(visible.tolist()):
         row = score[i].tolist()
-        best = sorted(sorted(range(count), key=lambda m: (-row[m], m))[:k])  # noqa: B023
+        best = sorted(sorted(range(count), key=lambda m: (-row[m], m))[:k])
         out[i, : len(best)] = torch.tensor(best, dtype=torch.int64)
     return out
 

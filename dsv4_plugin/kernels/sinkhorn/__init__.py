@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -19,15 +21,22 @@ def reference(logits: Tensor, iters: int, eps: float) -> Tensor:
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     """`reference`, transposed ([T, target, source], contiguous).
 
-    Tokens are innermost while it works, so that every small operation runs along them.
+    Row and column sums, already spread to every element, are products with a constant matrix:
+    two operations where summing, adding eps and dividing would take three.
     """
-    c = logits.permute(1, 2, 0).contiguous().softmax(1).add_(eps)
-    rows, columns = c[:, :1].clone(), c[0].clone()
-    torch.sum(c, 0, out=columns)
-    c.div_(columns.add_(eps))
+    n, r, _ = logits.shape
+    rows, columns = _sum_matrices(r, logits.device)
+    c = logits.softmax(-1).add_(eps).view(n, r * r)
+    bias, total = c.new_full((1,), eps), torch.empty_like(c)
+    c.div_(torch.addmm(bias, c, columns, out=total))
     for _ in range(iters - 1):
-        torch.sum(c, 1, keepdim=True, out=rows)
-        c.div_(rows.add_(eps))
-        torch.sum(c, 0, out=columns)
-        c.div_(columns.add_(eps))
-    return c.permute(2, 1, 0).contiguous()
+        c.div_(torch.addmm(bias, c, rows, out=total))
+        c.div_(torch.addmm(bias, c, columns, out=total))
+    return c.view(n, r, r).transpose(1, 2).contiguous()
+
+
+@lru_cache
+def _sum_matrices(r: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[R*R, R*R] matrices that put the sum of an element's row, or column, in its place."""
+    row, column = torch.arange(r * r, device=device) // r, torch.arange(r * r, device=device) % r
+    return (row[:, None] == row).float(), (column[:, None] == column).float()

@@ -27,7 +27,10 @@ def reference(q: Tensor, sink: Tensor, parts: list[Keys]) -> Tensor:
     n = q.shape[0]
     rows = torch.cat([k.rows.expand(n, *k.rows.shape[-2:]) for k in parts], 1)
     hidden = torch.cat(
-        [k.rows.new_zeros(n, k.rows.shape[-2]).bool() if k.hidden is None else k.hidden for k in parts],
+        [
+            k.rows.new_zeros(n, k.rows.shape[-2]).bool() if k.hidden is None else k.hidden
+            for k in parts
+        ],
         1,
     )
     s = torch.einsum("nhd,nkd->nhk", q, rows)

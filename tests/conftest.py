@@ -1,0 +1,63 @@
+"""Checkpoints and their transformers twins, made once per test run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from dsv4_plugin.checkpoint.make import make_checkpoint
+
+SMALL = {"vocab_size": 512}
+"""tiny with few tokens, so that logits of long inputs fit in memory."""
+WIDE = {"vocab_size": 512, "head_dim": 128, "n_routed_experts": 16}
+"""bench with its indexer (64 heads, top-k 512) and fewer of the rest."""
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("small") / "checkpoint"
+    make_checkpoint(directory, "tiny", seed=1, overrides=SMALL, tokenizer=False)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("wide") / "checkpoint"
+    make_checkpoint(directory, "bench", seed=3, overrides=WIDE, tokenizer=False)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real vocabulary and tokenizer: for engines and chat."""
+    directory = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    make_checkpoint(directory, "tiny", seed=0)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def reference() -> Iterator[Callable[[Path, Tensor], Tensor]]:
+    """logits(checkpoint, ids [T]) -> [T, vocab] by transformers in float32, remembered."""
+    models, known = {}, {}
+
+    def logits(directory: Path, ids: Tensor) -> Tensor:
+        key = (directory, tuple(ids.tolist()))
+        if key not in known:
+            if directory not in models:
+                model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+                models[directory] = model.eval()
+            with torch.no_grad():
+                known[key] = models[directory](ids[None], use_cache=False).logits[0]
+        return known[key]
+
+    yield logits
+    models.clear()
+
+
+def random_ids(n: int, seed: int, vocab: int = 512) -> Tensor:
+    return torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(seed))

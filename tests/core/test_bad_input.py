@@ -1,0 +1,134 @@
+"""What a user can get wrong: one sentence that names the field and what is allowed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dsv4_plugin import load
+from dsv4_plugin.checkpoint.files import INDEX
+from dsv4_plugin.checkpoint.make import make_checkpoint
+from dsv4_plugin.cli import main
+from dsv4_plugin.config import ModelConfig
+from tests.paths import SHARED, needs_shared
+
+
+@pytest.fixture
+def broken(small, tmp_path):
+    """A copy of a checkpoint to break: edit(config fields), tensors as files."""
+    copy = tmp_path / "broken"
+    shutil.copytree(small, copy)
+    return copy
+
+
+def edit(directory, **fields):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def refused(directory, pattern, error=ValueError, **kwargs):
+    with pytest.raises(error, match=pattern) as info:
+        load(directory, **kwargs)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"compress_ratios": [0, 4, 7, 4, 128]}, r"compress_ratios\[2\] is 7; allowed are 0, 4"),
+        ({"compress_ratios": [0, 4]}, "compress_ratios has 2 entries"),
+        ({"model_type": "llama"}, "model_type is 'llama'.*'deepseek_v4'"),
+        ({"o_groups": 3}, "o_groups is 3; it must divide num_attention_heads"),
+        ({"head_dim": 16}, "head_dim is 16; it must exceed"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9"),
+        ({"hidden_size": 0}, "hidden_size is 0; it must be a positive integer"),
+        ({"q_lora_rank": None}, "lacks q_lora_rank"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling type is 'linear'"),
+        (
+            {"hidden_size": 64},
+            r"embed.weight has shape \[512, 128\], .* asks for \[512, 64",
+        ),
+    ],
+)
+def test_config_fields(broken, fields, pattern):
+    edit(broken, **fields)
+    refused(broken, pattern)
+
+
+def test_arguments(small):
+    refused(small, "dtype is 'float16'; allowed are auto, float32, bfloat16", dtype="float16")
+    refused(small, "kv_dtype is 'int4'; allowed are", kv_dtype="int4")
+
+
+def test_quantised(broken):
+    edit(broken, quantization_config={"quant_method": "fp8"})
+    refused(broken, "quant_method is 'fp8'", NotImplementedError)
+
+
+def shard(directory):
+    return next(directory.glob("*.safetensors"))
+
+
+def test_missing_unexpected_and_misshapen_tensors(broken):
+    tensors = load_file(shard(broken))
+    norm = tensors.pop("norm.weight")
+    save_file(tensors, shard(broken))
+    refused(broken, "norm.weight is missing")
+    save_file(tensors | {"norm.weight": norm[:-1].clone()}, shard(broken))
+    refused(broken, r"norm.weight has shape \[127\], config.json asks for \[128\]")
+    save_file(tensors | {"norm.weight": norm, "surprise": norm.clone()}, shard(broken))
+    refused(broken, "surprise is unexpected")
+    save_file(tensors | {"norm.weight": norm.to(int)}, shard(broken))
+    refused(broken, "norm.weight is I64, allowed are BF16, F32")
+
+
+def test_truncated_and_missing_files(broken):
+    data = shard(broken).read_bytes()
+    shard(broken).write_bytes(data[:-1])
+    refused(broken, "is truncated")
+    shard(broken).write_bytes(data[:5])
+    refused(broken, "is truncated")
+    shard(broken).unlink()
+    refused(broken, f"is missing; {INDEX} names it", FileNotFoundError)
+    (broken / INDEX).unlink()
+    refused(broken, r"has no \*.safetensors", FileNotFoundError)
+    refused(broken / "nowhere", "config.json does not exist", FileNotFoundError)
+
+
+@pytest.mark.parametrize("prompt", [[], [512], [-1]])
+def test_prompts(small, prompt):
+    with pytest.raises(ValueError, match=r"prompts\[1\] must hold at least one id from 0 to 511"):
+        load(small).generate([[1], prompt], max_new_tokens=1)
+
+
+def test_tensor_parallel_sizes(small):
+    config = ModelConfig.from_pretrained(small)
+    config.require_tensor_parallel(2)
+    with pytest.raises(ValueError, match="tensor_parallel_size is 3; it must divide num_attention"):
+        config.require_tensor_parallel(3)
+
+
+def test_make_leaves_nothing_half_done(tmp_path, capsys, monkeypatch):
+    with pytest.raises(ValueError, match="preset is 'huge'; allowed are"):
+        make_checkpoint(tmp_path / "a", "huge")
+    with pytest.raises(ValueError, match="compress_ratios"):
+        make_checkpoint(tmp_path / "a", "tiny", overrides={"compress_ratios": [5]})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert main(["checkpoint", "make", "--preset", "tiny", "--out", str(tmp_path / "full")]) == 2
+    assert re.search("full exists and is not empty", capsys.readouterr().err)
+
+
+@needs_shared
+@pytest.mark.parametrize("path", sorted((SHARED / "configs").glob("*.config.*json")))
+def test_published_configs_are_read(path):
+    if "inference" in path.name:
+        pytest.skip("the authors' own argument file, not a Hugging Face config")
+    config = ModelConfig.from_hf(json.loads(path.read_text()))
+    assert config.generation == ("0731" if "0731" in path.name else "april")
+    assert len(config.compress_ratios) == config.num_hidden_layers

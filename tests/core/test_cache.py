@@ -1,0 +1,90 @@
+"""Row formats, page layouts, and caches of fewer bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv4_plugin import load
+from dsv4_plugin.cache.layout import CacheLayout
+from dsv4_plugin.cache.rows import BFloat16Rows, Float32Rows, FP8IndexRows, FP8KVRows, RowPool
+from dsv4_plugin.config import CSA, HCA, ModelConfig
+from tests.conftest import random_ids
+from tests.tolerances import BF16, FP8_KV
+
+
+def test_an_fp8_row_of_the_real_size_has_584_bytes():
+    assert 4 * FP8KVRows(512, 64).words == 584
+    assert 4 * FP8IndexRows(128).words == 132
+    assert 4 * BFloat16Rows(512).words == 1024
+
+
+@pytest.mark.parametrize("codec", [Float32Rows(48), BFloat16Rows(47), FP8KVRows(48, 16)])
+def test_rows_survive_at_any_address(codec):
+    """Blocks with gaps, written out of order, beside rows that must not change."""
+    storage = torch.randint(0, 2**30, (5000,), dtype=torch.int32)
+    before = storage.clone()
+    pool = RowPool(storage[3:], codec)
+    x = torch.randn(6, codec.width).to(torch.bfloat16).float()
+    address = torch.tensor([1000, 0, 2000, 77 + codec.words, 77, 4000])
+    pool.write(address, x)
+    found = pool.read(address[:4].view(2, 2), torch.float32)
+    assert found.shape == (2, 2, codec.width)
+    exact = slice(codec.nope, None) if isinstance(codec, FP8KVRows) else slice(None)
+    assert torch.equal(found.view(4, -1)[:, exact], x[:4, exact])
+    written = torch.zeros(5000, dtype=torch.bool)
+    for a in address.tolist():
+        written[3 + a : 3 + a + codec.words] = True
+    assert torch.equal(storage[~written], before[~written])
+
+
+def test_fp8_values_are_rounded_to_e4m3_under_a_power_of_two():
+    codec = FP8KVRows(512, 64)
+    x = torch.randn(9, 512) * torch.logspace(-6, 6, 9)[:, None]
+    x[0] = 0
+    found = codec.decode(codec.encode(x), torch.float32)
+    blocks = x[:, :448].view(9, 7, 64)
+    scale = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax(-1).clamp(min=1e-4) / 448)))
+    expected = (blocks / scale[..., None]).to(torch.float8_e4m3fn).float() * scale[..., None]
+    assert torch.equal(found[:, :448].view(9, 7, 64), expected)
+    assert torch.equal(found[:, 448:], x[:, 448:].to(torch.bfloat16).float())
+
+
+def test_flash_takes_what_the_design_says():
+    """Bytes per token of the growing pages, and per request of ring and window rows."""
+    ratios = [0, 0] + [4 if i % 2 == 0 else 128 for i in range(41)]
+    config = flash(ratios)
+    layout = CacheLayout.of(config, "fp8", page_size=256)
+    growing = sum(layout.page[r].nbytes for r in ratios if r) / 256
+    assert 4200 < growing < 4300
+    assert layout.page[CSA].parts["kv"].rows == 64
+    assert layout.page[HCA].parts["kv"].rows == 2
+
+
+def flash(ratios: list[int]) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=129280, hidden_size=4096, num_hidden_layers=43, num_attention_heads=64,
+        head_dim=512, qk_rope_head_dim=64, q_lora_rank=1024, o_groups=8, o_lora_rank=1024,
+        sliding_window=128, compress_ratios=tuple(ratios), index_n_heads=64, index_head_dim=128,
+        index_topk=512, n_routed_experts=256, num_experts_per_tok=6, moe_intermediate_size=2048,
+        num_hash_layers=3, max_position_embeddings=1 << 20, yarn=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "tolerance"),
+    [("float32", "fp8", FP8_KV), ("float32", "bfloat16", BF16), ("bfloat16", "auto", BF16)],
+)
+def test_fewer_bits_stay_close(small, reference, dtype, kv_dtype, tolerance):
+    """The mean, because a choice of the indexer that tips over moves a single row far."""
+    ids = random_ids(300, seed=2)
+    expected = reference(small, ids)
+    found = load(small, dtype=dtype, kv_dtype=kv_dtype).logits(ids)
+    assert (found - expected).abs().mean() / expected.std() < tolerance
+
+
+def test_fp8_does_not_depend_on_the_chunk(small):
+    ids = random_ids(300, seed=2)
+    model = load(small, dtype="float32", kv_dtype="fp8")
+    whole, parts = model.logits(ids, chunk=300), model.logits(ids, chunk=7)
+    assert (whole - parts).abs().mean() / whole.std() < FP8_KV / 4

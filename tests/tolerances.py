@@ -1,0 +1,14 @@
+"""One table of tolerances, by number format and kind of comparison."""
+
+LOGITS_STD = 3e-5
+"""float32 logits against an oracle: largest difference over the oracle's standard deviation."""
+LOGPROB = 1e-4
+"""float32 log-probabilities through an engine."""
+TIE = 3e-5
+"""A greedy pick this close (log-probability) to the oracle's best counts as the same choice."""
+OP_FP32 = 2e-5
+"""One float32 operation against its reference, relative to the reference's largest value."""
+BF16 = 4e-2
+"""A bfloat16 network against float32, mean difference over the standard deviation."""
+FP8_KV = 8e-2
+"""An fp8 KV cache against a float32 one, likewise."""
