@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
 
 from dsv4_plugin.checkpoint.make import make_checkpoint
 
@@ -42,14 +42,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reference() -> Iterator[Callable[[Path, Tensor], Tensor]]:
-    """logits(checkpoint, ids [T]) -> [T, vocab] by transformers in float32, remembered."""
+    """logits(checkpoint, ids [T]) -> [T, vocab] by transformers in float32, remembered.
+
+    By its own class: vLLM, where imported, puts another config under the name deepseek_v4.
+    """
     models, known = {}, {}
 
     def logits(directory: Path, ids: Tensor) -> Tensor:
         key = (directory, tuple(ids.tolist()))
         if key not in known:
             if directory not in models:
-                model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+                model = DeepseekV4ForCausalLM.from_pretrained(directory, dtype=torch.float32)
                 models[directory] = model.eval()
             with torch.no_grad():
                 known[key] = models[directory](ids[None], use_cache=False).logits[0]

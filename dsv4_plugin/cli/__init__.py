@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dsv4_plugin.cli import checkpoint
+from dsv4_plugin.cli import checkpoint, parse, render
 
-COMMANDS = {"checkpoint": (checkpoint, "make checkpoints")}
+COMMANDS = {
+    "checkpoint": (checkpoint, "make checkpoints"),
+    "render": (render, "messages to prompt text and ids"),
+    "parse": (parse, "model output to a message"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

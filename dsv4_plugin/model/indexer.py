@@ -42,4 +42,4 @@ def hadamard(dim: int) -> Tensor:
     h = torch.ones(1, 1)
     while h.shape[0] < dim:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
-    return h * dim**-0.5
+    return h.mul_(dim**-0.5)

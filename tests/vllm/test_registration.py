@@ -1,0 +1,78 @@
+"""Registering, choosing, and noticing that somebody else registered later."""
+
+from __future__ import annotations
+
+import pytest
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.platforms import current_platform
+from vllm.tokenizers import TokenizerRegistry
+from vllm.tool_parsers import ToolParserManager
+
+import vllm_ext
+from dsv4_plugin import env
+from dsv4_plugin.config import ARCHITECTURE
+from vllm_ext import _compat, choice, registration
+
+
+@pytest.fixture(autouse=True)
+def registries(monkeypatch):
+    monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
+    monkeypatch.setattr(TokenizerRegistry, "tokenizers", dict(TokenizerRegistry.tokenizers))
+    monkeypatch.setattr(ToolParserManager, "lazy_parsers", dict(ToolParserManager.lazy_parsers))
+
+
+def test_registering_twice_is_registering_once():
+    vllm_ext.register()
+    vllm_ext.register()
+    registration.check_active()
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer mode", "tool parser"])
+def test_another_plugin_is_noticed(what):
+    vllm_ext.register()
+    other = ("other.module", "Other")
+    if what == "model":
+        ModelRegistry.register_model(ARCHITECTURE, ":".join(other))
+    elif what == "tokenizer mode":
+        TokenizerRegistry.tokenizers[registration.MODE] = other
+    else:
+        ToolParserManager.register_lazy_module(registration.MODE, *other)
+    with pytest.raises(RuntimeError, match=f"its {what} is not active: .* other.module"):
+        registration.check_active()
+
+
+def test_an_unknown_choice_is_refused(monkeypatch):
+    monkeypatch.setenv(env.MODEL.name, "mine")
+    with pytest.raises(ValueError, match="DSV4_MODEL is 'mine'; allowed are auto, plugin, native"):
+        vllm_ext.register()
+
+
+def test_native_leaves_vllms_own(monkeypatch):
+    before = ModelRegistry.models[ARCHITECTURE], TokenizerRegistry.tokenizers[registration.MODE]
+    monkeypatch.setenv(env.MODEL.name, "native")
+    monkeypatch.setenv(env.CHAT.name, "native")
+    vllm_ext.register()
+    after = ModelRegistry.models[ARCHITECTURE], TokenizerRegistry.tokenizers[registration.MODE]
+    assert before == after
+
+
+def test_auto_goes_by_the_machine(monkeypatch):
+    assert choice.choose().plugin is not _compat.has_amx()
+    monkeypatch.setattr(choice, "has_amx", lambda: True)
+    assert not choice.choose().plugin
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    for level, plugin in (((8, 0), True), ((8, 9), True), ((9, 0), False), ((10, 0), False)):
+        capability = type("Capability", (), {"major": level[0], "minor": level[1]})
+        monkeypatch.setattr(
+            type(current_platform),
+            "get_device_capability",
+            classmethod(lambda cls, c=capability: c),
+        )
+        assert choice.choose().plugin is plugin
+
+
+def test_an_untested_version_is_refused(monkeypatch):
+    monkeypatch.setattr(_compat.vllm, "__version__", "0.99.0")
+    with pytest.raises(RuntimeError, match=r"vLLM 0.99.0 is installed; .* made for 0.32 and 0.33"):
+        vllm_ext.register()
