@@ -165,6 +165,7 @@ def _vllm(checkpoint: Path, dtype: str) -> Runner:
         max_num_seqs=16,
         kv_cache_memory_bytes=2 << 30,
         enable_prefix_caching=False,
+        skip_tokenizer_init=True,
     )
 
     def seconds(prompts: list[list[int]], tokens: int) -> float:
