@@ -11,5 +11,6 @@ def require_tested_version() -> None:
     """Raise RuntimeError on an SGLang whose interfaces were not checked."""
     if sglang.__version__ not in TESTED:
         raise RuntimeError(
-            f"SGLang {sglang.__version__} is installed; dsv4-plugin is made for {' and '.join(TESTED)}"
+            f"SGLang {sglang.__version__} is installed; dsv4-plugin is made for "
+            f"{' and '.join(TESTED)} (DSV4_MODEL=native leaves the model to SGLang)"
         )

@@ -23,6 +23,8 @@ log = logging.getLogger("sglang.srt.dsv4")
 SERVED_ARCHITECTURE = "DeepseekV4PluginForCausalLM"
 """hf_config.architectures where the plugin serves: SGLang treats the published name as its own
 network, and finds the chat format by the substring `DeepseekV4`."""
+CHAT_SPEC = "dsv4"
+"""SGLang's name of the V4 chat encoding."""
 PAGE_SIZE = HCA
 MAX_RUNNING_REQUESTS = 256
 KV_DTYPES = {
@@ -129,11 +131,18 @@ def cache_layout(
 def take_over(hf_config: Any, model: str, revision: str | None, overrides: Mapping | None) -> None:
     """Make SGLang's config of a V4 checkpoint the plugin's: own architecture name, two KV tiers,
     and config.json itself for the core (SGLang reads it through its V3 class)."""
-    path = cached_file(model, "config.json", revision=revision)
-    hf_config.dsv4_json = json.loads(Path(path).read_text()) | dict(overrides or {})
+    hf_config.dsv4_json = config_json(model, revision) | dict(overrides or {})
     config = ModelConfig.from_hf(hf_config.dsv4_json)
     hf_config.architectures = [SERVED_ARCHITECTURE]
     hf_config.is_hybrid_swa = True
     hf_config.hybrid_layer_pattern = [int(r not in (CSA, HCA)) for r in config.compress_ratios]
     if hasattr(hf_config, "quantization_config"):
         del hf_config.quantization_config
+
+
+def config_json(model: str, revision: str | None) -> dict[str, Any]:
+    """config.json of a checkpoint folder or hub name, parsed."""
+    parsed: dict[str, Any] = json.loads(
+        Path(cached_file(model, "config.json", revision=revision)).read_text()
+    )
+    return parsed

@@ -88,6 +88,13 @@ def kv_cache_dtype(original: Callable, **kwargs: Any) -> Any:
     return kwargs["server_args_kv_cache_dtype"], torch.int32
 
 
+def chat_adapter(context: Any) -> Any:
+    """SGLang's builder of the chat encoding `dsv4`."""
+    from sglang_ext.chat import build_adapter
+
+    return build_adapter(context)
+
+
 def serves(model: Any) -> bool:
     from sglang_ext.config import SERVED_ARCHITECTURE
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from dsv4_plugin import env
 from dsv4_plugin.config import ARCHITECTURE
 from sglang_ext import hooks
 from sglang_ext.choice import choose
@@ -54,6 +55,7 @@ def register_all() -> None:
     _register_model()
     _register_backend()
     _register_defaults()
+    _register_chat()
 
 
 def _register_model() -> None:
@@ -88,7 +90,6 @@ def _register_defaults() -> None:
         _MODEL_OVERRIDE_FNS,
         register_model_override,
     )
-
     from sglang.srt.arg_groups.resolution_hooks import _HOOKS, register_resolution_hook
 
     from sglang_ext.config import SERVED_ARCHITECTURE, limit_requests, server_defaults
@@ -101,6 +102,15 @@ def _register_defaults() -> None:
     ):
         if provider not in _MODEL_OVERRIDE_FNS.get(architecture, ()):
             register_model_override(architecture)(provider)
+
+
+def _register_chat() -> None:
+    from sglang.srt.entrypoints.openai.chat_encoding_adapters import _BUILDERS
+
+    from sglang_ext.config import CHAT_SPEC
+
+    if env.CHAT.read() == "plugin":
+        _BUILDERS[CHAT_SPEC]["builtin"] = hooks.chat_adapter
 
 
 def left_to_sglang(server_args: Any, hf_config: Any) -> dict[str, Any]:
@@ -122,14 +132,18 @@ def left_to_sglang(server_args: Any, hf_config: Any) -> dict[str, Any]:
 
 
 def check_active() -> None:
-    """Raise RuntimeError where a hook was not applied or another plugin replaced the backend."""
+    """Raise RuntimeError where a hook was not applied or another plugin replaced something."""
+    from sglang.srt.entrypoints.openai.chat_encoding_adapters import _BUILDERS
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     from sglang_ext.backend import NAME, Backend
+    from sglang_ext.config import CHAT_SPEC
 
     missing = [target for target, _, _ in HOOKS if target not in HookRegistry._patched]
     if ATTENTION_BACKENDS.get(NAME) is not Backend:
         missing.append(f"attention backend {NAME}")
+    if env.CHAT.read() == "plugin" and _BUILDERS[CHAT_SPEC]["builtin"] is not hooks.chat_adapter:
+        missing.append(f"chat encoding {CHAT_SPEC}")
     if missing:
         raise RuntimeError(f"dsv4-plugin is installed but not active: {missing[0]} is not hooked")
 
@@ -138,9 +152,10 @@ def report(model: Any, pool: Any) -> None:
     """One line in the log: what serves, and why."""
     log.info(
         "DeepSeek-V4 is served by dsv4-plugin (%s): model %s, attention backend dsv4_plugin, "
-        "KV cache %s in pages of %d tokens.",
+        "KV cache %s in pages of %d tokens, chat %s.",
         choose(pool.device).reason,
         type(model).__name__,
         type(pool.layers[0].window.codec).__name__,
         pool.page_size,
+        env.CHAT.read(),
     )

@@ -1,0 +1,45 @@
+"""A second SGLang plugin for the test servers: poisoned pools, a broken control, a count.
+
+DSV4_TESTING lists what it does: `poison` fills fresh pools with NaN in every row format; `break`
+addresses the pages' carry by request, so that a cached prefix loses its state.
+"""
+
+import logging
+import os
+
+log = logging.getLogger("sglang.srt.dsv4_testing")
+WANTED = os.environ.get("DSV4_TESTING", "").split(",")
+
+
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_ext import pool
+
+    mix = "sglang.srt.managers.schedule_batch.ScheduleBatch.mix_with_running"
+    HookRegistry.register(mix, count_mixed, HookType.BEFORE)
+    if "poison" in WANTED:
+        pool.allocate = poisoned(pool.allocate)
+    if "break" in WANTED:
+        break_carry()
+
+
+def count_mixed(batch, running):
+    """Log every batch that mixes prefill and decode (the model sees one batch of extensions)."""
+    log.warning("MIXED batch: %d and %d requests", batch.batch_size(), running.batch_size())
+
+
+def poisoned(allocate):
+    return lambda words, device: allocate(words, device).fill_(-1)
+
+
+def break_carry():
+    from dsv4_plugin.cache import step
+
+    original = step._Build._carry
+
+    def by_request(self, ratio, request, page):
+        first = page * 0
+        return original(self, ratio, request, first)
+
+    step._Build._carry = by_request

@@ -1,0 +1,215 @@
+"""Chat through a real server: the core's prompt ids, and outputs parsed by the core.
+
+The weights are random, so a grammar (`regex`) makes the model write what a test wants parsed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4_plugin.chat import Encoder
+
+from .server import Server
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city"],
+        },
+    },
+}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "reasoning_content": "Look it up.",
+    "tool_calls": [
+        {
+            "id": "call_1",
+            "type": "function",
+            "function": {"name": "weather", "arguments": '{"city": "Zürich", "days": 2}'},
+        }
+    ],
+}
+RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}
+USER = {"role": "user", "content": "Wie wird <｜User｜> das Wetter? </think> 🌦"}
+CONVERSATIONS: dict[str, dict[str, Any]] = {
+    "plain": {"messages": [{"role": "system", "content": "Be brief."}, USER]},
+    "tools": {"messages": [USER], "tools": [WEATHER]},
+    "multi-turn": {"messages": [USER, CALL, RESULT, {"role": "user", "content": "Danke!"}]},
+    "multi-turn with tools": {"messages": [USER, CALL, RESULT], "tools": [WEATHER]},
+    "no tool choice": {"messages": [USER], "tools": [WEATHER], "tool_choice": "none"},
+    "continued": {
+        "messages": [USER, {"role": "assistant", "content": "Es wird"}],
+        "continue_final_message": True,
+    },
+    "effort": {"messages": [USER], "reasoning_effort": "max"},
+    "json": {"messages": [USER], "response_format": {"type": "json_object"}},
+}
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny: Path) -> Encoder:
+    return Encoder.from_pretrained(tiny)
+
+
+def chat(server: Server, **body: Any) -> Any:
+    answer = server.post("/v1/chat/completions", {"model": "m", "temperature": 0} | body)
+    return answer["choices"][0]
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_prompt_ids_are_the_core_s(roomy: Server, encoder: Encoder, name: str, thinking: bool):
+    body = CONVERSATIONS[name]
+    asked = {"chat_template_kwargs": {"thinking": thinking}, "max_tokens": 1}
+    choice = chat(roomy, **body, **asked, return_prompt_token_ids=True)
+    expected = encoder.encode(
+        body["messages"],
+        None if body.get("tool_choice") == "none" else body.get("tools"),
+        thinking=thinking,
+        effort=body.get("reasoning_effort"),
+        response_format=body.get("response_format"),
+        continue_final_message=body.get("continue_final_message", False),
+    )
+    assert choice["prompt_token_ids"] == expected.ids
+
+
+def test_what_the_format_cannot_hold_is_the_client_s_error(roomy: Server):
+    with pytest.raises(RuntimeError, match=r"^400.*messages\[0\]\.role"):
+        chat(roomy, messages=[USER], continue_final_message=True)
+
+
+def forced(text: str, **body: Any) -> dict[str, Any]:
+    """A request whose answer is `text`."""
+    return {
+        "messages": [USER],
+        "regex": re.escape(text).replace("\\ ", " "),
+        "max_tokens": 300,
+        "temperature": 0,
+        "model": "m",
+        **body,
+    }
+
+
+INVOKE = (
+    '<｜DSML｜invoke name="weather">\n<｜DSML｜parameter name="city" string="true">{}'
+    "</｜DSML｜parameter>\n</｜DSML｜invoke>\n"
+)
+CALLS = f"<｜DSML｜tool_calls>\n{INVOKE.format('Köln')}{INVOKE.format('Ulm')}</｜DSML｜tool_calls>"
+
+
+def test_calls(roomy: Server):
+    choice = chat(roomy, **forced(f"Moment.\n\n{CALLS}", tools=[WEATHER]))
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] == "Moment."
+    calls = [call["function"] for call in choice["message"]["tool_calls"]]
+    assert [json.loads(call["arguments"])["city"] for call in calls] == ["Köln", "Ulm"]
+
+
+def streamed(server: Server, body: dict[str, Any]) -> dict[str, Any]:
+    """The message that the deltas of a stream add up to."""
+    message: dict[str, Any] = {"content": "", "reasoning_content": "", "calls": {}}
+    for chunk in server.stream("/v1/chat/completions", body):
+        for choice in chunk["choices"]:
+            delta = choice["delta"]
+            for key in ("content", "reasoning_content"):
+                message[key] += delta.get(key) or ""
+            for call in delta.get("tool_calls") or ():
+                known = message["calls"].setdefault(call["index"], {"name": "", "arguments": ""})
+                for key in known:
+                    known[key] += call["function"].get(key) or ""
+            message["finish_reason"] = choice["finish_reason"]
+    return message
+
+
+def test_streaming_adds_up(roomy: Server):
+    body = forced(f"Moment.\n\n{CALLS}", tools=[WEATHER])
+    whole = chat(roomy, **body)
+    parts = streamed(roomy, body)
+    assert parts["content"] == whole["message"]["content"]
+    assert list(parts["calls"].values()) == [
+        {key: call["function"][key] for key in ("name", "arguments")}
+        for call in whole["message"]["tool_calls"]
+    ]
+    assert parts["finish_reason"] == "tool_calls"
+
+
+def test_reasoning(roomy: Server):
+    """An output that never closes the reasoning block is all reasoning."""
+    body = {
+        "model": "m", "messages": [USER], "max_tokens": 20, "temperature": 0,
+        "chat_template_kwargs": {"thinking": True},
+    }  # fmt: skip
+    whole = chat(roomy, **body)
+    assert whole["message"]["reasoning_content"]
+    assert not whole["message"]["content"]
+    assert streamed(roomy, body)["reasoning_content"] == whole["message"]["reasoning_content"]
+
+
+def test_stop_string(roomy: Server):
+    body = forced("eins zwei drei vier", stop=["drei"])
+    assert chat(roomy, **body)["message"]["content"] == "eins zwei "
+    assert streamed(roomy, body)["content"] == "eins zwei "
+
+
+def test_json_schema(roomy: Server):
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}, "kind": {"enum": ["sun", "rain"]}},
+        "required": ["ok", "kind"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "w", "schema": schema}}
+    choice = chat(roomy, messages=[USER], response_format=wanted, max_tokens=100)
+    answer = json.loads(choice["message"]["content"])
+    assert set(answer) == {"ok", "kind"}
+
+
+def test_required_tool_choice(roomy: Server):
+    """SGLang's grammar lets the model write nothing but calls of the right shape."""
+    tool = json.loads(json.dumps(WEATHER))
+    tool["function"]["parameters"]["properties"] = {"city": {"enum": ["Köln", "Ulm"]}}
+    body = {"messages": [USER], "tools": [tool], "tool_choice": "required", "max_tokens": 200}
+    choice = chat(roomy, **body, parallel_tool_calls=False)
+    (call,) = choice["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"])["city"].strip() in ("Köln", "Ulm")
+
+
+def test_text_endpoints(roomy: Server):
+    parsed = roomy.post(
+        "/parse_function_call",
+        {"text": CALLS, "tools": [WEATHER], "tool_call_parser": "deepseekv4"},
+    )
+    assert [call["name"] for call in parsed["calls"]] == ["weather", "weather"]
+    split = roomy.post(
+        "/separate_reasoning", {"text": "a</think>b", "reasoning_parser": "deepseek-v4"}
+    )
+    assert (split["reasoning_text"], split["text"]) == ("a", "b")
+
+
+def test_anthropic_messages(roomy: Server):
+    body = {"model": "m", "max_tokens": 8, "messages": [{"role": "user", "content": "Hallo"}]}
+    answer = roomy.post("/v1/messages", body)
+    assert answer["usage"]["output_tokens"] == 8
+
+
+def test_responses(roomy: Server):
+    body = {"model": "m", "input": "Hallo", "max_output_tokens": 8, "temperature": 0}
+    answer = roomy.post("/v1/responses", body)
+    text = answer["output"][-1]["content"][0]["text"]
+    assert (
+        text
+        == chat(roomy, messages=[{"role": "user", "content": "Hallo"}], max_tokens=8)["message"][
+            "content"
+        ]
+    )

@@ -1,0 +1,116 @@
+"""Greedy generations through real servers equal transformers', whatever the scheduler does."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from .reference import Reference
+from .server import FLOAT32, Server
+
+N = 40
+PAGE = 128
+
+
+def ids(n: int, seed: int) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(100, 100_000) for _ in range(n)]
+
+
+def prompts(longest: int, seed: int = 0) -> list[list[int]]:
+    """16 prompts of 6 to `longest` tokens; half share prefixes that end at, before and after
+    page boundaries."""
+    shared = ids(longest, seed)
+    alone = [ids(n, seed + n) for n in (5, 37, 126, 127, 128, 255, 300, longest // 3)]
+    ends = [(127, 3), (127, 20), (200, 0), (300, 9), (255, 31), (128, 1)]
+    ends += [(longest - 32, 30), (longest // 4 * 3, 7)]
+    return [[0, *body] for body in alone + [shared[:k] + ids(e, seed + k + e) for k, e in ends]]
+
+
+@pytest.fixture(scope="class")
+def crowded(serve):
+    """A pool of 24 pages and forced retractions, without the overlap scheduler."""
+    options = ("--max-total-tokens=3072", "--max-running-requests=8", "--disable-overlap-schedule")
+    forced = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "4"}
+    with serve(*FLOAT32, *options, environ=forced) as server:
+        yield server
+
+
+class TestScheduling:
+    def test_cold_warm_serial(self, roomy: Server, judge: Reference):
+        asked = prompts(2000)
+        cold = roomy.generate_all(asked, N, at_once=16)
+        judge.check(cold)
+        warm = roomy.generate_all(asked[::-1], N, at_once=16)
+        judge.check(warm)
+        assert sum(output.cached for output in warm) > sum(output.cached for output in cold)
+        serial = roomy.generate_all(asked, N, at_once=1)
+        judge.check(serial)
+        assert all(o.cached == (len(o.prompt) - 1) // PAGE * PAGE for o in serial)
+
+    def test_more_requests_than_slots(self, roomy: Server, judge: Reference):
+        judge.check(roomy.generate_all(prompts(500, 1) + prompts(400, 2), N, at_once=32))
+
+    def test_mixed_batches(self, roomy: Server, judge: Reference):
+        outputs = roomy.generate_all(prompts(1000, seed=3) * 2, N, at_once=12, logprobs=False)
+        judge.check(outputs)
+        assert "MIXED batch" in roomy.read_log()
+
+    def test_multi_turn(self, roomy: Server, judge: Reference):
+        """A second turn finds the first one's prompt and answer in the cache."""
+        first = roomy.generate([0, *ids(200, 4)], 100)
+        second = roomy.generate([*first.prompt, *first.ids, *ids(9, 5)], N)
+        judge.check([first, second])
+        assert second.cached == 256
+
+    def test_parallel_sampling(self, roomy: Server, judge: Reference):
+        sampling = {"temperature": 0, "max_new_tokens": N, "ignore_eos": True, "n": 4}
+        prompt = [0, *ids(300, 6)]
+        answers = roomy.post("/generate", {"input_ids": prompt, "sampling_params": sampling})
+        alone = roomy.generate(prompt, N)
+        judge.check([alone])
+        assert [answer["output_ids"] for answer in answers] == [alone.ids] * 4
+
+    def test_abort(self, roomy: Server, judge: Reference):
+        """Requests that are aborted in prefill and in decode leave nothing behind."""
+        body = {
+            "input_ids": [0, *ids(2000, 7)],
+            "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True},
+        }
+        with ThreadPoolExecutor(1) as pool:
+            for wait in (0.05, 1.5):
+                request = pool.submit(roomy.post, "/generate", body)
+                time.sleep(wait)
+                roomy.post("/abort_request", {"rid": "", "abort_all": True})
+                assert request.result()["meta_info"]["finish_reason"]["type"] == "abort"
+        judge.check(roomy.generate_all(prompts(300, seed=8), N, at_once=16))
+
+
+class TestSmallPool:
+    def test_retraction(self, crowded: Server, judge: Reference):
+        judge.check(crowded.generate_all(prompts(900, seed=9), 60, at_once=16))
+        retracted = sum(map(int, re.findall(r"#retracted_reqs: (\d+)", crowded.read_log())))
+        assert retracted >= 50
+
+    def test_eviction(self, crowded: Server, judge: Reference):
+        first = [0, *ids(600, 10)]
+        cold, warm = crowded.generate(first, N), crowded.generate(first, N)
+        others = crowded.generate_all([[0, *ids(900, 11 + i)] for i in range(6)], N, at_once=3)
+        evicted = crowded.generate(first, N)
+        judge.check([cold, warm, *others, evicted])
+        assert (warm.cached, evicted.cached) == (512, 0)
+
+
+def test_broken_addressing_is_caught(serve, judge: Reference):
+    """The control: with the pages' carry addressed wrongly, a cached prefix gives other logits."""
+    options = ("--max-total-tokens=4096", "--max-running-requests=4")
+    with serve(*FLOAT32, *options, testing="break") as server:
+        prompt = [0, *ids(700, 20)]
+        outputs = [server.generate(prompt, N) for _ in range(2)]
+        assert outputs[1].cached == 640
+        with pytest.raises(AssertionError, match=r"below the reference's|differs by"):
+            judge.check(outputs)
