@@ -10,6 +10,7 @@ holds every layer's part of a block, side by side, so that all layers of a kind 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ from vllm_ext._compat import kv_cache_layouts
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+log = logging.getLogger("vllm.dsv4")
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class CacheBlocks(nn.Module, AttentionLayerBase):
         self.words = sum(b.words for b in blocks)
         self.spec = spec
         self.storage: Tensor | None = None
-        self.stride = 0
+        self.stride = self.blocks = 0
         context = get_current_vllm_config().compilation_config.static_forward_context
         if self.prefix in context:
             raise ValueError(f"cache entry {self.prefix} exists already: two models in one process")
@@ -129,7 +132,7 @@ class CacheBlocks(nn.Module, AttentionLayerBase):
         size = kv_cache.element_size()
         assert stride * size % 4 == 0
         assert offset * size % 4 == 0
-        self.stride = stride * size // 4
+        self.stride, self.blocks = stride * size // 4, n
         words = torch.empty(0, dtype=torch.int32, device=kv_cache.device).set_(
             kv_cache.untyped_storage()[: kv_cache.untyped_storage().nbytes() // 4 * 4]
         )
@@ -176,6 +179,7 @@ class PagedCaches:
     def layers(self) -> list[LayerCache]:
         """One LayerCache per layer; made on first use after allocation."""
         if self._layers is None:
+            self._report()
             order = [i for i, r in enumerate(self.config.compress_ratios) if r != SWA]
             place = {layer: i for i, layer in enumerate(order)}
             self._layers = [
@@ -189,6 +193,23 @@ class PagedCaches:
                 for i, ratio in enumerate(self.config.compress_ratios)
             ]
         return self._layers
+
+    def _report(self) -> None:
+        """One log line: what a token and a running request cost, and what fits."""
+        block = 4 * self.window.stride
+        growing = block / self.layout.page_size if self.page else 0
+        windows = -(-(self.config.sliding_window - 1) // self.layout.window_block) + 1
+        fixed = block * (windows + (self.ring is not None))
+        log.info(
+            "KV cache: %s rows, %d blocks of %.2f MiB; %.0f bytes per token and %.2f MiB per "
+            "running request; %d tokens fit in one request.",
+            type(self.layout.window.parts["kv"].codec).__name__.removesuffix("Rows"),
+            self.window.blocks,
+            block / 2**20,
+            growing,
+            fixed / 2**20,
+            max(0, self.window.blocks - 1 - fixed // block) * self.layout.page_size,
+        )
 
     def tables(self, metadata: dict[str, GroupMetadata]) -> BlockTables:
         """The step's block tables, from vLLM's metadata by cache entry."""

@@ -1,0 +1,88 @@
+"""vLLM's options: what is refused, in one sentence and before any weight is read; what is taken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+import vllm_ext
+from dsv4_plugin.cache.rows import BFloat16Rows, Float32Rows, FP8KVRows
+from vllm_ext.config import PAGE_SIZE, cache_layout, model_config_of
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    vllm_ext.register()
+
+
+def configure(directory, **options):
+    options = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 2048} | options
+    return EngineArgs(model=str(directory), **options).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"block_size": 96}, "block_size is 96; it must be a multiple of 128"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype is 'fp8_e5m2'; allowed are auto, float32"),
+        ({"dtype": "float16"}, "dtype is 'float16'; allowed are float32 and bfloat16"),
+        ({"tensor_parallel_size": 8}, "tensor_parallel_size is 8; it must divide num_attention_he"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is set; dsv4-plugin does not sup"),
+    ],
+)
+def test_refused_options(small, options, sentence):
+    with pytest.raises((ValueError, NotImplementedError), match=sentence):
+        configure(small, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"compress_ratios": [0, 4, 7, 4, 128]}, r"compress_ratios\[2\] is 7; allowed are 0, 4"),
+        ({"hidden_size": 64}, "embed.weight has shape"),
+    ],
+)
+def test_refused_checkpoints(small, tmp_path, change, sentence):
+    broken = tmp_path / "broken"
+    shutil.copytree(small, broken)
+    path = broken / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=sentence):
+        configure(broken)
+
+
+def test_a_truncated_shard_is_refused(small, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(small, broken)
+    shard = next(broken.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is truncated"):
+        configure(broken)
+
+
+@pytest.mark.parametrize(
+    ("options", "codec"),
+    [
+        ({}, Float32Rows),
+        ({"dtype": "bfloat16"}, BFloat16Rows),
+        ({"kv_cache_dtype": "bfloat16"}, BFloat16Rows),
+        ({"kv_cache_dtype": "fp8"}, FP8KVRows),
+        ({"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, FP8KVRows),
+    ],
+)
+def test_cache_dtypes(small, options, codec):
+    config = configure(small, **options)
+    layout = cache_layout(model_config_of(config), config)
+    assert isinstance(layout.window.parts["kv"].codec, codec)
+
+
+def test_block_size_and_batch_limits(small):
+    assert configure(small).cache_config.block_size == PAGE_SIZE
+    config = configure(small, block_size=128, max_num_seqs=1024, max_model_len=-1)
+    assert config.cache_config.block_size == 128
+    assert config.scheduler_config.max_num_seqs == 1024
+    assert config.cache_config.enable_prefix_caching
+    assert config.scheduler_config.enable_chunked_prefill
