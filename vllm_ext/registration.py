@@ -7,6 +7,7 @@ import logging
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.reasoning import ReasoningParserManager
+from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.tokenizers import TokenizerRegistry
 from vllm.tool_parsers import ToolParserManager
 
@@ -20,6 +21,7 @@ log = logging.getLogger("vllm.dsv4")
 MODE = "deepseek_v4"
 MODEL = ("vllm_ext.model", "DeepseekV4ForCausalLM")
 TOKENIZER = ("vllm_ext.tokenizer", "DeepseekV4Tokenizer")
+RENDERER = ("vllm_ext.chat_renderer", "ChatRenderer")
 TOOL_PARSER = ("vllm_ext.tool_parser", "DeepseekV4ToolParser")
 REASONING_PARSER = ("vllm_ext.reasoning_parser", "DeepseekV4ReasoningParser")
 
@@ -34,6 +36,7 @@ def register_all() -> None:
         MODELS_CONFIG_MAP[ARCHITECTURE] = PluginConfig
     if env.CHAT.read() == "plugin":
         TokenizerRegistry.tokenizers[MODE] = TOKENIZER
+        RENDERER_REGISTRY.renderers[MODE] = RENDERER
         ToolParserManager.register_lazy_module(MODE, *TOOL_PARSER)
         ReasoningParserManager.register_lazy_module(MODE, *REASONING_PARSER)
 
@@ -48,11 +51,13 @@ def check_active() -> None:
     if env.CHAT.read() == "plugin":
         found |= {
             "tokenizer mode": TokenizerRegistry.tokenizers[MODE],
+            "renderer": RENDERER_REGISTRY.renderers[MODE],
             "tool parser": ToolParserManager.lazy_parsers.get(MODE, ("", "")),
             "reasoning parser": ReasoningParserManager.lazy_parsers.get(MODE, ("", "")),
         }
         expected |= {
             "tokenizer mode": TOKENIZER,
+            "renderer": RENDERER,
             "tool parser": TOOL_PARSER,
             "reasoning parser": REASONING_PARSER,
         }

@@ -1,0 +1,44 @@
+"""The core's encoder, fed with what vLLM's renderers and tokenizers are given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from transformers.utils.hub import cached_file
+
+from dsv4_plugin.chat import Encoder, Prompt
+from dsv4_plugin.chat.effort import generation_of
+from vllm_ext.chat_request import ChatOptions
+
+
+class ChatEncoder(Encoder):
+    """The encoder of one checkpoint."""
+
+    @classmethod
+    def of(cls, tokenizer: Any, model: str, revision: str | None = None) -> Self:
+        """`model` is the checkpoint, a directory or a repository: its config.json tells which
+        texts it was trained with."""
+        path = cached_file(model, "config.json", revision=revision)
+        return cls(tokenizer, generation_of(json.loads(Path(path).read_text(encoding="utf-8"))))
+
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        kwargs: Mapping[str, Any],
+        response_format: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """`kwargs` are vLLM's `chat_template_kwargs`. Raises ValueError as the core does."""
+        options = ChatOptions.of(kwargs)
+        return self.encode(
+            messages,
+            tools,
+            thinking=options.thinking,
+            effort=options.effort,
+            response_format=response_format,
+            continue_final_message=options.continue_final_message,
+            add_generation_prompt=options.add_generation_prompt,
+        )

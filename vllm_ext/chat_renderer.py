@@ -1,0 +1,47 @@
+"""The renderer of tokenizer mode `deepseek_v4`: chats become ids without passing through text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.inputs import TokensPrompt
+from vllm.renderers.deepseek_v4 import DeepseekV4Renderer
+from vllm.renderers.params import ChatParams
+from vllm.utils.async_utils import make_async
+
+from vllm_ext.chat_encoder import ChatEncoder
+
+
+class ChatRenderer(DeepseekV4Renderer):
+    """Keeps the engine's suffix rendering, thread pool and prompt checks."""
+
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        super().__init__(config, tokenizer)
+        model = config.model_config
+        self._encoder = ChatEncoder.of(self.get_tokenizer(), model.model, model.revision)
+        self._render_in_pool = make_async(self.render_messages, executor=self._executor)
+
+    def render_messages(
+        self, messages: list[Any], params: ChatParams
+    ) -> tuple[list[Any], TokensPrompt]:
+        """The messages as given (vLLM echoes the last one) and the prompt."""
+        kwargs = params.chat_template_kwargs
+        prompt = self._encoder.prompt(
+            messages,
+            None if params.tool_choice == "none" else kwargs.get("tools"),
+            kwargs,
+            _plain(params.response_format),
+        )
+        return messages, TokensPrompt(prompt_token_ids=prompt.ids, prompt=prompt.text)
+
+    async def render_messages_async(
+        self, messages: list[Any], params: ChatParams
+    ) -> tuple[list[Any], TokensPrompt]:
+        return await self._render_in_pool(messages, params)
+
+
+def _plain(response_format: Any) -> Mapping[str, Any] | None:
+    if response_format is None or isinstance(response_format, Mapping):
+        return response_format
+    return response_format.model_dump(by_alias=True, exclude_none=True)

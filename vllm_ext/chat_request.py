@@ -1,0 +1,84 @@
+"""vLLM's requests in the core's terms: options, whether reasoning comes first, the tools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.openai.responses.utils import construct_tool_dicts
+
+from dsv4_plugin.chat import render
+
+Request = ChatCompletionRequest | ResponsesRequest
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What `chat_template_kwargs` and the request fields merged into them ask for."""
+
+    thinking: bool
+    effort: str | None
+    continue_final_message: bool
+    add_generation_prompt: bool
+
+    @classmethod
+    def of(cls, kwargs: Mapping[str, Any] | None) -> ChatOptions:
+        """Raises ValueError on what V4's format does not have.
+
+        `thinking` beats `enable_thinking`, which vLLM also derives from reasoning_effort.
+        """
+        kwargs = kwargs or {}
+        if kwargs.get("drop_thinking") is False:
+            raise ValueError(
+                "chat_template_kwargs.drop_thinking: false is not supported; earlier turns keep "
+                "their reasoning when the conversation has tools"
+            )
+        effort = kwargs.get("reasoning_effort")
+        thinking = kwargs.get("thinking")
+        if thinking is None:
+            thinking = kwargs.get("enable_thinking")
+        return cls(
+            thinking=effort != "none" and (thinking is None or bool(thinking)),
+            effort=effort,
+            continue_final_message=bool(kwargs.get("continue_final_message")),
+            add_generation_prompt=bool(kwargs.get("add_generation_prompt", True)),
+        )
+
+
+def opens_in_reasoning(request: Request, kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether the prompt of `request` ends inside a reasoning block.
+
+    For whole answers only: vLLM shows the prompt's ids to the parser of a stream, but not here.
+    """
+    options = ChatOptions.of(kwargs)
+    if isinstance(request, ChatCompletionRequest):
+        return render(
+            request.messages,
+            offered_tools(request),
+            thinking=options.thinking,
+            continue_final_message=options.continue_final_message,
+            add_generation_prompt=options.add_generation_prompt,
+        ).thinking
+    if options.continue_final_message:
+        item = request.input[-1]
+        kind = item.get("type") if isinstance(item, dict) else item.type
+        return options.thinking and kind == "reasoning"
+    return options.thinking
+
+
+def offered_tools(request: Request) -> list[dict[str, Any]] | None:
+    """The tools that the model may call: the request's and those of its messages."""
+    if request.tool_choice == "none" and request.tools:
+        return None
+    if isinstance(request, ResponsesRequest):
+        return construct_tool_dicts(request.tools, request.tool_choice)
+    tools = [tool.model_dump() for tool in request.tools or ()]
+    return tools + message_tools(request.messages) or None
+
+
+def message_tools(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    carriers = [message for message in messages if message["role"] in ("system", "developer")]
+    return [tool for message in carriers for tool in message.get("tools") or ()]
