@@ -1,8 +1,8 @@
-"""The core's events and messages in vLLM's types."""
+"""One output through the core's parser, with its events in vLLM's types."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from vllm.entrypoints.generate.base.protocol import (
     DeltaFunctionCall,
@@ -16,10 +16,57 @@ from dsv4_plugin.chat import (
     ArgumentsDelta,
     ContentDelta,
     Event,
+    Finish,
     Message,
     ReasoningDelta,
+    StreamParser,
     ToolCallStart,
+    collect,
 )
+from dsv4_plugin.chat.tokens import END_THINK, EOS, THINK
+from vllm_ext.chat_request import Request, offered_tools, opens_in_reasoning
+
+
+class Output:
+    """The text of one output, in pieces.
+
+    Where reasoning is split off, the text of an output that starts inside reasoning comes with
+    `<think>` before it; else reasoning is content, with its markup.
+    """
+
+    def __init__(self, request: Request, splits_reasoning: bool) -> None:
+        opened = False
+        if not splits_reasoning:
+            kwargs = request.build_chat_params(None, "auto").chat_template_kwargs
+            opened = opens_in_reasoning(request, kwargs)
+        self._parser = StreamParser(opened, offered_tools(request))
+        self._splits_reasoning = splits_reasoning
+        self._inside = opened
+        self._ended = False
+
+    def feed(self, text: str) -> list[Event]:
+        self._ended = text.endswith(EOS)
+        return self._events(self._parser.feed(text))
+
+    def finish(self) -> list[Event]:
+        """End the output: by the model itself if the eos token's text came last, else cut."""
+        return self._events(self._parser.finish("stop" if self._ended else "length"))
+
+    def _events(self, events: list[Event]) -> list[Event]:
+        return events if self._splits_reasoning else list(self._joined(events))
+
+    def _joined(self, events: Iterable[Event]) -> Iterator[Event]:
+        for event in events:
+            inside = isinstance(event, ReasoningDelta)
+            if inside != self._inside and not isinstance(event, Finish):
+                self._inside = inside
+                yield ContentDelta(str(THINK if inside else END_THINK))
+            yield ContentDelta(event.text) if isinstance(event, ReasoningDelta) else event
+
+
+def whole_message(text: str, request: Request, splits_reasoning: bool = True) -> Message:
+    output = Output(request, splits_reasoning)
+    return collect([*output.feed(text), *output.finish()])
 
 
 def delta_message(events: Iterable[Event]) -> DeltaMessage | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vllm.inputs import TokensPrompt
@@ -11,6 +10,7 @@ from vllm.renderers.params import ChatParams
 from vllm.utils.async_utils import make_async
 
 from vllm_ext.chat_encoder import ChatEncoder
+from vllm_ext.chat_request import plain_format
 
 
 class ChatRenderer(DeepseekV4Renderer):
@@ -31,7 +31,7 @@ class ChatRenderer(DeepseekV4Renderer):
             messages,
             None if params.tool_choice == "none" else kwargs.get("tools"),
             kwargs,
-            _plain(params.response_format),
+            plain_format(params.response_format),
         )
         return messages, TokensPrompt(prompt_token_ids=prompt.ids, prompt=prompt.text)
 
@@ -39,9 +39,3 @@ class ChatRenderer(DeepseekV4Renderer):
         self, messages: list[Any], params: ChatParams
     ) -> tuple[list[Any], TokensPrompt]:
         return await self._render_in_pool(messages, params)
-
-
-def _plain(response_format: Any) -> Mapping[str, Any] | None:
-    if response_format is None or isinstance(response_format, Mapping):
-        return response_format
-    return response_format.model_dump(by_alias=True, exclude_none=True)

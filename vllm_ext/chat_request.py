@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionToolsParam,
+)
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.openai.responses.utils import construct_tool_dicts
 
@@ -70,15 +73,35 @@ def opens_in_reasoning(request: Request, kwargs: Mapping[str, Any] | None) -> bo
 
 
 def offered_tools(request: Request) -> list[dict[str, Any]] | None:
-    """The tools that the model may call: the request's and those of its messages."""
-    if request.tool_choice == "none" and request.tools:
+    """The tools that the model may call."""
+    if request.tool_choice == "none" or not request.tools:
         return None
     if isinstance(request, ResponsesRequest):
         return construct_tool_dicts(request.tools, request.tool_choice)
-    tools = [tool.model_dump() for tool in request.tools or ()]
-    return tools + message_tools(request.messages) or None
+    return [tool.model_dump() for tool in request.tools]
 
 
-def message_tools(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    carriers = [message for message in messages if message["role"] in ("system", "developer")]
-    return [tool for message in carriers for tool in message.get("tools") or ()]
+def adopt_message_tools(request: Request) -> None:
+    """Make the tools of system and developer messages the request's own, once it is rendered.
+
+    vLLM parses no calls where the request itself offers nothing.
+    """
+    if not isinstance(request, ChatCompletionRequest):
+        return
+    carriers = [m for m in request.messages if m["role"] in ("system", "developer")]
+    found = [tool for message in carriers for tool in message.get("tools") or ()]
+    tools = [ChatCompletionToolsParam.model_validate(tool) for tool in found]
+    names = {tool.function.name for tool in request.tools or ()}
+    new = [tool for tool in tools if tool.function.name not in names]
+    if not new:
+        return
+    if not request.tools and "tool_choice" not in request.model_fields_set:
+        request.tool_choice = "auto"
+    request.tools = [*(request.tools or ()), *new]
+
+
+def plain_format(response_format: Any) -> Mapping[str, Any] | None:
+    """OpenAI's `response_format` as a plain object."""
+    if response_format is None or isinstance(response_format, Mapping):
+        return response_format
+    return response_format.model_dump(by_alias=True, exclude_none=True)

@@ -7,19 +7,30 @@ where the tool parser runs too, it gets the whole output, opened by `<think>`, a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from openai.types.responses import ToolChoiceCustom, ToolChoiceFunction
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionNamedToolChoiceParam
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionNamedToolChoiceParam,
+    ChatCompletionRequest,
+)
 from vllm.reasoning import ReasoningParser
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.tool_parsers import ToolParserManager
 
 from dsv4_plugin.chat import StreamParser, parse
+from dsv4_plugin.chat.grammar import response_tag
 from dsv4_plugin.chat.tokens import ASSISTANT, DSML, END_THINK, THINK, USER
-from vllm_ext.chat_output import delta_message
-from vllm_ext.chat_request import Request, offered_tools, opens_in_reasoning
+from vllm_ext.chat_output import delta_message, whole_message
+from vllm_ext.chat_request import (
+    Request,
+    adopt_message_tools,
+    opens_in_reasoning,
+    plain_format,
+)
 
 _CALLS_ARE_PARSED = (
     str | None | ToolChoiceFunction | ToolChoiceCustom | ChatCompletionNamedToolChoiceParam
@@ -85,13 +96,28 @@ class DeepseekV4ReasoningParser(ReasoningParser):
                 count += inside
         return count
 
+    def adjust_request(self, request: Request) -> Request:
+        """Where reasoning is not wanted back, vLLM applies a grammar from the first token on: have
+        it cover the reasoning."""
+        if tool_parser_runs():
+            adopt_message_tools(request)
+        if not isinstance(request, ChatCompletionRequest) or request.include_reasoning:
+            return request
+        if opens_in_reasoning(request, self._kwargs):
+            request._grammar_from_parser = True
+            tag = response_tag(plain_format(request.response_format), reasoning=True)
+            if tag is not None:
+                request.response_format = None
+                request.structured_outputs = StructuredOutputsParams(structural_tag=json.dumps(tag))
+        return request
+
     def extract_reasoning(
         self, model_output: str, request: Request
     ) -> tuple[str | None, str | None]:
         self._opened = opens_in_reasoning(request, self._kwargs)
         if tool_parser_runs() and isinstance(request.tool_choice, _CALLS_ARE_PARSED):
-            message = parse(model_output, self._opened, offered_tools(request))
-            return message.reasoning, (THINK if self._opened else "") + model_output
+            handed_over = (THINK if self._opened else "") + model_output
+            return whole_message(handed_over, request).reasoning, handed_over
         message = parse(model_output, self._opened)
         return message.reasoning, message.content
 

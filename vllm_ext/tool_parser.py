@@ -1,8 +1,8 @@
 """vLLM's tool parser: reasoning, content and calls of one output, by the core's `StreamParser`.
 
-The text it gets begins with `<think>` where the reasoning parser handed over an open reasoning
-block. It ends with the eos token's text where the model itself ended it: vLLM tells a parser of
-whole answers nothing else about how the output came to its end.
+The reasoning parser hands over the whole output, with `<think>` before it where the prompt left
+reasoning open. The eos token's text ends what the model itself ended: vLLM tells a parser of whole
+answers nothing else about how the output came to its end.
 """
 
 from __future__ import annotations
@@ -16,28 +16,31 @@ from vllm.tool_parsers import ToolParser
 from vllm.tool_parsers.tool_strict_level import ToolStrictLevel
 from xgrammar import StructuralTag
 
-from dsv4_plugin.chat import Message, StreamParser, collect
+from dsv4_plugin.chat import Message
 from dsv4_plugin.chat.grammar import tool_tag
-from dsv4_plugin.chat.tokens import EOS
-from vllm_ext.chat_output import delta_message, tool_calls
-from vllm_ext.chat_request import Request, offered_tools
+from vllm_ext.chat_output import Output, delta_message, tool_calls, whole_message
+from vllm_ext.chat_request import Request, adopt_message_tools, offered_tools
+
+_FREE_CHOICES = ("auto", "required", None)
 
 
 class DeepseekV4ToolParser(ToolParser):
     engine_based_streaming = True
     supports_required_and_named = False
     structural_tag_model = "deepseek_v4"
+    skip_reasoning_parsing = False
+    """vLLM sets this where no reasoning parser is chosen: reasoning is content then."""
 
     def __init__(self, tokenizer: Any, tools: list[Any] | None = None) -> None:
         super().__init__(tokenizer, tools)
-        self._parser: StreamParser | None = None
-        self._ended = False
+        self._output: Output | None = None
 
     def adjust_request(self, request: Request) -> Request:
         """Have the eos token's text at the end of the output.
 
         Not with the client's own stops: their text would come too.
         """
+        adopt_message_tools(request)
         request.skip_special_tokens = False
         if not (request.stop or request.stop_token_ids):
             request.include_stop_str_in_output = True
@@ -50,6 +53,8 @@ class DeepseekV4ToolParser(ToolParser):
         reasoning: bool = False,
         strict_level: ToolStrictLevel = ToolStrictLevel.AUTO,
     ) -> StructuralTag | None:
+        """`reasoning` is false always; a grammar from the first token on has to cover it."""
+        reasoning = getattr(request, "_grammar_from_parser", False)
         tools = offered_tools(request)
         if strict_level >= ToolStrictLevel.PARAMETER:
             tools = [_strict(tool) for tool in tools or ()]
@@ -69,9 +74,7 @@ class DeepseekV4ToolParser(ToolParser):
     def extract_tool_calls(
         self, model_output: str, request: Request
     ) -> ExtractedToolCallInformation:
-        ended = model_output.endswith(EOS)
-        parser = StreamParser(False, offered_tools(request))
-        message = collect([*parser.feed(model_output), *parser.finish(_reason(ended))])
+        message = whole_message(model_output, request, not self.skip_reasoning_parsing)
         _keep_finish_reason(request, message)
         return ExtractedToolCallInformation(
             tools_called=bool(message.tool_calls),
@@ -89,18 +92,13 @@ class DeepseekV4ToolParser(ToolParser):
         delta_token_ids: Sequence[int],
         request: Request,
     ) -> DeltaMessage | None:
-        if self._parser is None:
-            self._parser = StreamParser(False, offered_tools(request))
-        self._ended = delta_text.endswith(EOS)
-        return delta_message(self._parser.feed(delta_text))
+        if self._output is None:
+            self._output = Output(request, not self.skip_reasoning_parsing)
+        return delta_message(self._output.feed(delta_text))
 
     def finish_streaming(self) -> DeltaMessage | None:
-        parser, self._parser = self._parser, None
-        return delta_message(parser.finish(_reason(self._ended))) if parser else None
-
-
-def _reason(ended: bool) -> str:
-    return "stop" if ended else "length"
+        output, self._output = self._output, None
+        return delta_message(output.finish()) if output else None
 
 
 def _keep_finish_reason(request: Request, message: Message) -> None:
@@ -109,7 +107,7 @@ def _keep_finish_reason(request: Request, message: Message) -> None:
     It reports `tool_calls` wherever it sees a call under tool_choice auto, and the engine's own
     reason, `tool_calls` for `stop`, under required. Nothing else reads the choice after parsing.
     """
-    if isinstance(request, ChatCompletionRequest) and request.tool_choice in ("auto", "required"):
+    if isinstance(request, ChatCompletionRequest) and request.tool_choice in _FREE_CHOICES:
         cut = bool(message.tool_calls) and message.finish_reason != "tool_calls"
         request.tool_choice = "required" if cut else "auto"
 

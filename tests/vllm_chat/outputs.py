@@ -1,0 +1,37 @@
+"""Tools, and what the model is made to say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def tool(name: str, properties: dict[str, Any], **more: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, **more.pop("schema", {})}
+    function = {"name": name, "description": f"Does {name}.", "parameters": parameters, **more}
+    return {"type": "function", "function": function}
+
+
+TOOLS = [
+    tool("weather", {"city": {"type": "string"}, "days": {"type": "integer"}}),
+    tool("clock", {}),
+]
+
+
+def call(name: str, **arguments: str | int) -> str:
+    lines = [f'<｜DSML｜invoke name="{name}">\n']
+    for key, value in arguments.items():
+        is_text = str(isinstance(value, str)).lower()
+        tag = f'<｜DSML｜parameter name="{key}" string="{is_text}">'
+        lines.append(f"{tag}{value}</｜DSML｜parameter>\n")
+    return "".join([*lines, "</｜DSML｜invoke>\n"])
+
+
+def block(*calls: str) -> str:
+    return f"\n\n<｜DSML｜tool_calls>\n{''.join(calls)}</｜DSML｜tool_calls>"
+
+
+PLAIN = "Let me think: 1 < 2.</think>The answer is 你好 🎈."
+ONE_CALL = "I need it.\n</think>One moment." + block(call("weather", city='the "Hague" 🎈', days=3))
+TWO_CALLS = "Both.</think>" + block(call("weather", city="Rome"), call("clock"))
+IN_REASONING = "I will just" + block(call("clock"))
+AGAIN = "a</think>b<think>c</think>d"
