@@ -13,6 +13,7 @@ from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_pha
 from sglang.srt.server_args import ServerArgs
 from transformers.utils.hub import cached_file
 
+from dsv4_plugin import env
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
 from dsv4_plugin.config import CSA, HCA, ModelConfig
@@ -88,22 +89,23 @@ def server_defaults(server_args: ServerArgs, hf_config: Any) -> dict[str, Any]:
     }
 
 
-def limit_requests(server_args: ServerArgs, previous: Callable[[ServerArgs], None]) -> None:
-    """Resolution hook: a default for --max-running-requests (each has a ring and window blocks),
-    and no CUDA graphs, since a step's addresses have no fixed shape."""
+def fill_defaults(server_args: ServerArgs, previous: Callable[[ServerArgs], None]) -> None:
+    """Resolution hook for defaults that SGLang takes from no provider: how many requests run (each
+    has a ring and window blocks), no CUDA graphs (a step's addresses have no fixed shape), and
+    with the plugin's chat, that models think unless asked not to, as in the other engine."""
     previous(server_args)
-    if model_config_of(server_args).hf_config.architectures != [SERVED_ARCHITECTURE]:
-        return
-    args = resolving_view(server_args)
-    graphs = args.cuda_graph_config
-    for phase in Phase.ALL:
-        graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
-    declare_resolution(
-        server_args,
-        "dsv4-plugin",
-        max_running_requests=args.max_running_requests or MAX_RUNNING_REQUESTS,
-        cuda_graph_config=graphs,
-    )
+    config, args = model_config_of(server_args).hf_config, resolving_view(server_args)
+    if env.CHAT.read() == "plugin" and config.model_type == "deepseek_v4":
+        chat = {"thinking": True} | (args.default_chat_template_kwargs or {})
+        declare_resolution(server_args, "dsv4-plugin", default_chat_template_kwargs=chat)
+    if config.architectures == [SERVED_ARCHITECTURE]:
+        graphs = args.cuda_graph_config
+        for phase in Phase.ALL:
+            graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
+        requests = args.max_running_requests or MAX_RUNNING_REQUESTS
+        declare_resolution(
+            server_args, "dsv4-plugin", max_running_requests=requests, cuda_graph_config=graphs
+        )
 
 
 def refuse_unsupported(server_args: ServerArgs) -> None:

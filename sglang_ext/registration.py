@@ -92,10 +92,10 @@ def _register_defaults() -> None:
     )
     from sglang.srt.arg_groups.resolution_hooks import _HOOKS, register_resolution_hook
 
-    from sglang_ext.config import SERVED_ARCHITECTURE, limit_requests, server_defaults
+    from sglang_ext.config import SERVED_ARCHITECTURE, fill_defaults, server_defaults
 
-    if limit_requests not in _HOOKS.get(ADJUSTMENTS, ()):
-        register_resolution_hook(ADJUSTMENTS)(limit_requests)
+    if fill_defaults not in _HOOKS.get(ADJUSTMENTS, ()):
+        register_resolution_hook(ADJUSTMENTS)(fill_defaults)
     for architecture, provider in (
         (SERVED_ARCHITECTURE, server_defaults),
         (ARCHITECTURE, left_to_sglang),

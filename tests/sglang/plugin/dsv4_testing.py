@@ -36,10 +36,9 @@ def poisoned(allocate):
 def break_carry():
     from dsv4_plugin.cache import step
 
-    original = step._Build._carry
-
     def by_request(self, ratio, request, page):
-        first = page * 0
-        return original(self, ratio, request, first)
+        offset = self.layout.page[ratio].parts["carry"].offset if ratio == step.CSA else 0
+        number = self.tables.ring[request] + page * 0
+        return number * self.tables.page_stride + offset
 
     step._Build._carry = by_request

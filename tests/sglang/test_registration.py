@@ -1,0 +1,240 @@
+"""What is put into SGLang: once, where SGLang's own interfaces are as expected, and refused where
+it cannot serve."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import sglang
+from sglang.srt.arg_groups.model_override_base import _MODEL_OVERRIDE_FNS
+from sglang.srt.arg_groups.resolution_hooks import _HOOKS
+from sglang.srt.entrypoints.openai import chat_encoding_adapters
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.base_swa_memory_pool import BaseSWAKVPool
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.pool_configurator import compute_swa_request_cap
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.server_args import ServerArgs
+from transformers import PretrainedConfig
+
+import sglang_ext
+from dsv4_plugin.config import ARCHITECTURE, CSA, SWA, ModelConfig
+from sglang_ext import hooks, registration
+from sglang_ext.choice import choose
+from sglang_ext.config import _ALLOWED, SERVED_ARCHITECTURE, refuse_unsupported, take_over
+
+from .server import FLOAT32, Server
+
+PARAMETERS = {
+    "from_server_args": {"server_args"},
+    "get_config": {"model", "trust_remote_code", "revision", "model_override_args"},
+    "create_memory_pool_configurator": {"kvc"},
+    "_build_token_to_kv_pool": {"self", "sizes", "req_to_token_pool"},
+    "configure_kv_cache_dtype": {"server_args_kv_cache_dtype", "model"},
+}
+"""Parameters that the hooks rely on, by the hooked function."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    sglang_ext.register()
+    HookRegistry.apply_hooks()
+
+
+@pytest.mark.parametrize("target", [target for target, _, _ in registration.HOOKS])
+def test_hooked_function_is_as_expected(target: str):
+    name = target.rsplit(".", 1)[1]
+    found = set(inspect.signature(pkgutil.resolve_name(target)).parameters)
+    assert found >= PARAMETERS[name], f"{target} lost {sorted(PARAMETERS[name] - found)}"
+
+
+def test_interfaces_are_as_expected():
+    """Names the adapter implements, overrides or reads."""
+    cap = set(inspect.signature(compute_swa_request_cap).parameters)
+    assert cap >= {"page_size", "window", "attn_dp_size"}
+    abstract = BaseSWAKVPool.__abstractmethods__
+    assert abstract <= vars(registration.hooks.__class__).keys() | set(dir(kv_pool()))
+    assert hasattr(AttentionBackend, "init_forward_metadata")
+    fields = set(inspect.signature(ForwardBatch).parameters)
+    assert fields >= {"seq_lens", "extend_seq_lens", "req_pool_indices", "forward_mode"}
+    known = set(inspect.signature(ServerArgs).parameters)
+    assert set(_ALLOWED) <= known, f"ServerArgs lost {sorted(set(_ALLOWED) - known)}"
+    output = chat_encoding_adapters.ChatEncodingOutputAdapter
+    assert {name for name in vars(output) if not name.startswith("_")} <= set(dir(chat_adapter()))
+
+
+def kv_pool() -> type:
+    from sglang_ext.pool import KVPool
+
+    return KVPool
+
+
+def chat_adapter() -> type:
+    from sglang_ext.chat import ChatAdapter
+
+    return ChatAdapter
+
+
+def test_registering_again_changes_nothing():
+    def state():
+        return (
+            {target: len(found) for target, found in HookRegistry._hooks.items()},
+            {name: len(found) for name, found in _MODEL_OVERRIDE_FNS.items()},
+            {name: len(found) for name, found in _HOOKS.items()},
+        )
+
+    before = state()
+    sglang_ext.register()
+    assert state() == before
+
+
+def test_self_check(monkeypatch: pytest.MonkeyPatch):
+    registration.check_active()
+    with monkeypatch.context() as patch:
+        patch.setitem(ATTENTION_BACKENDS, "dsv4_plugin", object)
+        with pytest.raises(RuntimeError, match="attention backend dsv4_plugin"):
+            registration.check_active()
+    with monkeypatch.context() as patch:
+        patch.setattr(HookRegistry, "_patched", set())
+        with pytest.raises(RuntimeError, match="from_server_args is not hooked"):
+            registration.check_active()
+    with monkeypatch.context() as patch:
+        patch.setitem(chat_encoding_adapters._BUILDERS["dsv4"], "builtin", print)
+        with pytest.raises(RuntimeError, match="chat encoding dsv4"):
+            registration.check_active()
+
+
+def test_who_serves(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("DSV4_MODEL", raising=False)
+    assert choose("cpu").plugin
+    assert not choose("npu").plugin
+    monkeypatch.setenv("DSV4_MODEL", "native")
+    assert not choose("cpu").plugin
+    monkeypatch.setenv("DSV4_MODEL", "mine")
+    with pytest.raises(ValueError, match="DSV4_MODEL is 'mine'"):
+        choose("cpu")
+
+
+def test_published_name_left_to_sglang_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """Without the configuration hook SGLang would look the published name up."""
+    args, config = SimpleNamespace(device="cpu"), SimpleNamespace(model_type="deepseek_v4")
+    (provider,) = [
+        f for f in _MODEL_OVERRIDE_FNS[ARCHITECTURE] if f.__module__ == "sglang_ext.registration"
+    ]
+    with pytest.raises(RuntimeError, match="configuration hook is not active"):
+        provider(args, config)
+    monkeypatch.setenv("DSV4_MODEL", "native")
+    assert provider(args, config) == {}
+
+
+def published() -> PretrainedConfig:
+    config = PretrainedConfig(architectures=[ARCHITECTURE])
+    config.model_type = "deepseek_v4"
+    return config
+
+
+def test_architecture_is_renamed_only_where_the_plugin_serves(tiny: Path, monkeypatch):
+    monkeypatch.setenv("DSV4_MODEL", "native")
+    config = published()
+    hooks.take_over_config(config, str(tiny), False)
+    assert config.architectures == [ARCHITECTURE]
+    monkeypatch.setenv("DSV4_MODEL", "plugin")
+    hooks.take_over_config(config, str(tiny), False, None, {"sliding_window": 64})
+    assert config.architectures == [SERVED_ARCHITECTURE]
+    assert ModelConfig.from_hf(config.dsv4_json).sliding_window == 64
+    assert config.hybrid_layer_pattern == [1, 0, 0, 0, 0]
+
+
+def test_other_versions_are_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DSV4_MODEL", "plugin")
+    monkeypatch.setattr(sglang, "__version__", "0.5.24")
+    with pytest.raises(RuntimeError, match=r"SGLang 0\.5\.24 is installed"):
+        hooks.take_over_config(published(), str(tiny), False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("enable_hierarchical_cache", True),
+        ("enable_unified_memory", True),
+        ("disaggregation_mode", "prefill"),
+        ("speculative_algorithm", "EAGLE"),
+        ("tokenizer_worker_num", 2),
+        ("attention_backend", "torch_native"),
+        ("kv_cache_dtype", "fp8_e5m2"),
+        ("dtype", "float16"),
+        ("pp_size", 2),
+        ("load_format", "dummy"),
+    ],
+)
+def test_unsupported_arguments_are_named(name: str, value: object):
+    args = SimpleNamespace(**{field: allowed[0] for field, allowed in _ALLOWED.items()})
+    refuse_unsupported(args)
+    setattr(args, name, value)
+    with pytest.raises(NotImplementedError, match=f"{name} is {value!r}"):
+        refuse_unsupported(args)
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--enable-hierarchical-cache", "enable_hierarchical_cache is True; dsv4-plugin supports"),
+        ("--page-size=96", "page_size is 96; it must be a multiple of 128"),
+    ],
+)
+def test_server_refuses_at_start(serve, option: str, sentence: str):
+    server: Server = serve(*FLOAT32, "--max-total-tokens=4096", option)
+    server.launch()
+    try:
+        assert server.process.wait(120) != 0
+    except subprocess.TimeoutExpired:
+        server.stop()
+        raise
+    assert sentence in server.read_log()
+
+
+def test_pool_takes_the_bytes_that_the_sizer_counts(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    from sglang_ext import pool
+    from sglang_ext.config import cache_layout
+
+    config = ModelConfig.from_pretrained(tiny)
+    schedule = SimpleNamespace(max_running_requests=3, swa_full_tokens_ratio=0.5)
+    monkeypatch.setattr(pool, "get_schedule", lambda: schedule)
+    monkeypatch.setattr(pool, "compute_swa_request_cap", lambda **_: 1500)
+    for kv_dtype, ratio in (("auto", False), ("fp8_e4m3", True)):
+        layout = cache_layout(config, "bfloat16", kv_dtype, 256)
+        model = SimpleNamespace(config=config, layout=layout)
+        args = SimpleNamespace(_swa_full_tokens_ratio_explicitly_set=ratio)
+        sizer = pool.PoolSizer(SimpleNamespace(model=model, server_args=args, attn_dp_size=1))
+        budget = 5_000_000
+        sizes = sizer.calculate_pool_sizes(budget, 256)
+        full, swa = sizes.full_max_total_num_tokens, sizes.swa_max_total_num_tokens
+        built = pool.KVPool(config, layout, full, swa, 4, "cpu")
+        assert built.get_kv_size_bytes() == sizer.nbytes(full // 256) <= budget
+        assert sizer.nbytes(full // 256 + 1) > budget
+        assert swa == (full // 512 * 256 if ratio else min(full, max(1280, full // 2560 * 256)))
+
+
+def test_too_small_a_pool_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    from sglang_ext import pool
+
+    sizer = pool.PoolSizer.__new__(pool.PoolSizer)
+    sizer.ratio, sizer.in_flight, sizer.page_size, sizer.sliding_window = None, 4096, 128, 128
+    with pytest.raises(ValueError, match="cannot hold even one request"):
+        sizer.calculate_pool_sizes_from_max_tokens(256, 128)
+
+
+def test_models_without_window_only_layers_keep_both_tiers(tiny: Path):
+    """Pro has none: each of its layers is compressed, and has a window too."""
+    config = published()
+    ratios = [CSA] * 5
+    take_over(config, str(tiny), None, {"compress_ratios": ratios, "num_hash_layers": 3})
+    assert config.is_hybrid_swa
+    assert SWA not in ModelConfig.from_hf(config.dsv4_json).compress_ratios
+    assert config.hybrid_layer_pattern == [0] * 5
