@@ -86,5 +86,7 @@ class DeepseekV4ForCausalLM(nn.Module):
         return batch.run([(0, input_ids)])
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        logits: Tensor | None = self.logits_processor(self.model.head, hidden_states.float())
+        if hidden_states.device.type == "cpu":
+            hidden_states = hidden_states.float()
+        logits: Tensor | None = self.logits_processor(self.model.head, hidden_states)
         return logits

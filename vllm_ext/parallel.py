@@ -16,11 +16,26 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
+    UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
+from vllm.platforms import current_platform
 
 from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.kernels.linear import pack
 from dsv4_plugin.model.parallel import SplitExperts
+
+
+class PackedHead(UnquantizedEmbeddingMethod):
+    """The core's packed product for the output head on CPUs, where vLLM's own way to float32
+    logits casts the whole weight in every step (29 ms instead of 2 for 129,280 x 256)."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        layer.product = pack(layer.weight.data.float())
+        layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return layer.product(x)
 
 
 class VllmParallel:
@@ -46,13 +61,11 @@ class VllmParallel:
         )
 
     def head(self, prefix: str) -> nn.Module:
-        """Logits are float32 products of float32 values, as in the core."""
-        return ParallelLMHead(
-            self.config.vocab_size,
-            self.config.hidden_size,
-            params_dtype=torch.float32,
-            prefix=prefix,
-        )
+        """Logits are float32 (the configuration hook sets vLLM's head_dtype)."""
+        head = ParallelLMHead(self.config.vocab_size, self.config.hidden_size, prefix=prefix)
+        if current_platform.is_cpu():
+            head.quant_method = PackedHead()
+        return head
 
     def experts(self, prefix: str) -> nn.Module:
         return SplitExperts(self.config, self.dtype, self.rank, self.size)

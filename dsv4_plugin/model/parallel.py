@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.experts import experts
+from dsv4_plugin.kernels.linear import Product, pack, reference
 
 
 class RoutedExperts(Protocol):
@@ -60,24 +61,21 @@ def take_shard(param: nn.Parameter, tensor: Tensor, rank: int, dim: int | None =
 
 
 class Linear(nn.Module):
-    """y = x W^T. On a CPU the weight is reordered once for oneDNN (2 to 4 times faster)."""
+    """y = x W^T."""
 
     def __init__(self, n_in: int, n_out: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=dtype), requires_grad=False)
-        self.packed: Tensor | None = None
+        self.product: Product | None = None
 
     def finalize_weights(self) -> None:
-        """After loading: reorder, and let go of the plain weight."""
-        if self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, 1)
+        """After loading: pack, and let go of the plain weight."""
+        if self.product is None:
+            self.product = pack(self.weight.data)
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            return nn.functional.linear(x, self.weight)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-        return out
+        return reference(x, self.weight) if self.product is None else self.product(x)
 
 
 class GroupedLinear(nn.Module):

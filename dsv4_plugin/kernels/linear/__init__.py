@@ -1,0 +1,45 @@
+"""y = x W^T with the weight put once into the form the CPU multiplies fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]
+"""[T, in] -> [T, out], in the weight's dtype."""
+
+FP16_MAX = 65504.0
+FP16_STEP = 2.0**-25
+"""Largest rounding error of a value below float16's normal range."""
+
+
+def reference(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, in], weight [out, in] -> [T, out]."""
+    return torch.nn.functional.linear(x, weight)
+
+
+def pack(weight: Tensor) -> Product:
+    """A product with a fixed weight [out, in], which may be let go of afterwards.
+
+    float32 weights that came from bfloat16 are kept as float16 where that loses nothing (sums stay
+    float32): half the bytes to read, so small batches take half the time. Others are reordered
+    for oneDNN, 2 to 4 times faster than torch's own product.
+    """
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and _fits_fp16(weight):
+        half = torch.ops.quantized.linear_prepack_fp16(weight, None)
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, half)
+    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, reordered, None, "none", [], "")
+    return lambda x: reference(x, weight)
+
+
+def _fits_fp16(weight: Tensor) -> bool:
+    """Is every value a float16, to within half of float16's smallest step?"""
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return False
+    if not bool(weight.abs().amax() < FP16_MAX):
+        return False
+    return bool((weight.half().float() - weight).abs().amax() <= FP16_STEP)
