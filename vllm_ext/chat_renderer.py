@@ -10,7 +10,7 @@ from vllm.renderers.params import ChatParams
 from vllm.utils.async_utils import make_async
 
 from vllm_ext.chat_encoder import ChatEncoder
-from vllm_ext.chat_request import plain_format
+from vllm_ext.chat_request import plain_format, settle
 
 
 class ChatRenderer(DeepseekV4Renderer):
@@ -19,13 +19,15 @@ class ChatRenderer(DeepseekV4Renderer):
     def __init__(self, config: Any, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
         model = config.model_config
-        self._encoder = ChatEncoder.of(self.get_tokenizer(), model.model, model.revision)
+        if tokenizer is not None:  # --skip-tokenizer-init serves token ids only
+            self._encoder = ChatEncoder.of(tokenizer, model.model, model.revision)
         self._render_in_pool = make_async(self.render_messages, executor=self._executor)
 
     def render_messages(
         self, messages: list[Any], params: ChatParams
     ) -> tuple[list[Any], TokensPrompt]:
         """The messages as given (vLLM echoes the last one) and the prompt."""
+        settle(messages)
         kwargs = params.chat_template_kwargs
         prompt = self._encoder.prompt(
             messages,
