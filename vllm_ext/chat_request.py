@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,15 @@ class ChatOptions:
             continue_final_message=bool(kwargs.get("continue_final_message")),
             add_generation_prompt=bool(kwargs.get("add_generation_prompt", True)),
         )
+
+
+def settle(messages: Iterable[Any]) -> None:
+    """Make lists, in place, of the iterators that pydantic leaves in messages: they work once, and
+    the parsers read the messages again."""
+    for message in messages:
+        if isinstance(message, dict):
+            iterators = {key: value for key, value in message.items() if hasattr(value, "__next__")}
+            message.update({key: list(value) for key, value in iterators.items()})
 
 
 def opens_in_reasoning(request: Request, kwargs: Mapping[str, Any] | None) -> bool:

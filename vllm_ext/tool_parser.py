@@ -107,7 +107,9 @@ def _keep_finish_reason(request: Request, message: Message) -> None:
     It reports `tool_calls` wherever it sees a call under tool_choice auto, and the engine's own
     reason, `tool_calls` for `stop`, under required. Nothing else reads the choice after parsing.
     """
-    if isinstance(request, ChatCompletionRequest) and request.tool_choice in _FREE_CHOICES:
+    if not isinstance(request, ChatCompletionRequest) or not request.tools:
+        return
+    if request.tool_choice in _FREE_CHOICES:
         cut = bool(message.tool_calls) and message.finish_reason != "tool_calls"
         request.tool_choice = "required" if cut else "auto"
 

@@ -1,0 +1,156 @@
+"""Chat Completions and Completions, with the `openai` client, whole and streamed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dsv4_plugin.chat import parse
+from tests.vllm_chat import outputs
+from tests.vllm_chat.server import MODEL, scripted
+
+QUESTION = [{"role": "user", "content": "q"}]
+
+
+def ask(openai, ids, stream, extra=None, **more):
+    """The message, its finish reason and its usage."""
+    body = {"model": MODEL, "messages": QUESTION, "max_tokens": len(ids)} | more
+    extra = scripted(ids) | (extra or {})
+    if not stream:
+        answer = openai.chat.completions.create(**body, extra_body=extra)
+        return answer.choices[0].message.model_dump(), answer.choices[0].finish_reason, answer.usage
+    options = {"include_usage": True}
+    stream = openai.chat.completions.create(
+        **body, stream=True, stream_options=options, extra_body=extra
+    )
+    return collect(stream)
+
+
+def collect(stream):
+    message = {"reasoning": "", "content": "", "tool_calls": []}
+    *chunks, last = stream
+    for chunk in chunks:
+        delta = chunk.choices[0].delta
+        message["reasoning"] += getattr(delta, "reasoning", None) or ""
+        message["content"] += delta.content or ""
+        for call in delta.tool_calls or ():
+            if call.index == len(message["tool_calls"]):
+                message["tool_calls"].append(call.model_dump(exclude={"index"}))
+            else:
+                function = message["tool_calls"][call.index]["function"]
+                function["arguments"] += call.function.arguments
+    return message, chunks[-1].choices[0].finish_reason, last.usage
+
+
+def calls(message):
+    functions = [call["function"] for call in message["tool_calls"] or ()]
+    return [(function["name"], function["arguments"]) for function in functions]
+
+
+def expected(text, tools=None, finish="stop"):
+    message = parse(text, True, tools, finish)
+    return message.reasoning, message.content, [(c.name, c.arguments) for c in message.tool_calls]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_is_split_off(openai, words, stream):
+    ids = words(outputs.PLAIN)
+    message, finish, usage = ask(openai, ids, stream)
+    assert (message["reasoning"], message["content"], []) == expected(outputs.PLAIN)
+    assert (finish, usage.completion_tokens) == ("stop", len(ids))
+    assert usage.completion_tokens_details.reasoning_tokens == ids.index(128822)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat_mode(openai, words, stream):
+    kwargs = {"chat_template_kwargs": {"thinking": False}}
+    message, finish, usage = ask(openai, words("All right."), stream, kwargs)
+    assert (message["reasoning"] or "", message["content"], finish) == ("", "All right.", "stop")
+    assert usage.completion_tokens_details.reasoning_tokens == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("text", [outputs.ONE_CALL, outputs.TWO_CALLS, outputs.IN_REASONING])
+def test_tool_calls(openai, words, stream, text):
+    message, finish, _ = ask(openai, words(text), stream, tools=outputs.TOOLS)
+    reasoning, content, wanted = expected(text, outputs.TOOLS)
+    assert message["reasoning"] == reasoning
+    assert (message["content"] or None) == content
+    assert calls(message) == wanted
+    assert finish == "tool_calls"
+    assert len({call["id"] for call in message["tool_calls"]}) == len(wanted)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("left_out", [1, 2, 9, 21, 40, 55, 62])
+def test_cut_by_max_tokens(openai, words, stream, left_out):
+    ids = words(outputs.ONE_CALL)
+    cut = {"max_tokens": len(ids) - left_out, "tools": outputs.TOOLS}
+    message, finish, _ = ask(openai, ids, stream, {"return_token_ids": True}, **cut)
+    said = ids[: len(ids) - left_out]
+    reasoning, content, wanted = expected(decoded(openai, said), outputs.TOOLS, "length")
+    assert finish == "length"
+    assert (message["reasoning"], message["content"] or None) == (reasoning, content)
+    assert calls(message) == wanted
+    for _, arguments in calls(message)[left_out < 4 :]:
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(arguments)
+
+
+def decoded(openai, ids):
+    url = str(openai.base_url).removesuffix("v1/") + "detokenize"
+    return openai.post(url, body={"tokens": ids, "model": MODEL}, cast_to=dict)["prompt"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_of_the_client(openai, words, stream):
+    more = {"stop": ["STOP"], "tools": outputs.TOOLS, "max_tokens": 50}
+    message, finish, _ = ask(openai, words("r</think>one STOP two"), stream, **more)
+    assert (message["reasoning"], message["content"], finish) == ("r", "one ", "stop")
+
+
+def test_several_choices(openai, words):
+    more = {"n": 2, "tools": outputs.TOOLS, "max_tokens": 200}
+    body = {"model": MODEL, "messages": QUESTION, "extra_body": scripted(words(outputs.ONE_CALL))}
+    answer = openai.chat.completions.create(**body, **more)
+    assert [choice.finish_reason for choice in answer.choices] == ["tool_calls"] * 2
+    assert [choice.message.reasoning for choice in answer.choices] == ["I need it.\n"] * 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_that_is_not_wanted(openai, words, stream):
+    message, _, _ = ask(openai, words(outputs.PLAIN), stream, {"include_reasoning": False})
+    assert (message.get("reasoning") or "", message["content"]) == ("", expected(outputs.PLAIN)[1])
+
+
+def test_completions_with_logprobs(openai, words):
+    ids = words("plain <text>")
+    answer = openai.completions.create(
+        model=MODEL, prompt="Once", max_tokens=len(ids), logprobs=1, extra_body=scripted(ids)
+    )
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason) == ("plain <text>", "stop")
+    assert len(choice.logprobs.token_logprobs) == len(ids)
+
+
+def test_two_steps_with_a_tool(openai, words, encoder):
+    """The model calls, the client answers, the model concludes; the prompt of the second step is
+    the first one's, what the model said, and the result."""
+    history = list(QUESTION)
+    message, finish, _ = ask(openai, words(outputs.TWO_CALLS), True, tools=outputs.TOOLS)
+    assert finish == "tool_calls"
+    history.append({"role": "assistant", **message})
+    for call in reversed(message["tool_calls"]):
+        history.append({"role": "tool", "tool_call_id": call["id"], "content": "sunny"})
+    extra = {"return_token_ids": True} | scripted(words(outputs.PLAIN))
+    stream = openai.chat.completions.create(
+        model=MODEL, messages=history, tools=outputs.TOOLS, stream=True, max_tokens=100,
+        stream_options={"include_usage": True}, extra_body=extra,
+    )  # fmt: skip
+    first = next(iter(stream))
+    told = encoder.encode(QUESTION, outputs.TOOLS).ids + words(outputs.TWO_CALLS)
+    assert first.prompt_token_ids[: len(told)] == told
+    assert first.prompt_token_ids == encoder.encode(history, outputs.TOOLS).ids
+    message, finish, _ = collect(stream)
+    assert (message["content"], finish) == (expected(outputs.PLAIN)[1], "stop")
