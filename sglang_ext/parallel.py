@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
-from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor, nn
 
@@ -36,9 +35,7 @@ class SglangParallel(LocalParallel):
     def embedding(self, prefix: str) -> nn.Module:
         if self.size == 1:
             return super().embedding(prefix)
-        return VocabParallelEmbedding(
-            self.config.vocab_size, self.config.hidden_size, prefix=prefix
-        )
+        return SplitEmbedding(self.config, self.dtype, self.rank, self.size)
 
     def head(self, prefix: str) -> nn.Module:
         return _split(Head(self.config.hidden_size, self.config.vocab_size // self.size), 0)
@@ -48,6 +45,24 @@ class SglangParallel(LocalParallel):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return tensor_model_parallel_all_reduce(x) if self.size > 1 else x
+
+
+class SplitEmbedding(nn.Module):
+    """Ids in equal parts over ranks. (SGLang's own compiles its mask: on a CPU at the first step,
+    and with a C++ compiler.)"""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, rank: int, size: int) -> None:
+        super().__init__()
+        weight = torch.empty(config.vocab_size // size, config.hidden_size, dtype=dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight.shard_dim = 0  # type: ignore[attr-defined]
+        self.first = rank * len(weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        place = ids - self.first
+        mine = (place >= 0) & (place < len(self.weight))
+        rows = nn.functional.embedding(place.clamp(0, len(self.weight) - 1), self.weight)
+        return tensor_model_parallel_all_reduce(rows * mine[:, None])
 
 
 class Head(Linear):
