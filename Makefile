@@ -20,6 +20,7 @@ $(STAMP): pyproject.toml
 	$(call PIP,$(VLLM)) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --group torch-cpu
 	$(call PIP,$(VLLM)) install --group torch-cpu --group env-vllm
 	$(call PIP,$(VLLM)) uninstall --yes torchvision torchaudio torchcodec
+	$(call PIP,$(VLLM)) install --no-deps ./env/vllm
 	$(call PIP,$(VLLM)) install --no-deps --editable .
 	touch $@
 
