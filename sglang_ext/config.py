@@ -34,7 +34,7 @@ KV_DTYPES = {
     "bfloat16": "bfloat16",
     "fp8_e4m3": "fp8",
 }
-_ALLOWED: dict[str, tuple[Any, ...]] = {
+SUPPORTED: dict[str, tuple[Any, ...]] = {
     "enable_hierarchical_cache": (False,),
     "enable_unified_memory": (False,),
     "disable_hybrid_swa_memory": (False,),
@@ -109,7 +109,7 @@ def fill_defaults(server_args: ServerArgs, previous: Callable[[ServerArgs], None
 
 
 def refuse_unsupported(server_args: ServerArgs) -> None:
-    for name, allowed in _ALLOWED.items():
+    for name, allowed in SUPPORTED.items():
         value = getattr(server_args, name)
         if value not in allowed:
             named = ", ".join(str(v) for v in allowed)

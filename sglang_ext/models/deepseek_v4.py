@@ -35,12 +35,16 @@ class DeepseekV4PluginForCausalLM(nn.Module):
         self.parallel = SglangParallel(self.config, dtype)
         self.model = Transformer(self.config, self.parallel)
         self.logits_processor = LogitsProcessor(config)
+        self.loaded = False
 
     def get_attention_sliding_window_size(self) -> int:
         return self.config.sliding_window
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Raises ValueError where the checkpoint lacks a tensor."""
+        if self.loaded:
+            raise NotImplementedError("a running server's weights cannot be replaced so far")
+        self.loaded = True
         mine = ((name, tensor) for name, tensor in weights if not name.startswith(MTP))
         taken = load_weights(self.model, mine, self.parallel.rank)
         missing = expected_tensors(self.config).keys() - taken

@@ -54,3 +54,8 @@ class Reference:
             where = f"prompt of {len(output.prompt)} tokens, {output.cached} of them cached"
             assert gap <= TIE, f"{where}: a pick lies {gap:.1e} below the reference's"
             assert difference <= LOGPROB, f"{where}: a logprob differs by {difference:.1e}"
+
+    def check_logprobs(self, output: Output) -> None:
+        """As `check`, for ids that nobody picked."""
+        difference = min(self.errors(output, d)[1] for d in (torch.float32, torch.float64))
+        assert difference <= LOGPROB

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from .reference import Reference
-from .server import FLOAT32, Server
+from .server import FLOAT32, Output, Server
 
 N = 40
 PAGE = 128
@@ -74,6 +74,14 @@ class TestScheduling:
         alone = roomy.generate(prompt, N)
         judge.check([alone])
         assert [answer["output_ids"] for answer in answers] == [alone.ids] * 4
+
+    def test_prompt_logprobs(self, roomy: Server, judge: Reference):
+        """Logprobs of the prompt's own tokens, over chunks of it."""
+        prompt = [0, *ids(400, 12)]
+        body = {"input_ids": prompt, "return_logprob": True, "logprob_start_len": 0}
+        answer = roomy.post("/generate", body | {"sampling_params": {"max_new_tokens": 1}})
+        reported = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
+        judge.check_logprobs(Output(prompt[:1], prompt[1:], reported, 0))
 
     def test_abort(self, roomy: Server, judge: Reference):
         """Requests that are aborted in prefill and in decode leave nothing behind."""

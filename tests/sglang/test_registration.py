@@ -27,7 +27,7 @@ import sglang_ext
 from dsv4_plugin.config import ARCHITECTURE, CSA, SWA, ModelConfig
 from sglang_ext import hooks, registration
 from sglang_ext.choice import choose
-from sglang_ext.config import _ALLOWED, SERVED_ARCHITECTURE, refuse_unsupported, take_over
+from sglang_ext.config import SERVED_ARCHITECTURE, SUPPORTED, refuse_unsupported, take_over
 
 from .server import FLOAT32, Server
 
@@ -64,7 +64,7 @@ def test_interfaces_are_as_expected():
     fields = set(inspect.signature(ForwardBatch).parameters)
     assert fields >= {"seq_lens", "extend_seq_lens", "req_pool_indices", "forward_mode"}
     known = set(inspect.signature(ServerArgs).parameters)
-    assert set(_ALLOWED) <= known, f"ServerArgs lost {sorted(set(_ALLOWED) - known)}"
+    assert set(SUPPORTED) <= known, f"ServerArgs lost {sorted(set(SUPPORTED) - known)}"
     output = chat_encoding_adapters.ChatEncodingOutputAdapter
     assert {name for name in vars(output) if not name.startswith("_")} <= set(dir(chat_adapter()))
 
@@ -174,7 +174,7 @@ def test_other_versions_are_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_unsupported_arguments_are_named(name: str, value: object):
-    args = SimpleNamespace(**{field: allowed[0] for field, allowed in _ALLOWED.items()})
+    args = SimpleNamespace(**{field: allowed[0] for field, allowed in SUPPORTED.items()})
     refuse_unsupported(args)
     setattr(args, name, value)
     with pytest.raises(NotImplementedError, match=f"{name} is {value!r}"):
