@@ -31,6 +31,7 @@ from vllm_ext.chat_request import (
     opens_in_reasoning,
     plain_format,
 )
+from vllm_ext.registration import MODE, TOOL_PARSER
 
 _CALLS_ARE_PARSED = (
     str | None | ToolChoiceFunction | ToolChoiceCustom | ChatCompletionNamedToolChoiceParam
@@ -40,8 +41,8 @@ _CALLS_ARE_PARSED = (
 
 def tool_parser_runs() -> bool:
     """Whether this process loaded the plugin's tool parser: vLLM does so where it is chosen."""
-    found = ToolParserManager.tool_parsers.get("deepseek_v4")
-    return found is not None and found.__module__ == "vllm_ext.tool_parser"
+    found = ToolParserManager.tool_parsers.get(MODE)
+    return found is not None and found.__module__ == TOOL_PARSER[0]
 
 
 class DeepseekV4ReasoningParser(ReasoningParser):
@@ -105,10 +106,11 @@ class DeepseekV4ReasoningParser(ReasoningParser):
             return request
         if opens_in_reasoning(request, self._kwargs):
             request._grammar_from_parser = True
-            tag = response_tag(plain_format(request.response_format), reasoning=True)
-            if tag is not None:
+            wanted = plain_format(request.response_format)
+            if wanted is not None and wanted["type"] in ("json_object", "json_schema"):
+                tag = json.dumps(response_tag(wanted, reasoning=True))
                 request.response_format = None
-                request.structured_outputs = StructuredOutputsParams(structural_tag=json.dumps(tag))
+                request.structured_outputs = StructuredOutputsParams(structural_tag=tag)
         return request
 
     def extract_reasoning(

@@ -18,8 +18,10 @@ from xgrammar import StructuralTag
 
 from dsv4_plugin.chat import Message
 from dsv4_plugin.chat.grammar import tool_tag
+from vllm_ext.chat_compat import REPORTS_CUT_CALLS
 from vllm_ext.chat_output import Output, delta_message, tool_calls, whole_message
 from vllm_ext.chat_request import Request, adopt_message_tools, offered_tools
+from vllm_ext.registration import MODE
 
 _FREE_CHOICES = ("auto", "required", None)
 
@@ -27,7 +29,7 @@ _FREE_CHOICES = ("auto", "required", None)
 class DeepseekV4ToolParser(ToolParser):
     engine_based_streaming = True
     supports_required_and_named = False
-    structural_tag_model = "deepseek_v4"
+    structural_tag_model = MODE
     skip_reasoning_parsing = False
     """vLLM sets this where no reasoning parser is chosen: reasoning is content then."""
 
@@ -104,10 +106,10 @@ class DeepseekV4ToolParser(ToolParser):
 def _keep_finish_reason(request: Request, message: Message) -> None:
     """Have vLLM report `length` for a whole answer that was cut after or inside a call.
 
-    It reports `tool_calls` wherever it sees a call under tool_choice auto, and the engine's own
-    reason, `tool_calls` for `stop`, under required. Nothing else reads the choice after parsing.
+    vLLM 0.32 reports `tool_calls` wherever it sees a call under tool_choice auto, but the engine's
+    own reason (and `tool_calls` for `stop`) under required. It reads the choice for that only.
     """
-    if not isinstance(request, ChatCompletionRequest) or not request.tools:
+    if REPORTS_CUT_CALLS or not isinstance(request, ChatCompletionRequest) or not request.tools:
         return
     if request.tool_choice in _FREE_CHOICES:
         cut = bool(message.tool_calls) and message.finish_reason != "tool_calls"

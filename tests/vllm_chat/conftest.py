@@ -20,6 +20,9 @@ EOS = 1
 def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with Server(tiny, tmp_path_factory.mktemp("vllm_chat") / "server.log") as running:
         yield running
+        log = running.read_log()
+    assert "Traceback" not in log
+    assert " ERROR " not in log
 
 
 @pytest.fixture(scope="session")

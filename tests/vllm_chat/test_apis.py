@@ -87,3 +87,17 @@ def test_messages_without_thinking(anthropic, words):
     )  # fmt: skip
     assert [block.type for block in answer.content] == ["text"]
     assert answer.content[0].text == "Yes."
+
+
+def test_a_streamed_message_cut_inside_a_call(anthropic, words):
+    ids = words(outputs.ONE_CALL)
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "q"}], "tools": CLAUDES}
+    body |= {"max_tokens": len(ids) - 20, "extra_body": scripted(ids)}
+    events = list(anthropic.messages.create(**body, stream=True))
+    pieces = [
+        e.delta.partial_json for e in events if hasattr(getattr(e, "delta", 0), "partial_json")
+    ]
+    assert CALL.tool_calls[0].arguments.startswith("".join(pieces))
+    assert len("".join(pieces)) > 10
+    (stop,) = [e.delta.stop_reason for e in events if e.type == "message_delta"]
+    assert stop == "max_tokens"

@@ -134,6 +134,22 @@ def test_completions_with_logprobs(openai, words):
     assert len(choice.logprobs.token_logprobs) == len(ids)
 
 
+def test_filling_in_the_middle(server, words):
+    body = {"prompt": "a", "suffix": "b", "max_tokens": 1, "return_token_ids": True}
+    (choice,) = server.post("/v1/completions", body)["choices"]
+    fim = words("<｜fim▁begin｜>a<｜fim▁hole｜>b<｜fim▁end｜>", end=False)
+    assert choice["prompt_token_ids"] == fim
+    assert len(fim) == 5
+
+
+def test_a_budget_for_reasoning(openai):
+    answer = openai.chat.completions.create(
+        model=MODEL, messages=QUESTION, max_tokens=12, seed=1, tools=outputs.TOOLS,
+        extra_body={"thinking_token_budget": 4, "ignore_eos": True},
+    )  # fmt: skip
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 4
+
+
 def test_two_steps_with_a_tool(openai, words, encoder):
     """The model calls, the client answers, the model concludes; the prompt of the second step is
     the first one's, what the model said, and the result."""

@@ -1,4 +1,4 @@
-"""Many streams at once, a client that leaves; runs last, since it reads the whole log."""
+"""Many streams at once, and a client that leaves; the server's log is checked when it ends."""
 
 from __future__ import annotations
 
@@ -58,6 +58,3 @@ def test_concurrent_streams(server, openai, words):
             )  # fmt: skip
             assert calls(message) == [(c.name, c.arguments) for c in wanted.tool_calls]
     assert settled(server)
-    log = server.read_log()
-    assert "Traceback" not in log
-    assert " ERROR " not in log

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import requires
+
 import pytest
+from packaging.requirements import Requirement
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.parser import ParserManager
 from vllm.tool_parsers import ToolParserManager
@@ -10,6 +13,7 @@ from vllm.tool_parsers import ToolParserManager
 import vllm_ext
 from dsv4_plugin.chat import parse
 from tests.vllm_chat import outputs
+from vllm_ext.chat_compat import REPORTS_CUT_CALLS
 from vllm_ext.reasoning_parser import DeepseekV4ReasoningParser
 from vllm_ext.tokenizer import DeepseekV4Tokenizer
 
@@ -87,7 +91,7 @@ def test_an_output_cut_anywhere_gives_what_the_core_gives(tokenizer, text):
         reasoning, content, calls = whole(make, tokenizer, request, cut)
         found = [(call.name, call.arguments) for call in calls or ()]
         assert (reasoning or "", content or "", found) == wanted
-        if found:
+        if found and not REPORTS_CUT_CALLS:
             assert request.tool_choice == ("auto" if ended else "required")
 
 
@@ -193,3 +197,9 @@ def test_reasoning_tokens_are_counted(tokenizer, words):
     assert parser.count_reasoning_tokens(ids) == 0
     parser.extract_reasoning_streaming("", "", "", [], [], [])
     assert parser.count_reasoning_tokens(ids) == ids.index(128822)
+
+
+def test_the_finish_reason_still_needs_help():
+    """Once vLLM 0.32 is no longer supported, chat_compat and what asks it can go."""
+    (required,) = [name for name in requires("dsv4-plugin") if name.startswith("vllm")]
+    assert "0.32.0" in Requirement(required).specifier

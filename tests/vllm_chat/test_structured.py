@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from dsv4_plugin.chat import parse
 from tests.vllm_chat import outputs
 from tests.vllm_chat.server import MODEL, scripted
 
@@ -26,7 +27,13 @@ def ask(openai, words, stream=False, extra=None, **more):
     """An answer that thinks as told, and then as the grammar lets it."""
     extra = scripted(words(THOUGHT, end=False)) | (extra or {})
     return openai.chat.completions.create(
-        model=MODEL, messages=QUESTION, max_tokens=400, extra_body=extra, stream=stream, **more
+        model=MODEL,
+        messages=QUESTION,
+        max_tokens=400,
+        seed=1,
+        extra_body=extra,
+        stream=stream,
+        **more,
     )
 
 
@@ -59,6 +66,36 @@ def test_a_call_is_required(openai, words, parallel):
     assert parallel or len(choice.message.tool_calls) == 1
     for call in choice.message.tool_calls:
         check(call)
+
+
+def test_a_required_call_where_reasoning_is_not_wanted_back(openai, words):
+    more = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+    (choice,) = ask(openai, words, extra={"include_reasoning": False}, **more).choices
+    assert choice.finish_reason == "tool_calls"
+    check(choice.message.tool_calls[0])
+
+
+def test_one_call_at_most(openai, words):
+    """vLLM constrains the envelope of calls here, not their arguments."""
+    more = {"tools": outputs.TOOLS, "parallel_tool_calls": False}
+    extra = scripted(words(outputs.ONE_CALL))
+    (choice,) = ask(openai, words, extra=extra, **more).choices
+    assert choice.finish_reason == "tool_calls"
+    wanted = parse(outputs.ONE_CALL, True, outputs.TOOLS)
+    assert choice.message.content == wanted.content
+    assert choice.message.tool_calls[0].function.arguments == wanted.tool_calls[0].arguments
+
+
+def test_a_schema_of_a_response(openai, words):
+    schema = {"type": "json_schema", "name": "s", "schema": SCHEMA}
+    answer = openai.responses.create(
+        model=MODEL,
+        input="q",
+        max_output_tokens=400,
+        text={"format": schema},
+        extra_body=scripted(words(THOUGHT, end=False)) | {"seed": 1},
+    )
+    assert json.loads(answer.output_text)["kind"] in ("cat", "dog")
 
 
 @pytest.mark.parametrize("thinking", [True, False])
