@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import vllm
 
@@ -16,13 +14,6 @@ def require_tested_version() -> None:
         raise RuntimeError(
             f"vLLM {vllm.__version__} is installed; dsv4-plugin is made for {' and '.join(TESTED)}"
         )
-
-
-def kv_cache_layouts() -> dict[str, Any]:
-    """vLLM's layout names; the one with blocks outermost holds blocks of different sizes."""
-    from vllm.v1.kv_cache_layout import KVCacheLayout
-
-    return dict(KVCacheLayout.__members__)
 
 
 def has_amx() -> bool:

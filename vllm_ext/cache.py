@@ -30,12 +30,12 @@ from vllm.v1.kv_cache_interface import (
     KVCacheSpec,
     SlidingWindowSpec,
 )
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import BlockLayout, CacheLayout
 from dsv4_plugin.cache.step import BlockTables
 from dsv4_plugin.config import SWA, ModelConfig
-from vllm_ext._compat import kv_cache_layouts
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -96,7 +96,7 @@ class Backend(AttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
         """Blocks outermost: blocks of different sizes share one physical block."""
-        return (kv_cache_layouts()["BLHNC"],)
+        return (KVCacheLayout.BLHNC,)
 
 
 class CacheBlocks(nn.Module, AttentionLayerBase):
