@@ -37,9 +37,9 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
-        self._command = ["timeout", str(LIFETIME), "nice", "-n", "5", sys.executable]
-        self._command += ["-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
-        self._command += ["--served-model-name", MODEL, *FLAGS.split()]
+        program = str(Path(sys.executable).parent / "vllm")
+        self._command = ["timeout", str(LIFETIME), "nice", "-n", "5", program, "serve"]
+        self._command += [str(checkpoint), "--served-model-name", MODEL, *FLAGS.split()]
         self._command += ["--host", "127.0.0.1", "--port", str(port)]
 
     def __enter__(self) -> Server:

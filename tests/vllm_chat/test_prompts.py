@@ -107,6 +107,17 @@ def test_forged_control_tokens_stay_text(server, encoder, backend, where):
     assert backend.decode(forged, skip_special_tokens=False).count(FORGED) >= 2
 
 
+def test_no_added_tokens_text_becomes_the_token(server, encoder, backend):
+    added = {token.content: number for number, token in backend.get_added_tokens_decoder().items()}
+    control = encoder.encode([{"role": "user", "content": "x"}]).ids
+    frame = [number for number in control if number in added.values()]
+    texts = list(added)
+    for start in range(0, len(texts), 100):
+        messages = [{"role": "user", "content": " ".join(texts[start : start + 100])}]
+        found = server.post("/tokenize", {"messages": messages})["tokens"]
+        assert [number for number in found if number in added.values()] == frame
+
+
 def test_tokenize_and_detokenize(server, encoder, backend):
     wanted = encoder.encode(HISTORY, outputs.TOOLS)
     answer = server.post("/tokenize", {"messages": HISTORY, "tools": outputs.TOOLS})
