@@ -79,8 +79,12 @@ class Encoder:
         response_format: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
         add_generation_prompt: bool = True,
+        drop_reasoning: bool = True,
     ) -> Prompt:
         """Encode OpenAI-style `messages`; `effort="none"` means chat mode.
+
+        drop_reasoning=False keeps the reasoning of finished turns, which the format otherwise
+        keeps only where the conversation has tools.
 
         Raises ValueError naming the message index and field for what the format cannot hold.
         """
@@ -92,6 +96,7 @@ class Encoder:
             response_format,
             continue_final_message,
             add_generation_prompt,
+            drop_reasoning,
         )
         return Prompt(self.ids(rendered.parts), rendered.text, rendered.thinking)
 
@@ -104,6 +109,7 @@ class Encoder:
         response_format: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
         add_generation_prompt: bool = True,
+        drop_reasoning: bool = True,
     ) -> Rendered:
         """As `encode`, up to the parts: control tokens and plain text."""
         effort = check_effort(effort or self.effort)
@@ -115,6 +121,7 @@ class Encoder:
             response_format=response_format,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
+            drop_reasoning=drop_reasoning,
         )
 
     def ids(self, parts: Iterable[Part]) -> list[int]:

@@ -30,10 +30,12 @@ def tool_tag(
     *,
     reasoning: bool = False,
     parallel: bool = True,
+    envelope: bool = False,
 ) -> Format | None:
     """The structural tag for OpenAI's `tools` and `tool_choice`; None where all text is free.
 
-    auto: the arguments of tools with `strict: true` follow their schemas. required, or a named
+    auto: the arguments of tools with `strict: true` follow their schemas; with `envelope`, calls
+    are well-formed even where no tool is strict. required, or a named
     function: one block of calls and nothing else, all by schema. none: no DSML at all. Without
     `parallel` a block holds one call. Raises ValueError for a choice that `tools` cannot meet.
     """
@@ -41,7 +43,7 @@ def tool_tag(
     if tool_choice == "none":
         return _tag({"type": "any_text", "excludes": [*_NO_THINKING, str(DSML)]}, reasoning)
     if tool_choice == "auto":
-        if not any(function.get("strict") for function in offered):
+        if not envelope and not any(function.get("strict") for function in offered):
             return None
         calls = _calls([(f, bool(f.get("strict"))) for f in offered], parallel)
         block = {"type": "tag", "begin": f"{_BLOCK}\n", "content": calls, "end": _BLOCK_END}

@@ -57,6 +57,7 @@ def render(
     response_format: Mapping[str, Any] | None = None,
     continue_final_message: bool = False,
     add_generation_prompt: bool = True,
+    drop_reasoning: bool = True,
 ) -> Rendered:
     """Render OpenAI-style `messages`; `effort` is the text to put after bos in thinking mode.
 
@@ -83,7 +84,8 @@ def render(
     has_tools = bool(offered) or any(turn.tools for turn in turns)
     is_open = bool(turns) and (continue_final_message or turns[-1].prefix)
     opens = add_generation_prompt and not is_open
-    first_kept = _first_kept(turns, has_tools, is_open, opens) if thinking else len(turns)
+    keep_all = has_tools or not drop_reasoning
+    first_kept = _first_kept(turns, keep_all, is_open, opens) if thinking else len(turns)
     in_reasoning = writer.turns(turns, thinking, first_kept, is_open)
     if opens and not (turns and turns[-1].task):
         writer.control(ASSISTANT, THINK if thinking else END_THINK)
@@ -108,13 +110,13 @@ def _check_order(turns: Sequence[Turn], continue_final_message: bool) -> None:
             )
 
 
-def _first_kept(turns: Sequence[Turn], has_tools: bool, is_open: bool, opens: bool) -> int:
+def _first_kept(turns: Sequence[Turn], keep_all: bool, is_open: bool, opens: bool) -> int:
     """The index from which assistant turns keep their reasoning.
 
     With tools all do. Without, reasoning belongs to the turn that is still open: opening a new
     assistant turn closes all others; otherwise everything after the last user turn is open.
     """
-    if has_tools:
+    if keep_all:
         return 0
     if is_open:
         return len(turns) - 1

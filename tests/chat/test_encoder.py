@@ -403,3 +403,14 @@ def test_cached_texts_give_the_same_ids_within_bounds() -> None:
 
 def test_render_needs_no_tokenizer() -> None:
     assert render([USER]).text == f"{BOS}<｜User｜>hi<｜Assistant｜><think>"
+
+
+def test_reasoning_of_finished_turns_can_be_kept():
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "reasoning_content": "because", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    assert "because" not in render(messages).text
+    assert "<think>because</think>b" in render(messages, drop_reasoning=False).text
+    assert "because" not in render(messages, thinking=False, drop_reasoning=False).text

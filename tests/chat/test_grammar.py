@@ -79,6 +79,14 @@ def test_auto_holds_strict_tools_to_their_schemas() -> None:
     assert not accepts(written(("s", '{"days": "many"}')))
 
 
+def test_auto_can_hold_calls_to_their_envelope() -> None:
+    accepts = acceptor(tool_tag([WEATHER], "auto", envelope=True, parallel=False))
+    assert accepts("No tool needed.")
+    assert accepts(written(("weather", '{"days": "many"}')))
+    assert not accepts(written(("weather", "{}"), ("weather", "{}")))
+    assert not accepts(written(("unknown", "{}")))
+
+
 def test_none_allows_no_markup() -> None:
     accepts = acceptor(tool_tag([WEATHER], "none"))
     assert accepts("a <b> c")
