@@ -41,4 +41,5 @@ class ChatEncoder(Encoder):
             response_format=response_format,
             continue_final_message=options.continue_final_message,
             add_generation_prompt=options.add_generation_prompt,
+            drop_reasoning=options.drop_reasoning,
         )

@@ -26,19 +26,15 @@ class ChatOptions:
     effort: str | None
     continue_final_message: bool
     add_generation_prompt: bool
+    drop_reasoning: bool
 
     @classmethod
     def of(cls, kwargs: Mapping[str, Any] | None) -> ChatOptions:
-        """Raises ValueError on what V4's format does not have.
+        """What the kwargs ask for.
 
         `thinking` beats `enable_thinking`, which vLLM also derives from reasoning_effort.
         """
         kwargs = kwargs or {}
-        if kwargs.get("drop_thinking") is False:
-            raise ValueError(
-                "chat_template_kwargs.drop_thinking: false is not supported; earlier turns keep "
-                "their reasoning when the conversation has tools"
-            )
         effort = kwargs.get("reasoning_effort")
         thinking = kwargs.get("thinking")
         if thinking is None:
@@ -48,6 +44,7 @@ class ChatOptions:
             effort=effort,
             continue_final_message=bool(kwargs.get("continue_final_message")),
             add_generation_prompt=bool(kwargs.get("add_generation_prompt", True)),
+            drop_reasoning=kwargs.get("drop_thinking") is not False,
         )
 
 

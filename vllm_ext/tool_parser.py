@@ -60,18 +60,15 @@ class DeepseekV4ToolParser(ToolParser):
         tools = offered_tools(request)
         if strict_level >= ToolStrictLevel.PARAMETER:
             tools = [_strict(tool) for tool in tools or ()]
-        choice = request.tool_choice
+        choice, parallel = request.tool_choice, request.parallel_tool_calls is not False
         tag = tool_tag(
             tools,
             choice if isinstance(choice, str) else choice.model_dump(),
             reasoning=reasoning,
-            parallel=request.parallel_tool_calls is not False,
+            parallel=parallel,
+            envelope=strict_level >= ToolStrictLevel.FUNCTION or not parallel,
         )
-        if tag is None:
-            return super().get_structural_tag(
-                request, reasoning=reasoning, strict_level=strict_level
-            )
-        return StructuralTag.model_validate(tag)
+        return None if tag is None else StructuralTag.model_validate(tag)
 
     def extract_tool_calls(
         self, model_output: str, request: Request

@@ -76,7 +76,7 @@ def test_a_required_call_where_reasoning_is_not_wanted_back(openai, words):
 
 
 def test_one_call_at_most(openai, words):
-    """vLLM constrains the envelope of calls here, not their arguments."""
+    """The envelope of calls is constrained here, not their arguments."""
     more = {"tools": outputs.TOOLS, "parallel_tool_calls": False}
     extra = scripted(words(outputs.ONE_CALL))
     (choice,) = ask(openai, words, extra=extra, **more).choices
