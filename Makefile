@@ -1,4 +1,5 @@
-# make env     the vLLM environment, built once per set of pins (see pyproject.toml)
+# make env     the vLLM environment, built once per set of pins (see pyproject.toml);
+#              make env-sglang builds SGLang's
 # make demo    checkpoint, `vllm serve`, one streamed chat
 # make test    linters, types, tests
 # TORCH_INDEX  optional: a wheel index that has CPU builds of torch, where PyPI's is a CUDA build
@@ -6,22 +7,39 @@
 PYTHON ?= python3
 VLLM := .venv-vllm
 PIP = $(1)/bin/python -m pip --disable-pip-version-check --quiet
-STAMP := $(VLLM)/.built-$(shell sha256sum pyproject.toml | cut -c1-16)
+SGLANG := .venv-sglang
+PINS := $(shell sed '/^\[tool/,$$d' pyproject.toml | cat - env/vllm/pyproject.toml | sha256sum | cut -c1-16)
+STAMP := $(VLLM)/.built-$(PINS)
+SGLANG_STAMP := $(SGLANG)/.built-$(PINS)
+TORCH = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --group torch-cpu
 CHECKPOINTS := .cache/checkpoints
 
-.PHONY: env demo test lint unit bench bench-chat fuzz clean
+.PHONY: env env-sglang demo test lint unit unit-sglang bench bench-chat fuzz clean
 
 env: $(STAMP)
 
-$(STAMP): pyproject.toml
+env-sglang: $(SGLANG_STAMP)
+
+$(STAMP):
 	rm -rf $(VLLM)
 	$(PYTHON) -m venv $(VLLM)
 	$(call PIP,$(VLLM)) install 'pip>=25.1'
-	$(call PIP,$(VLLM)) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --group torch-cpu
+	$(call PIP,$(VLLM)) install $(TORCH)
 	$(call PIP,$(VLLM)) install --group torch-cpu --group env-vllm
 	$(call PIP,$(VLLM)) uninstall --yes torchvision torchaudio torchcodec
 	$(call PIP,$(VLLM)) install --no-deps ./env/vllm
 	$(call PIP,$(VLLM)) install --no-deps --editable .
+	touch $@
+
+# The small install: SGLang without its CUDA packages.
+$(SGLANG_STAMP):
+	rm -rf $(SGLANG)
+	$(PYTHON) -m venv $(SGLANG)
+	$(call PIP,$(SGLANG)) install 'pip>=25.1'
+	$(call PIP,$(SGLANG)) install $(TORCH)
+	$(call PIP,$(SGLANG)) install --no-deps --group env-sglang-engine
+	$(call PIP,$(SGLANG)) install --group torch-cpu --group env-sglang
+	$(call PIP,$(SGLANG)) install --no-deps --editable .
 	touch $@
 
 $(CHECKPOINTS)/%: $(STAMP)
@@ -30,7 +48,7 @@ $(CHECKPOINTS)/%: $(STAMP)
 demo: $(CHECKPOINTS)/tiny
 	$(VLLM)/bin/python -m benchmarks.demo $<
 
-test: lint unit
+test: lint unit unit-sglang
 
 lint: $(STAMP)
 	$(VLLM)/bin/ruff check .
@@ -40,6 +58,9 @@ lint: $(STAMP)
 
 unit: $(STAMP)
 	$(VLLM)/bin/python -m pytest
+
+unit-sglang: $(SGLANG_STAMP)
+	$(SGLANG)/bin/python -m pytest tests/sglang
 
 bench: $(CHECKPOINTS)/bench
 	$(VLLM)/bin/python -m benchmarks.serving $<
@@ -51,4 +72,4 @@ fuzz: $(STAMP)
 	$(VLLM)/bin/python -m tests.chat.fuzz --cases 100000
 
 clean:
-	rm -rf .cache $(VLLM)
+	rm -rf .cache $(VLLM) $(SGLANG)
