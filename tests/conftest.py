@@ -33,6 +33,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def unchosen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """small, but the indexer may choose 2,048 entries."""
+    directory = tmp_path_factory.mktemp("unchosen") / "checkpoint"
+    overrides = SMALL | {"index_topk": 2048}
+    make_checkpoint(directory, "tiny", seed=1, overrides=overrides, tokenizer=False)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real vocabulary and tokenizer: for engines and chat."""
     directory = tmp_path_factory.mktemp("tiny") / "checkpoint"

@@ -35,12 +35,23 @@ def test_lengths_around_every_window(small, reference, length):
     assert error(found, reference(small, ids)[:length]) < LOGITS_STD
 
 
-@pytest.mark.parametrize("chunk", [2600, 300])
+@pytest.mark.parametrize("chunk", [2100, 300])
 def test_beyond_the_indexers_choice(wide, reference, chunk):
-    """2,600 tokens have 650 entries, of which the indexer chooses 512."""
-    ids = random_ids(2600, seed=5)
+    """2,100 tokens have 525 entries, of which the indexer chooses 512.
+
+    Not many more: two scores at the 512th place are often equal to within float32 rounding, and
+    there transformers does not agree with itself in float64 either (409 of 5,000 rows moved).
+    """
+    ids = random_ids(2100, seed=5)
     found = load(wide, dtype="float32").logits(ids, chunk=chunk)
     assert error(found, reference(wide, ids)) < LOGITS_STD
+
+
+def test_several_thousand_tokens(unchosen, reference):
+    """4,000 tokens see all their 1,000 entries: no near-tie of a choice can blur the comparison."""
+    ids = random_ids(4000, seed=6)
+    found = load(unchosen, dtype="float32").logits(ids, chunk=1024)
+    assert error(found, reference(unchosen, ids)) < LOGITS_STD
 
 
 def test_gathered_choice(small, reference):
@@ -67,14 +78,14 @@ def test_a_ragged_batch(small, reference):
 
 
 def test_long_and_short_requests_decode_together(wide, reference):
-    """A decode group per octave of length: 2,600 tokens beside 30."""
+    """A decode group per octave of length: 2,100 tokens beside 30."""
     model = load(wide, dtype="float32")
-    long = random_ids(2600, seed=5)
+    long = random_ids(2100, seed=5)
     with torch.inference_mode():
-        batch = Batch(model.model, model.layout, [2600, 60], 1024, poison=True)
+        batch = Batch(model.model, model.layout, [2100, 60], 1024, poison=True)
         batch.prefill([long[:-4], long[:30]])
         found = [
-            model.model.head(batch.decode([0, 1], torch.stack([long[2596 + t], long[30 + t]])))
+            model.model.head(batch.decode([0, 1], torch.stack([long[2096 + t], long[30 + t]])))
             for t in range(4)
         ]
     expected = reference(wide, long)
