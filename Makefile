@@ -1,6 +1,6 @@
 # make env     the vLLM environment, built once per set of pins (see pyproject.toml);
 #              make env-sglang builds SGLang's
-# make demo    checkpoint, `vllm serve`, one streamed chat
+# make demo    checkpoint, `vllm serve`, one streamed chat; make demo-sglang: the same in SGLang
 # make test    linters, types, tests
 # TORCH_INDEX  optional: a wheel index that has CPU builds of torch, where PyPI's is a CUDA build
 
@@ -14,7 +14,7 @@ SGLANG_STAMP := $(SGLANG)/.built-$(PINS)
 TORCH = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --group torch-cpu
 CHECKPOINTS := .cache/checkpoints
 
-.PHONY: env env-sglang demo test lint unit unit-sglang bench bench-chat fuzz clean
+.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang bench bench-chat fuzz clean
 
 env: $(STAMP)
 
@@ -47,6 +47,9 @@ $(CHECKPOINTS)/%: $(STAMP)
 
 demo: $(CHECKPOINTS)/tiny
 	$(VLLM)/bin/python -m benchmarks.demo $<
+
+demo-sglang: $(CHECKPOINTS)/tiny $(SGLANG_STAMP)
+	$(SGLANG)/bin/python -m benchmarks.demo --engine sglang $<
 
 test: lint unit unit-sglang
 

@@ -1,4 +1,4 @@
-"""`vllm serve` on a checkpoint, one streamed chat with the openai client, and a clean stop."""
+"""A server on a checkpoint, one streamed chat with the openai client, and a clean stop."""
 
 from __future__ import annotations
 
@@ -20,25 +20,36 @@ from openai import OpenAI
 QUESTION = "In one sentence: what does a sliding window see?"
 START_LIMIT = 300.0
 """Seconds a server may take to become healthy."""
-FLAGS = (
+VLLM_FLAGS = (
     "--tokenizer-mode deepseek_v4 --tool-call-parser deepseek_v4 --reasoning-parser deepseek_v4 "
     "--enable-auto-tool-choice --max-model-len 4096 --kv-cache-memory-bytes 500000000 "
     "--max-num-seqs 16 --enforce-eager"
 )
+SGLANG_FLAGS = (
+    "--device cpu --dtype float32 --max-total-tokens 8192 --max-running-requests 8 "
+    "--sleep-on-idle --reasoning-parser deepseek-v4 --tool-call-parser deepseekv4"
+)
+STUBS = Path(__file__).parents[1] / "tests" / "sglang" / "stubs"
+"""Stand-ins for CUDA packages that SGLang imports on a CPU too."""
 
 
 @contextmanager
-def server(checkpoint: Path, log: Path) -> Iterator[str]:
-    """A `vllm serve` on a free local port: its base URL; ended by its own process group."""
+def server(engine: str, checkpoint: Path, log: Path) -> Iterator[str]:
+    """A server on a free local port: its base URL; ended by its own process group."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(checkpoint), *FLAGS.split()]
+    command, environment = _command(engine, checkpoint.resolve())
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "deepseek-v4"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1"}
     with log.open("w") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=out, env=environment, start_new_session=True
+            command,
+            stdout=out,
+            stderr=out,
+            env=os.environ | environment,
+            cwd=log.parent,
+            start_new_session=True,
         )
     try:
         _wait(f"http://127.0.0.1:{port}/health", process, log)
@@ -51,6 +62,16 @@ def server(checkpoint: Path, log: Path) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _command(engine: str, checkpoint: Path) -> tuple[list[str], dict[str, str]]:
+    """The server's command line and what it needs in the environment."""
+    if engine == "vllm":
+        vllm = str(Path(sys.executable).parent / "vllm")
+        return [vllm, "serve", str(checkpoint), *VLLM_FLAGS.split()], {}
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
+    environment = {"PYTHONPATH": str(STUBS.resolve()), "OMP_NUM_THREADS": "1"}
+    return command + SGLANG_FLAGS.split(), environment
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -92,11 +113,12 @@ def chat(url: str, question: str, tokens: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--engine", choices=("vllm", "sglang"), default="vllm")
     parser.add_argument("--tokens", type=int, default=48)
     args = parser.parse_args()
-    log = args.checkpoint.parent / "demo.log"
-    print(f"starting vllm serve {args.checkpoint} (log: {log}) ...", flush=True)
-    with server(args.checkpoint, log) as url:
+    log = args.checkpoint.resolve().parent / f"demo-{args.engine}.log"
+    print(f"starting {args.engine} on {args.checkpoint} (log: {log}) ...", flush=True)
+    with server(args.engine, args.checkpoint, log) as url:
         print("\n".join(line for line in log.read_text().splitlines() if "dsv4-plugin" in line))
         chat(url, QUESTION, args.tokens)
     print("server stopped")

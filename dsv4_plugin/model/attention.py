@@ -24,7 +24,7 @@ from dsv4_plugin.model.indexer import Indexer, hadamard
 from dsv4_plugin.model.norm import RMSNorm, inverse_rms
 from dsv4_plugin.model.parallel import GroupedLinear, Parallel
 
-TILE_ROWS = 512
+TILE_ROWS = 256
 """Query-head rows of a prefill tile: few enough that its window band is not mostly hidden."""
 MAX_TILE = 128
 DENSE = 2
