@@ -13,6 +13,9 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+Generation = Literal["april", "0731"]
+"""Of a checkpoint: they were trained with different effort texts."""
+
 SWA, CSA, HCA = 0, 4, 128
 """The layer kinds, named by their compress ratio (tokens per compressed KV entry)."""
 
@@ -72,7 +75,7 @@ class ModelConfig:
     eos_token_id: int = 1
     torch_dtype: str = "bfloat16"
     quant_method: str | None = None
-    generation: Literal["april", "0731"] = "april"
+    generation: Generation = "april"
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> ModelConfig:
@@ -103,7 +106,7 @@ class ModelConfig:
             "yarn": _yarn(hf),
             "torch_dtype": hf.get("torch_dtype") or hf.get("dtype") or "bfloat16",
             "quant_method": quantization.get("quant_method"),
-            "generation": "0731" if any(k.startswith("dspark_") for k in hf) else "april",
+            "generation": generation_of(hf),
         } | _rope_thetas(hf)
         missing = [n for n in _REQUIRED if n not in values]
         if missing:
@@ -182,6 +185,11 @@ _POSITIVE = (
     "hc_sinkhorn_iters",
     "max_position_embeddings",
 )
+
+
+def generation_of(hf: Mapping[str, Any]) -> Generation:
+    """The generation by config.json: 0731 brought the `dspark_*` fields."""
+    return "0731" if any(key.startswith("dspark_") for key in hf) else "april"
 
 
 def _rope_head_dim(hf: Mapping[str, Any]) -> int:

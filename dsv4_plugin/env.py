@@ -30,6 +30,14 @@ MODEL = Choice(
     "Whose network serves the model. auto: the plugin's where the engine's own cannot run, the "
     "engine's where its kernels are made for the chip.",
 )
+EFFORT = Choice(
+    "DSV4_DEFAULT_EFFORT",
+    ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"),
+    "high",
+    "The reasoning effort of requests that name none. The authors' API takes high: on April "
+    "checkpoints that adds no text, on 0731 the absolute-maximum text; low gives 0731 prompts "
+    "without one.",
+)
 CHAT = Choice(
     "DSV4_CHAT",
     ("plugin", "native"),

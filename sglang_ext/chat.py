@@ -24,8 +24,8 @@ from sglang.srt.runtime_context import get_serving
 from xgrammar import StructuralTag
 
 from dsv4_plugin.chat import Encoder, TokenBytes, parse
-from dsv4_plugin.chat.effort import generation_of
 from dsv4_plugin.chat.grammar import tool_tag
+from dsv4_plugin.config import generation_of
 from sglang_ext.config import CHAT_SPEC, config_json
 from sglang_ext.output import Delta, OutputParser
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 from transformers.utils.hub import cached_file
 
 from dsv4_plugin.chat import Encoder, Prompt
-from dsv4_plugin.chat.effort import generation_of
+from dsv4_plugin.config import generation_of
 from vllm_ext.chat_request import ChatOptions
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol, Self
 
-from .effort import check_effort, check_generation, default_effort, effort_text, generation_of
+from dsv4_plugin import env
+from dsv4_plugin.config import generation_of
+
+from .effort import check_effort, check_generation, effort_text
 from .render import Rendered, render
 from .tokens import Control, Part
 
@@ -52,14 +55,14 @@ class Encoder:
 
     `tokenizer` is a `tokenizers.Tokenizer`, a `transformers` fast tokenizer, or the path of a
     tokenizer.json or of the directory that holds it. `generation` chooses the texts for
-    reasoning effort; `effort` is the effort of requests that name none (`default_effort()`).
+    reasoning effort; `effort` is the effort of requests that name none (`env.EFFORT`).
     """
 
     def __init__(
         self, tokenizer: Any, generation: str = "april", effort: str | None = None
     ) -> None:
         self.generation = check_generation(generation)
-        self.effort = check_effort(effort or default_effort())
+        self.effort = check_effort(effort or env.EFFORT.read())
         self.tokenizer = load_tokenizer(tokenizer)
         self._texts = TextEncoder(self.tokenizer)
         self._controls: dict[Control, int] = {}

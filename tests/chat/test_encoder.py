@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dsv4_plugin import env
 from dsv4_plugin.chat import Encoder, render
-from dsv4_plugin.chat.effort import DEFAULT_EFFORT_VARIABLE, EFFORTS, default_effort
+from dsv4_plugin.chat.effort import EFFORTS
 from dsv4_plugin.chat.encoder import TextEncoder
 from dsv4_plugin.chat.messages import ROLES
 from dsv4_plugin.chat.tokens import (
@@ -91,12 +92,12 @@ def test_effort_by_generation(asked: str | None, generation: str, column: int) -
     assert not chat.thinking
 
 
-def test_default_effort_is_a_setting() -> None:
-    assert default_effort({}) == "high"
-    assert default_effort({DEFAULT_EFFORT_VARIABLE: "low"}) == "low"
+def test_default_effort_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert env.EFFORT.read() == "high"
     assert encoder("0731", "low").encode([USER]).text == f"{BOS}<｜User｜>hi<｜Assistant｜><think>"
-    with pytest.raises(ValueError, match=f"{DEFAULT_EFFORT_VARIABLE}: 'lots' is not one of none"):
-        default_effort({DEFAULT_EFFORT_VARIABLE: "lots"})
+    monkeypatch.setenv(env.EFFORT.name, "lots")
+    with pytest.raises(ValueError, match="DSV4_DEFAULT_EFFORT is 'lots'; allowed are none"):
+        env.EFFORT.read()
 
 
 @pytest.mark.parametrize(("config", "generation"), [({}, "april"), ({"dspark_x": 1}, "0731")])
