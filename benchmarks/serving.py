@@ -168,18 +168,28 @@ def _vllm(checkpoint: Path, dtype: str) -> Runner:
         skip_tokenizer_init=True,
     )
 
-    def seconds(prompts: list[list[int]], tokens: int) -> float:
+    core = engine.llm_engine
+
+    def once(prompts: list[list[int]], tokens: int) -> tuple[float, float]:
+        """Seconds until every request has its first token, and from there to the end."""
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        start = time.perf_counter()
-        engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        return time.perf_counter() - start
+        start = first = time.perf_counter()
+        waiting = {f"{start}-{i}" for i in range(len(prompts))}
+        for name, prompt in zip(sorted(waiting), prompts, strict=True):
+            core.add_request(name, {"prompt_token_ids": prompt}, params)
+        while core.has_unfinished_requests():
+            answered = {out.request_id for out in core.step()}
+            if waiting:
+                waiting -= answered
+                first = time.perf_counter()
+        return first - start, time.perf_counter() - first
 
     def run(requests: int, length: int, steps: int = 32) -> tuple[float, float]:
         prompts = _prompts(requests, length)
-        seconds(prompts, 2)
-        first = min(seconds(prompts, 1) for _ in range(2))
-        whole = min(seconds(prompts, 1 + steps) for _ in range(2))
-        return requests * length / first, requests * steps / (whole - first)
+        once(prompts, 2)
+        times = [once(prompts, 1 + steps) for _ in range(2)]
+        prefill, decode = (min(t) for t in zip(*times, strict=True))
+        return requests * length / prefill, requests * steps / decode
 
     return run
 
