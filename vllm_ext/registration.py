@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.reasoning import ReasoningParserManager
@@ -15,8 +13,6 @@ from dsv4_plugin import env
 from dsv4_plugin.config import ARCHITECTURE
 from vllm_ext._compat import require_tested_version
 from vllm_ext.choice import choose
-
-log = logging.getLogger("vllm.dsv4")
 
 MODE = "deepseek_v4"
 MODEL = ("vllm_ext.model", "DeepseekV4ForCausalLM")

@@ -95,7 +95,7 @@ class Attention(nn.Module):
         """Hadamard rotation of indexer queries and keys: it decides how quantised keys round."""
         if cache.key is None or not isinstance(cache.key.codec, FP8IndexRows):
             return None
-        return _hadamard(self.indexer.dim, device)
+        return hadamard(self.indexer.dim, device)
 
     def _decode(
         self, q: Tensor, index: tuple[Tensor, Tensor] | None, group: DecodeGroup, cache: LayerCache
@@ -226,8 +226,3 @@ def _band(window: int, tile: int, device: torch.device) -> Tensor:
     ahead = torch.arange(window - 1 + tile, device=device)
     ahead = ahead - torch.arange(tile, device=device)[:, None]
     return (ahead < 0) | (ahead >= window)
-
-
-@lru_cache
-def _hadamard(dim: int, device: torch.device) -> Tensor:
-    return hadamard(dim).to(device)

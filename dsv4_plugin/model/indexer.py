@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
@@ -37,9 +39,10 @@ class Indexer(nn.Module):
         return q if rotate is None else q @ rotate, weight
 
 
-def hadamard(dim: int) -> Tensor:
+@lru_cache
+def hadamard(dim: int, device: torch.device) -> Tensor:
     """The orthonormal Hadamard matrix [dim, dim], dim a power of two."""
-    h = torch.ones(1, 1)
+    h = torch.ones(1, 1, device=device)
     while h.shape[0] < dim:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
     return h.mul_(dim**-0.5)
