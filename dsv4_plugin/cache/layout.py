@@ -5,11 +5,15 @@ Three kinds of block, all managed by the engine:
 - window block: `window_block` token rows, the last `sliding_window` tokens of a request;
 - page: everything that lasts, for `page_size` tokens: compressed rows, indexer keys, and for CSA
   the carry (half-open pooling sums of the page's last window) that the next page starts from;
-- ring: one per running request, the pooling sums of the window that is still open.
+- ring: one per running request, the pooling sums of the window that is still open, one row for
+  each of the last `ring_rows` positions.
 
 Every ratio divides the page, so a prefix that ends with a page needs nothing but its pages and
 the window rows: prefix caching, preemption and chunking are plain consequences of that.
 Pooling sums are (max, sum, weighted sum) per channel; a carry is kept as (log-sum-exp, mean).
+Sums cannot be taken back, but rows by position can be returned to: with N speculative tokens a ring
+has N + 1 rows, and a step after a rejection simply reads an earlier one. All other rows are written
+again before they are read.
 """
 
 from __future__ import annotations
@@ -63,13 +67,19 @@ class CacheLayout:
 
     page_size: int
     window_block: int
+    ring_rows: int
     window: BlockLayout
     page: dict[int, BlockLayout]
     ring: dict[int, BlockLayout]
 
     @classmethod
     def of(
-        cls, config: ModelConfig, kv_dtype: str, page_size: int = 256, window_block: int = 32
+        cls,
+        config: ModelConfig,
+        kv_dtype: str,
+        page_size: int = 256,
+        window_block: int = 32,
+        num_speculative_tokens: int = 0,
     ) -> CacheLayout:
         """Lay out the caches.
 
@@ -89,15 +99,16 @@ class CacheLayout:
         kv, key = _codecs(config, kv_dtype)
         d = config.head_dim
         dc = config.head_dim + config.index_head_dim
-        page, ring = {}, {}
+        page, ring, rows = {}, {}, num_speculative_tokens + 1
         if CSA in ratios:
             n = page_size // CSA
             page[CSA] = BlockLayout.of(kv=(kv, n), key=(key, n), carry=(Float32Rows(2 * dc), 1))
-            ring[CSA] = BlockLayout.of(sums=(Float32Rows(6 * dc), 1))
+            ring[CSA] = BlockLayout.of(sums=(Float32Rows(6 * dc), rows))
         if HCA in ratios:
             page[HCA] = BlockLayout.of(kv=(kv, page_size // HCA))
-            ring[HCA] = BlockLayout.of(sums=(Float32Rows(3 * d), 1))
-        return cls(page_size, window_block, BlockLayout.of(kv=(kv, window_block)), page, ring)
+            ring[HCA] = BlockLayout.of(sums=(Float32Rows(3 * d), rows))
+        window = BlockLayout.of(kv=(kv, window_block))
+        return cls(page_size, window_block, rows, window, page, ring)
 
 
 def resolve_kv_dtype(kv_dtype: str, model_dtype: str) -> str:

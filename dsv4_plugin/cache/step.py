@@ -7,7 +7,9 @@ written and read, for all layers of a kind at once. Layers only follow addresses
 Requests that bring one token are decoded together, in groups of similar length (within a factor of
 two above 2,048 tokens, so that padding never doubles the work); requests that bring more are
 prefilled one by one. Nothing else tells a first chunk from a later one, a prefix hit from a
-recomputation, or a mixed batch from a pure one.
+recomputation, or a mixed batch from a pure one. With speculative decoding, requests that bring no
+more tokens than a ring has rows are decoded too: their first tokens together, then their second
+ones, and so on, so that the pooling sums after each of them are kept.
 
 Shape letters: T tokens of the step, B requests, G requests of a decode group, n tokens of a
 prefill span, W sliding window, N compressed entries.
@@ -15,6 +17,7 @@ prefill span, W sliding window, N compressed entries.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,7 +66,7 @@ class Entries:
 class Pooling:
     """Compressor addresses of a ratio for a decode group.
 
-    sums: address of each token's open window state [G], read and written.
+    before, sums: addresses of each token's open window state [G], read and written.
     opening, paging, fresh, closing, filling: indices into the group of the tokens that open a
     window; open a page after the first (their previous window's sums lie at carry_in); start the
     request; close a window (its entry, with RoPE factors cis, goes to kv_out / key_out); close a
@@ -71,6 +74,7 @@ class Pooling:
     """
 
     phase: Tensor
+    before: Tensor
     sums: Tensor
     opening: Tensor
     fresh: Tensor
@@ -88,11 +92,13 @@ class Pooling:
 class SpanPooling:
     """Compressor addresses of a ratio for one prefill span of positions p0 .. p1-1.
 
-    sums: [1]; carry_in: [1] when the span opens a page other than the first, else None.
+    before, sums: [1], state read and written; carry_in: [1] when the span opens a page other than
+    the first, else None.
     kv_out, key_out: addresses of the windows closed by the span; cis: their RoPE factors.
     carry_windows: which of the span's windows (0 = that of p0) end a page; carry_out: where to.
     """
 
+    before: Tensor
     sums: Tensor
     carry_in: Tensor | None
     kv_out: Tensor
@@ -181,12 +187,11 @@ class _Build:
         )
         first = seq_lens - count - query_start[:-1]
         position = torch.arange(n_tokens, device=count.device) + first[request]
-        single = _where(count == 1)
-        several = _where(count > 1)
+        several = _where(count > self.layout.ring_rows)
         return Step(
             cis=self._cis(position),
             window_write=self._window(request, position),
-            decode=tuple(self._groups(single, query_start, seq_lens)),
+            decode=tuple(self._decode(count, query_start, seq_lens)),
             prefill=tuple(
                 self._span(b, start, end, total)
                 for b, start, end, total in torch.stack(
@@ -214,19 +219,23 @@ class _Build:
     def _key(self, ratio: int, request: Tensor, entry: Tensor) -> Tensor | None:
         return self._entry(ratio, "key", request, entry) if ratio == CSA else None
 
-    def _groups(self, single: Tensor, query_start: Tensor, seq_lens: Tensor) -> list[DecodeGroup]:
-        if len(single) == 0:
-            return []
-        length = seq_lens[single]
-        octave = torch.frexp((length - 1).clamp(min=SHORT - 1).double()).exponent
-        return [self._group(single[octave == o], query_start, seq_lens) for o in octave.unique()]
+    def _decode(
+        self, count: Tensor, query_start: Tensor, seq_lens: Tensor
+    ) -> Iterator[DecodeGroup]:
+        for turn in range(self.layout.ring_rows):
+            request = _where((count > turn) & (count <= self.layout.ring_rows))
+            position = (seq_lens - count)[request] + turn
+            octave = torch.frexp(position.clamp(min=SHORT - 1).double()).exponent
+            for o in octave.unique():
+                group = octave == o
+                who = request[group]
+                yield self._group(who, query_start[who] + turn, position[group])
 
-    def _group(self, request: Tensor, query_start: Tensor, seq_lens: Tensor) -> DecodeGroup:
-        position = seq_lens[request] - 1
+    def _group(self, request: Tensor, rows: Tensor, position: Tensor) -> DecodeGroup:
         seen = position[:, None] - torch.arange(self.window - 1, -1, -1, device=position.device)
         ratios = self.layout.page
         return DecodeGroup(
-            rows=query_start[request],
+            rows=rows,
             window_read=self._window(request[:, None], seen.clamp(min=0)),
             window_hidden=seen < 0,
             entries={r: self._visible_entries(r, request, position) for r in ratios},
@@ -249,6 +258,11 @@ class _Build:
         offset = self.layout.page[ratio].parts["carry"].offset if ratio == CSA else 0
         return self.tables.page[request, page] * self.tables.page_stride + offset
 
+    def _sums(self, ratio: int, request: Tensor, position: Tensor) -> Tensor:
+        row = position % self.layout.ring_rows
+        words = self.layout.ring[ratio].parts["sums"].codec.words
+        return self.tables.ring[request] * self.tables.ring_stride + row * words
+
     def _pooling(self, ratio: int, request: Tensor, position: Tensor) -> Pooling:
         size = self.layout.page_size
         closing = _where((position + 1) % ratio == 0)
@@ -257,7 +271,8 @@ class _Build:
         who, entry = request[closing], position[closing] // ratio
         return Pooling(
             phase=position % ratio,
-            sums=self.tables.ring[request] * self.tables.ring_stride,
+            before=self._sums(ratio, request, position - 1),
+            sums=self._sums(ratio, request, position),
             opening=_where(position % ratio == 0),
             fresh=_where(position == 0),
             paging=paging,
@@ -294,11 +309,13 @@ class _Build:
 
     def _span_pooling(self, ratio: int, who: Tensor, p0: int, p1: int) -> SpanPooling:
         size = self.layout.page_size
+        ends_at = torch.tensor([p0, p1], device=who.device)
         closed = torch.arange(p0 // ratio, p1 // ratio, device=who.device)
         ends = torch.arange(p0 // size, p1 // size, device=who.device)
         before = torch.arange(p0 // size - 1, p0 // size, device=who.device)
         return SpanPooling(
-            sums=(self.tables.ring[who] * self.tables.ring_stride).reshape(1),
+            before=self._sums(ratio, who[None], ends_at[:1] - 1),
+            sums=self._sums(ratio, who[None], ends_at[1:] - 1),
             carry_in=self._carry(ratio, who, before) if p0 > 0 and p0 % size == 0 else None,
             kv_out=self._entry(ratio, "kv", who, closed),
             key_out=self._key(ratio, who, closed),

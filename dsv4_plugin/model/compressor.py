@@ -77,7 +77,7 @@ class Pool(nn.Module):
         at = group.pooling[self.ratio]
         assert cache.sums is not None
         score = y[:, 1] + self.ape[at.phase]
-        before = cache.sums.read(at.sums, torch.float32).unflatten(-1, (self.halves, 3, -1))
+        before = cache.sums.read(at.before, torch.float32).unflatten(-1, (self.halves, 3, -1))
         nothing = pooling.nothing(y)
         if at.opening.numel():
             if self.halves == 2:
@@ -103,7 +103,9 @@ class Pool(nn.Module):
         assert cache.sums is not None
         sums = self._windows(y, span)
         if span.p0 % r or (span.p0 and self.halves == 2):
-            before = cache.sums.read(at.sums, torch.float32).unflatten(-1, (self.halves, 3, -1))[0]
+            before = cache.sums.read(at.before, torch.float32)[0].unflatten(
+                -1, (self.halves, 3, -1)
+            )
         previous = None
         if span.p0 % r:
             sums[0] = pooling.merge(before, sums[0])
