@@ -14,7 +14,7 @@ SGLANG_STAMP := $(SGLANG)/.built-$(PINS)
 TORCH = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --group torch-cpu
 CHECKPOINTS := .cache/checkpoints
 
-.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang bench bench-chat fuzz clean
+.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton bench bench-chat fuzz clean
 
 env: $(STAMP)
 
@@ -51,7 +51,7 @@ demo: $(CHECKPOINTS)/tiny
 demo-sglang: $(CHECKPOINTS)/tiny $(SGLANG_STAMP)
 	$(SGLANG)/bin/python -m benchmarks.demo --engine sglang $<
 
-test: lint unit unit-sglang
+test: lint unit unit-triton unit-sglang
 
 lint: $(STAMP)
 	$(VLLM)/bin/ruff check .
@@ -60,7 +60,13 @@ lint: $(STAMP)
 	$(VLLM)/bin/lint-imports
 
 unit: $(STAMP)
-	$(VLLM)/bin/python -m pytest
+	$(VLLM)/bin/python -m pytest --ignore tests/triton
+
+# Kernels: interpreted strictly, then as compiled code, executed on the CPU.
+TRITON_TESTS = OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/triton
+unit-triton: $(STAMP)
+	TRITON_INTERPRET=1 $(TRITON_TESTS)
+	DSV4_TEST_GPU=sm80,sm86,sm89,sm90,sm120 $(TRITON_TESTS)
 
 unit-sglang: $(SGLANG_STAMP)
 	$(SGLANG)/bin/python -m pytest tests/sglang

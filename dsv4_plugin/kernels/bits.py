@@ -1,0 +1,58 @@
+"""Number formats by integer operations, for Triton kernels: the same bits on every architecture.
+
+No fp8 types: sm80 and sm86 have none, and where they exist their conversions differ (some round
+twice). All functions are exact; e4m3 NaN codes, which are never written, decode to +-480.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def e4m3_encode(x):
+    """float32 to e4m3 codes (uint8): to nearest even, saturating at 448."""
+    bits = x.to(tl.uint32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    rounded = size + 0x7FFFF + ((size >> 20) & 1)
+    normal = tl.where(rounded >= 0x43F00000, 0x7E, (rounded >> 20) - (120 << 3))
+    # Below 2^-6 codes count steps of 2^-9: adding 1.5 * 2^23 leaves that count in the low bits.
+    steps = size.to(tl.float32, bitcast=True) * 512.0 + 12582912.0
+    small = steps.to(tl.uint32, bitcast=True) & 0xF
+    code = tl.where(size < 0x3C800000, small, normal)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def e4m3_decode(code):
+    """e4m3 codes (uint8) to float32 values divided by 2^120: fold that into the scale."""
+    wide = code.to(tl.uint32)
+    return (((wide & 0x80) << 24) | ((wide & 0x7F) << 20)).to(tl.float32, bitcast=True)
+
+
+E4M3_UNIT = tl.constexpr(2.0**120)
+"""What `e4m3_decode` leaves out."""
+
+
+@triton.jit
+def e4m3_scale(largest):
+    """The UE8M0 byte (uint32) and the inverse (float32) of 2^ceil(log2(max(largest, 1e-4) / 448)).
+
+    448 is 1.75 * 2^8, so a mantissa above 1.75 takes the next power.
+    """
+    bits = tl.maximum(largest, 1e-4).to(tl.uint32, bitcast=True)
+    byte = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.uint32)
+    return byte, ((254 - byte) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def ue8m0_decode(byte):
+    """UE8M0 bytes 1 .. 254 to float32 powers of two."""
+    return (byte.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bf16_round(x):
+    """float32 rounded to bfloat16, as float32; kept apart from what follows by the bits."""
+    return x.to(tl.bfloat16).to(tl.float32)

@@ -1,0 +1,32 @@
+"""How a test run executes kernels, from the environment of its process:
+
+TRITON_INTERPRET=1      the strict interpreter (Triton reads it at import: one process, one mode)
+DSV4_TEST_GPU=A,B,...   compiled code: emulated for sm80, sm86, ...; `device`: on this machine's GPU
+
+Import this module before any kernel.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+NAMES = ["interpret"] if INTERPRET else (os.environ.get("DSV4_TEST_GPU") or "sm80").split(",")
+"""What every test is repeated for."""
+DEVICE = "cuda" if NAMES == ["device"] else "cpu"
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+if INTERPRET:
+    from tests.kit import interpreter
+
+    interpreter.apply(strict=True, order=0)
+
+
+def gpu(name: str) -> AbstractContextManager[object]:
+    """Kernels launched inside run as `name` (of NAMES) says."""
+    if name in ("interpret", "device"):
+        return nullcontext()
+    from tests.kit.gpu import EmulatedGPU
+
+    return EmulatedGPU(name)

@@ -1,0 +1,20 @@
+"""Every test that takes `gpu` runs in each architecture of the run's mode (see tests/kit/mode)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.kit import mode
+
+
+@pytest.fixture(params=mode.NAMES)
+def gpu(request: pytest.FixtureRequest) -> Iterator[object]:
+    """Inside the test, Triton's launches run as the mode says; torch.empty holds NaN."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    with mode.gpu(request.param) as context:
+        yield context
+    torch.use_deterministic_algorithms(deterministic)

@@ -1,0 +1,123 @@
+"""The checks themselves: number formats bit by bit, and that mistakes are found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
+
+from dsv4_plugin.kernels.bits import (
+    E4M3_UNIT,
+    e4m3_decode,
+    e4m3_encode,
+    e4m3_scale,
+)
+from dsv4_plugin.quant.e4m3 import decode_e4m3, quantise_e4m3
+from tests.kit import mode
+
+interpreted = pytest.mark.skipif(not mode.INTERPRET, reason="the interpreter's checks")
+emulated = pytest.mark.skipif(
+    mode.INTERPRET or mode.DEVICE != "cpu", reason="the emulator's checks"
+)
+
+
+@triton.jit
+def _codec(x_ptr, code_ptr, scale_ptr, back_ptr, N: tl.constexpr):
+    """Quantise one block of N values and read it back."""
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    x = tl.load(x_ptr + at)
+    byte, inverse = e4m3_scale(tl.max(tl.abs(x)))
+    code = e4m3_encode(x * inverse)
+    tl.store(code_ptr + at, code)
+    tl.store(scale_ptr + tl.program_id(0), byte.to(tl.uint8))
+    tl.store(back_ptr + at, e4m3_decode(code) * E4M3_UNIT)
+
+
+def test_e4m3_is_the_core_s(gpu):
+    """Near ties of every code, subnormals, powers of two and 448 * 2^k, one step around each."""
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = (codes[1:] + codes[:-1]) / 2
+    exact = torch.cat([codes, ties])
+    x = torch.cat([exact, torch.nextafter(exact, exact + 1), torch.nextafter(exact, exact - 1)])
+    x = torch.cat([x, -x]).clamp(-448, 448)
+    x = torch.nn.functional.pad(x, (0, -len(x) % 63)).view(-1, 63)
+    top = torch.full((len(x), 1), 448.0)
+    edges = torch.tensor([0.0, 1e-4, 9e-5, 448.0, 448.00003, 447.99997, 1.75, 1.7500001, 2.0**-100])
+    blocks = torch.cat([torch.cat([x, top], 1), edges[:, None].expand(-1, 64)]).contiguous()
+    n = len(blocks)
+    code, back = torch.empty(n, 64, dtype=torch.uint8), torch.empty(n, 64)
+    scale = torch.empty(n, dtype=torch.uint8)
+    blocks, code, scale, back = (t.to(mode.DEVICE) for t in (blocks, code, scale, back))
+    _codec[(n,)](blocks, code, scale, back, N=64)
+    codes, scales = quantise_e4m3(blocks, 64)
+    assert torch.equal(code, codes)
+    assert torch.equal(scale[:, None], scales)
+    assert torch.equal(back, decode_e4m3(codes, torch.ones_like(scales).float(), 64))
+
+
+@triton.jit
+def _copy(x_ptr, out_ptr, n, step, N: tl.constexpr, MASK: tl.constexpr, OTHER: tl.constexpr):
+    at = tl.program_id(0) * step + tl.arange(0, N)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0 if OTHER else None)
+    tl.store(out_ptr + at, x, mask=at < (n if MASK else n + N))
+
+
+def _run_copy(n=40, size=40, step=16, mask=True, other=True):
+    x, out = torch.ones(n, device=mode.DEVICE), torch.zeros(size, device=mode.DEVICE)
+    _copy[(3,)](x, out, n, step, N=16, MASK=mask, OTHER=other)
+    return out
+
+
+def test_a_right_kernel_passes(gpu):
+    assert _run_copy().sum() == 40
+
+
+def test_a_store_past_the_end_is_found(gpu):
+    if mode.DEVICE != "cpu":
+        pytest.skip("would be undefined")
+    with pytest.raises((RuntimeError, InterpreterError), match="out of bounds"):
+        _run_copy(mask=False)
+
+
+@interpreted
+def test_programs_that_overlap_are_found(gpu):
+    with pytest.raises((RuntimeError, InterpreterError), match="race"):
+        _run_copy(step=8)
+
+
+@interpreted
+def test_a_load_without_other_is_poisoned(gpu):
+    assert _run_copy(size=56, mask=False, other=False).isnan().any()
+
+
+@triton.jit
+def _product(a_ptr, b_ptr, c_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None, :]
+    c = tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at))
+    tl.store(c_ptr + at, c)
+
+
+def test_a_bf16_product(gpu):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(32, 32, generator=generator).bfloat16() for _ in range(2))
+    c = torch.empty(32, 32)
+    a, b, c = (t.to(mode.DEVICE) for t in (a, b, c))
+    _product[(1,)](a, b, c, N=32)
+    torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+@emulated
+def test_counters():
+    from tests.kit.gpu import EmulatedGPU
+
+    a, b, c = (torch.zeros(32, 32, dtype=t) for t in (torch.bfloat16, torch.bfloat16, torch.float))
+    with EmulatedGPU("sm80", count=True) as gpu:
+        _product[(1,)](a, b, c, N=32)
+    _, _, counters = gpu.counted[0]
+    assert counters.mma_flop == 2 * 32**3
+    assert counters.distinct("load") == 2 * 2 * 32**2
+    assert counters.distinct("load", [a]) == 2 * 32**2
+    assert counters.distinct("store") == 4 * 32**2
