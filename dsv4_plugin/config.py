@@ -155,12 +155,20 @@ class ModelConfig:
             )
 
     def require_tensor_parallel(self, size: int) -> None:
-        """Raise ValueError unless `size` ranks can share the heads and output groups evenly."""
-        for name in ("num_attention_heads", "o_groups", "moe_intermediate_size"):
+        """Raise ValueError unless `size` ranks can share the heads and expert widths evenly."""
+        for name in ("num_attention_heads", "moe_intermediate_size"):
             if getattr(self, name) % size:
                 raise ValueError(
                     f"tensor_parallel_size is {size}; it must divide {name} ({getattr(self, name)})"
                 )
+
+    def require_expert_parallel(self, size: int) -> None:
+        """Raise ValueError unless `size` ranks can hold the same number of experts each."""
+        if self.n_routed_experts % size:
+            raise ValueError(
+                f"expert parallelism over {size} ranks needs n_routed_experts "
+                f"({self.n_routed_experts}) to be a multiple of {size}"
+            )
 
 
 _REQUIRED = [f.name for f in fields(ModelConfig) if f.default is MISSING]

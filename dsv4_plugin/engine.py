@@ -149,7 +149,7 @@ class Batch:
         n, longest = len(max_lengths), max(max_lengths)
         pages = -(-longest // page_size)
         turns = -(-(config.sliding_window - 1 + min(chunk, longest)) // layout.window_block) + 1
-        buffers, strides = _buffers(config, layout, n * turns, n * pages, n, poison)
+        buffers, strides = allocate(model.ratios, layout, n * turns, n * pages, n, poison)
         self.caches = buffers
         request = torch.arange(n)[:, None]
         blocks = torch.arange(-(-longest // layout.window_block))
@@ -163,7 +163,8 @@ class Batch:
         )
         self.lengths = torch.zeros(n, dtype=torch.int64)
 
-    def _step(self, requests: Tensor, counts: Tensor) -> Step:
+    def step(self, requests: Tensor, counts: Tensor) -> Step:
+        """The next `counts` tokens of some requests, int64 [G] each."""
         self.lengths[requests] += counts
         t = self.tables
         tables = BlockTables(
@@ -177,13 +178,13 @@ class Batch:
         """One step: the next ids of some requests -> hidden states of all of them, flat."""
         requests = torch.tensor([b for b, _ in work])
         counts = torch.tensor([len(ids) for _, ids in work])
-        step = self._step(requests, counts)
+        step = self.step(requests, counts)
         hidden: Tensor = self.model(torch.cat([ids for _, ids in work]), step, self.caches)
         return hidden
 
     def decode(self, requests: Sequence[int], token: Tensor) -> Tensor:
         """One token each -> hidden states [G, D]."""
-        step = self._step(torch.tensor(requests), torch.ones(len(requests), dtype=torch.int64))
+        step = self.step(torch.tensor(requests), torch.ones(len(requests), dtype=torch.int64))
         hidden: Tensor = self.model(token, step, self.caches)
         return hidden
 
@@ -206,25 +207,25 @@ class Batch:
         return torch.cat(last)
 
 
-def _buffers(
-    config: ModelConfig, layout: CacheLayout, windows: int, pages: int, rings: int, poison: bool
+def allocate(
+    ratios: Sequence[int], layout: CacheLayout, windows: int, pages: int, rings: int, poison: bool
 ) -> tuple[list[LayerCache], tuple[int, int, int]]:
     """Storage for all layers, one buffer per kind of block, layers side by side in a block."""
 
-    def allocate(blocks: int, words: int) -> Tensor:
+    def buffer(blocks: int, words: int) -> Tensor:
         nan = torch.tensor(float("nan")).view(torch.int32).item() if poison else 0
         return torch.full((blocks * words,), int(nan), dtype=torch.int32)
 
-    kinds = [r for r in config.compress_ratios if r != SWA]
+    kinds = [r for r in ratios if r != SWA]
     strides = (
-        layout.window.words * config.num_hidden_layers,
+        layout.window.words * len(ratios),
         sum(layout.page[r].words for r in kinds),
         sum(layout.ring[r].words for r in kinds),
     )
-    buffers = [allocate(n, w) for n, w in zip((windows, pages, rings), strides, strict=True)]
+    buffers = [buffer(n, w) for n, w in zip((windows, pages, rings), strides, strict=True)]
     window = page = ring = 0
     caches = []
-    for ratio in config.compress_ratios:
+    for ratio in ratios:
         compressed = ratio != SWA
         caches.append(
             LayerCache.bind(

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor, nn
 
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.model.parallel import Linear, LocalParallel, SplitExperts
+from dsv4_plugin.model.parallel import Linear, RankParallel
 
 
-class SglangParallel(LocalParallel):
+class SglangParallel(RankParallel):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__(config, dtype)
-        self.rank = get_parallel().tp_rank
-        self.size = get_parallel().tp_size
+        rank, size = get_parallel().tp_rank, get_parallel().tp_size
+        super().__init__(config, dtype, rank, size, tensor_model_parallel_all_reduce)
         if config.vocab_size % self.size:
             raise ValueError(
                 f"tp_size is {self.size}; it must divide vocab_size ({config.vocab_size})"
             )
-
-    def column(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
-        return _split(Linear(n_in, n_out // self.size, self.dtype), 0)
-
-    def row(self, n_in: int, n_out: int, prefix: str, reduce: bool = True) -> nn.Module:
-        layer = _split(Linear(n_in // self.size, n_out, self.dtype), 1)
-        if reduce and self.size > 1:
-            layer.register_forward_hook(_all_reduce)
-        return layer
 
     def embedding(self, prefix: str) -> nn.Module:
         if self.size == 1:
@@ -38,13 +26,9 @@ class SglangParallel(LocalParallel):
         return SplitEmbedding(self.config, self.dtype, self.rank, self.size)
 
     def head(self, prefix: str) -> nn.Module:
-        return _split(Head(self.config.hidden_size, self.config.vocab_size // self.size), 0)
-
-    def experts(self, prefix: str) -> nn.Module:
-        return SplitExperts(self.config, self.dtype, self.rank, self.size)
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return tensor_model_parallel_all_reduce(x) if self.size > 1 else x
+        head = Head(self.config.hidden_size, self.config.vocab_size // self.size)
+        head.weight.shard_dim = 0  # type: ignore[attr-defined]
+        return head
 
 
 class SplitEmbedding(nn.Module):
@@ -79,12 +63,3 @@ class _OwnProduct:
 
     def process_weights_after_loading(self, layer: Head) -> None:
         """Nothing: the core has put the weight into its form."""
-
-
-def _split(layer: Linear, dim: int) -> Linear:
-    layer.weight.shard_dim = dim  # type: ignore[attr-defined]
-    return layer
-
-
-def _all_reduce(layer: nn.Module, inputs: Any, out: Tensor) -> Tensor:
-    return tensor_model_parallel_all_reduce(out)

@@ -14,25 +14,38 @@ from dsv4_plugin.model.transformer import Transformer
 def load_weights(
     model: Transformer, tensors: Iterable[tuple[str, Tensor]], rank: int = 0
 ) -> set[str]:
-    """Copy each (name, full tensor) into the network and finalize it; return the names taken.
+    """Copy each (name, full tensor) into the network and finalize it; return the names seen.
 
-    A parameter with a `weight_loader(param, tensor)` splits the tensor itself (engines' layers);
-    one with a `shard_dim` takes this rank's part along it; others take all.
+    Tensors of other pipeline stages are passed over. A parameter with a `weight_loader(param,
+    tensor)` splits the tensor itself (engines' layers); one with a `shard_dim` takes this rank's
+    part along it; others take all. Tensors of a checkpoint file are mapped, not read: only the
+    parts that are taken come into memory.
     """
     parameters = dict(model.named_parameters())
-    taken = set()
+    modules = dict(model.named_modules())
+    taken, filled = set(), set()
     for name, tensor in tensors:
         taken.add(name)
         expert = EXPERT.fullmatch(name)
         if expert is not None:
-            owner = model.get_submodule(expert[1])
-            owner.load_expert(int(expert[2]), expert[3], tensor)  # type: ignore[operator]
+            owner = modules.get(expert[1])
+            if owner is not None:
+                owner.load_expert(int(expert[2]), expert[3], tensor)
             continue
-        param = parameters[parameter_name(name)]
+        path = parameter_name(name)
+        param = parameters.get(path)
+        if param is None:
+            continue
+        filled.add(path)
+        rearrange = getattr(modules[path.rpartition(".")[0]], "rearrange", None)
+        if rearrange is not None:
+            tensor = rearrange(tensor)
         loader = getattr(param, "weight_loader", None)
         if loader is not None:
             loader(param, tensor)
         else:
             take_shard(param, tensor, rank, getattr(param, "shard_dim", None))
+    unfilled = {n for n in parameters if ".experts." not in n} - filled
+    assert not unfilled, f"{min(unfilled)} was not loaded"
     model.finalize_weights()
     return taken

@@ -22,7 +22,7 @@ from dsv4_plugin.kernels.sparse_attention import Keys, sparse_attention
 from dsv4_plugin.model.compressor import Compressor, Pool
 from dsv4_plugin.model.indexer import Indexer, hadamard
 from dsv4_plugin.model.norm import RMSNorm, inverse_rms
-from dsv4_plugin.model.parallel import GroupedLinear, Parallel
+from dsv4_plugin.model.parallel import GroupedLinear, OutputGroups, Parallel
 
 TILE_ROWS = 256
 """Query-head rows of a prefill tile: few enough that its window band is not mostly hidden."""
@@ -43,17 +43,18 @@ class Attention(nn.Module):
             c.rms_norm_eps,
         )
         self.heads, self.dim, self.scale = c.num_attention_heads // parallel.size, d, d**-0.5
-        self.groups, self.topk = c.o_groups // parallel.size, c.index_topk
-        n_heads, n_groups = c.num_attention_heads, c.o_groups
+        self.topk, n_heads = c.index_topk, c.num_attention_heads
+        groups = OutputGroups(n_heads, c.o_groups, parallel.rank, parallel.size)
+        self.groups, all_groups = groups.parts, groups.parts * parallel.size
         self.wq_a = parallel.replicated(c.hidden_size, c.q_lora_rank, f"{prefix}.wq_a")
         self.q_norm = RMSNorm(c.q_lora_rank, self.eps)
         self.wq_b = parallel.column(c.q_lora_rank, n_heads * d, f"{prefix}.wq_b")
         self.wkv = parallel.replicated(c.hidden_size, d, f"{prefix}.wkv")
         self.kv_norm = RMSNorm(d, self.eps)
-        self.wo_a = GroupedLinear(
-            self.groups, n_heads // n_groups * d, c.o_lora_rank, parallel.dtype
-        )
-        self.wo_b = parallel.row(n_groups * c.o_lora_rank, c.hidden_size, f"{prefix}.wo_b")
+        self.wo_a = GroupedLinear(self.groups, groups.unit * d, c.o_lora_rank, parallel.dtype)
+        self.wo_a.rearrange = groups.wo_a
+        self.wo_b = parallel.row(all_groups * c.o_lora_rank, c.hidden_size, f"{prefix}.wo_b")
+        self.wo_b.rearrange = groups.wo_b  # type: ignore[assignment]
         sink = torch.empty(self.heads, dtype=torch.float32)
         self.attn_sink = nn.Parameter(sink, requires_grad=False)
         self.attn_sink.shard_dim = 0  # type: ignore[attr-defined]
@@ -127,7 +128,7 @@ class Attention(nn.Module):
             scores(q[part], weight[part], cache.key.read(entries.key[part], torch.float32))
             for part in _blocks(len(rows), entries.count * max(q.shape[1:]))
         ]
-        return select(torch.cat(found), entries.visible, self.topk)
+        return select(self.indexer.reduce(torch.cat(found)), entries.visible, self.topk)
 
     def _prefill(
         self,
@@ -176,6 +177,7 @@ class _SpanEntries:
             assert cache.kv is not None
             self.rows = cache.kv.read(entries.kv, torch.float32)
         if self.choosing:
+            self.reduce = attention.indexer.reduce
             assert entries is not None
             assert entries.key is not None
             assert cache.key is not None
@@ -207,7 +209,7 @@ class _SpanEntries:
             scores(q[block], weight[block], self.key[:count])
             for block in _blocks(len(q), count * q.shape[1])
         ]
-        return select(torch.cat(found), self.entries.visible[part], self.topk)
+        return select(self.reduce(torch.cat(found)), self.entries.visible[part], self.topk)
 
     def _read(self, address: Tensor) -> Tensor:
         assert self.cache.kv is not None

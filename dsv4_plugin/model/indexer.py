@@ -14,19 +14,26 @@ from dsv4_plugin.model.parallel import Parallel
 
 
 class Indexer(nn.Module):
-    """Index queries and head weights; their keys come from a compressor of their own."""
+    """Index queries and head weights; their keys come from a compressor of their own.
+
+    Heads are split over ranks where their number divides: a rank then has a part of each score,
+    and `reduce` sums the parts, so that all ranks choose the same entries.
+    """
 
     def __init__(self, config: ModelConfig, parallel: Parallel, prefix: str) -> None:
         super().__init__()
-        self.heads, self.dim, self.topk = (
+        n_heads, self.dim, self.topk = (
             config.index_n_heads,
             config.index_head_dim,
             config.index_topk,
         )
-        self.wq_b = parallel.replicated(config.q_lora_rank, self.heads * self.dim, f"{prefix}.wq_b")
-        self.weights_proj = parallel.replicated(
-            config.hidden_size, self.heads, f"{prefix}.weights_proj"
-        )
+        split = parallel.size > 1 and n_heads % parallel.size == 0
+        self.heads = n_heads // parallel.size if split else n_heads
+        self.scale = self.dim**-0.5 * n_heads**-0.5
+        self.reduce = parallel.all_reduce if split else _as_it_is
+        linear = parallel.column if split else parallel.replicated
+        self.wq_b = linear(config.q_lora_rank, n_heads * self.dim, f"{prefix}.wq_b")
+        self.weights_proj = linear(config.hidden_size, n_heads, f"{prefix}.weights_proj")
         self.compressor = Compressor(config, CSA, self.dim)
 
     def forward(
@@ -35,8 +42,12 @@ class Indexer(nn.Module):
         """x [T, D], qr [T, q_lora_rank] -> queries float32 [T, I, c], weights float32 [T, I]."""
         q: Tensor = self.wq_b(qr)
         q = rotate_(q.view(-1, self.heads, self.dim), cis).float()
-        weight: Tensor = self.weights_proj(x).float() * (self.dim**-0.5 * self.heads**-0.5)
+        weight: Tensor = self.weights_proj(x).float() * self.scale
         return q if rotate is None else q @ rotate, weight
+
+
+def _as_it_is(score: Tensor) -> Tensor:
+    return score
 
 
 @lru_cache

@@ -2,11 +2,15 @@
 
 The local implementation is a single process in plain torch; adapters provide the engine's own.
 Weights are loaded tensor by tensor under the checkpoint's names: a module takes its part of a full
-tensor through its parameters' `weight_loader(param, tensor)`, experts through `load_expert`.
+tensor through its parameters' `weight_loader(param, tensor)`, experts through `load_expert`. A
+module's `rearrange(tensor)`, where it has one, runs first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import gcd
 from typing import Protocol
 
 import torch
@@ -15,6 +19,49 @@ from torch import Tensor, nn
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.experts import experts
 from dsv4_plugin.kernels.linear import Product, pack, reference
+
+
+@dataclass(frozen=True)
+class OutputGroups:
+    """How the heads of wo_a's groups fall to ranks, any number of ranks that divides the heads.
+
+    Heads are cut into parts of `unit` heads, each of one rank and one group. A rank computes its
+    parts' share of z = wo_a o; wo_b is linear, so its columns are repeated for the parts of a group
+    and the sum over ranks completes z.
+    """
+
+    heads: int
+    groups: int
+    rank: int
+    size: int
+
+    @property
+    def unit(self) -> int:
+        return gcd(self.heads // self.size, self.heads // self.groups)
+
+    @property
+    def parts(self) -> int:
+        """Of this rank."""
+        return self.heads // self.size // self.unit
+
+    @property
+    def parts_of_group(self) -> int:
+        return self.heads // self.groups // self.unit
+
+    def wo_a(self, tensor: Tensor) -> Tensor:
+        """[G * out, in] -> this rank's [parts * out, unit * d]."""
+        split = tensor.unflatten(0, (self.groups, -1)).unflatten(2, (self.parts_of_group, -1))
+        mine = range(self.rank * self.parts, (self.rank + 1) * self.parts)
+        n = self.parts_of_group
+        return torch.cat([split[part // n, :, part % n] for part in mine])
+
+    def wo_b(self, tensor: Tensor) -> Tensor:
+        """[out, G * in] -> all ranks' [out, size * parts * in]."""
+        if self.parts_of_group == 1:
+            return tensor
+        columns = tensor.unflatten(1, (self.groups, -1))
+        out: Tensor = columns.repeat_interleave(self.parts_of_group, 1).flatten(1)
+        return out
 
 
 class RoutedExperts(Protocol):
@@ -81,15 +128,16 @@ class Linear(nn.Module):
 class GroupedLinear(nn.Module):
     """wo_a: every output group has a product of its own. [T, G, in] -> [T, G * out].
 
-    The checkpoint's weight is [G * out, in], split over ranks by group.
+    The checkpoint's weight is [G * out, in]; see `OutputGroups` for a rank's part.
     """
+
+    rearrange: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, groups: int, n_in: int, n_out: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.groups = groups
         shape = (groups * n_out, n_in)
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-        self.weight.shard_dim = 0  # type: ignore[attr-defined]
 
     def finalize_weights(self) -> None:
         """After loading: [G, in, out], as the batched product reads it."""
@@ -137,10 +185,51 @@ class SplitExperts(nn.Module):
         target.copy_(tensor.narrow(split, self.rank * width, width).t())
 
 
+class OwnExperts(nn.Module):
+    """Expert parallelism: this rank holds the experts first .. first + count - 1, whole.
+
+    Args:
+        make: builds the module of that many experts from a config.
+
+    Raises:
+        ValueError: n_routed_experts does not divide by `size`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rank: int,
+        size: int,
+        make: Callable[[ModelConfig], nn.Module],
+    ) -> None:
+        super().__init__()
+        config.require_expert_parallel(size)
+        self.count = config.n_routed_experts // size
+        self.first = rank * self.count
+        self.experts = make(replace(config, n_routed_experts=self.count))
+
+    def forward(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+        """Only the (token, expert) pairs of this rank's experts are computed."""
+        token, place = ((ids >= self.first) & (ids < self.first + self.count)).nonzero(
+            as_tuple=True
+        )
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        if len(token):
+            local = ids[token, place, None] - self.first
+            part = self.experts(x[token], local, weight[token, place, None])
+            out.index_add_(0, token, part.float())
+        return out.to(x.dtype)
+
+    def load_expert(self, expert: int, name: str, tensor: Tensor) -> None:
+        if self.first <= expert < self.first + self.count:
+            self.experts.load_expert(expert - self.first, name, tensor)  # type: ignore[operator]
+
+
 class LocalParallel:
     """One process, plain torch."""
 
-    rank, size = 0, 1
+    rank: int = 0
+    size: int = 1
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         self.config = config
@@ -152,7 +241,8 @@ class LocalParallel:
     def row(self, n_in: int, n_out: int, prefix: str, reduce: bool = True) -> nn.Module:
         return Linear(n_in, n_out, self.dtype)
 
-    replicated = column
+    def replicated(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
+        return Linear(n_in, n_out, self.dtype)
 
     def embedding(self, prefix: str) -> nn.Module:
         return Embedding(self.config, self.dtype)
@@ -166,3 +256,48 @@ class LocalParallel:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
+
+
+class RankParallel(LocalParallel):
+    """One of `size` processes: plain torch layers, split, and somebody's sum over ranks.
+
+    Embedding and head are whole on every rank. expert_parallel splits experts by number instead
+    of by width.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        rank: int,
+        size: int,
+        all_reduce: Callable[[Tensor], Tensor],
+        expert_parallel: bool = False,
+    ) -> None:
+        super().__init__(config, dtype)
+        self.rank, self.size, self._all_reduce = rank, size, all_reduce
+        self.expert_parallel = expert_parallel
+
+    def column(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
+        return _split(Linear(n_in, n_out // self.size, self.dtype), 0)
+
+    def row(self, n_in: int, n_out: int, prefix: str, reduce: bool = True) -> nn.Module:
+        layer = _split(Linear(n_in // self.size, n_out, self.dtype), 1)
+        if reduce:
+            layer.register_forward_hook(lambda module, inputs, out: self.all_reduce(out))
+        return layer
+
+    def experts(self, prefix: str) -> nn.Module:
+        if not self.expert_parallel:
+            return SplitExperts(self.config, self.dtype, self.rank, self.size)
+        return OwnExperts(
+            self.config, self.rank, self.size, lambda part: SplitExperts(part, self.dtype)
+        )
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self._all_reduce(x) if self.size > 1 else x
+
+
+def _split(layer: Linear, dim: int) -> Linear:
+    layer.weight.shard_dim = dim  # type: ignore[attr-defined]
+    return layer

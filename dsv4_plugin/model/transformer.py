@@ -1,4 +1,7 @@
-"""The whole network: embedding, blocks over R streams, mHC head, norm, output head."""
+"""The whole network: embedding, blocks over R streams, mHC head, norm, output head.
+
+With pipeline parallelism a process holds some of the blocks; the R streams travel between them.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,43 @@ from dsv4_plugin.model.parallel import Parallel
 class Transformer(nn.Module):
     """Parameters carry the checkpoint's names (see `checkpoint.names`)."""
 
-    def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
+    def __init__(
+        self, config: ModelConfig, parallel: Parallel, layers: range | None = None
+    ) -> None:
         super().__init__()
         config.require_tensor_parallel(parallel.size)
         self.config = config
-        self.embed = parallel.embedding("embed")
-        self.layers = nn.ModuleList(
-            Block(config, parallel, i, f"layers.{i}") for i in range(config.num_hidden_layers)
+        n = config.num_hidden_layers
+        layers = range(n) if layers is None else layers
+        self.ratios = [config.compress_ratios[i] for i in layers]
+        self.first, self.last = layers.start == 0, layers.stop == n
+        if self.first:
+            self.embed = parallel.embedding("embed")
+        self.layers = nn.ModuleDict(
+            {str(i): Block(config, parallel, i, f"layers.{i}") for i in layers}
         )
-        self.hc_head = HyperHead(config)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = parallel.head("head")
+        if self.last:
+            self.hc_head = HyperHead(config)
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.head = parallel.head("head")
 
     def forward(self, input_ids: Tensor, step: Step, caches: Sequence[LayerCache]) -> Tensor:
         """input_ids int64 [T] -> hidden states [T, D], normed, ready for `head`."""
-        h = self.embed(input_ids)[:, None].repeat(1, self.config.hc_mult, 1)
-        for layer, cache in zip(self.layers, caches, strict=True):
+        return self.collapse(self.run(self.spread(input_ids), input_ids, step, caches))
+
+    def spread(self, input_ids: Tensor) -> Tensor:
+        """Embeddings as the first streams: [T, R, D]. First stage only."""
+        h: Tensor = self.embed(input_ids)
+        return h[:, None].repeat(1, self.config.hc_mult, 1)
+
+    def run(self, h: Tensor, input_ids: Tensor, step: Step, caches: Sequence[LayerCache]) -> Tensor:
+        """This stage's blocks: [T, R, D] -> [T, R, D]."""
+        for layer, cache in zip(self.layers.values(), caches, strict=True):
             h = layer(h, input_ids, step, cache)
+        return h
+
+    def collapse(self, h: Tensor) -> Tensor:
+        """The last streams [T, R, D] -> hidden states [T, D]. Last stage only."""
         out: Tensor = self.norm(self.hc_head(h))
         return out
 

@@ -1,0 +1,100 @@
+"""Split networks equal the whole one: any number of ranks, groups that do not divide, stages."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from dsv4_plugin.cache.layout import CacheLayout
+from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
+from dsv4_plugin.checkpoint.load import load_weights
+from dsv4_plugin.checkpoint.make import make_checkpoint
+from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.engine import Batch, load
+from dsv4_plugin.model.parallel import LocalParallel
+from dsv4_plugin.model.transformer import Transformer
+from tests.conftest import SMALL, random_ids
+from tests.parallel.ranks import Ranks
+from tests.tolerances import LOGITS_STD
+
+
+def logits(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
+    """Prefill in two chunks, then 4 decoded tokens."""
+    batch = Batch(model, CacheLayout.of(model.config, "float32"), [len(ids)], 300, poison=True)
+    cuts = [0, 300, len(ids) - 4, *range(len(ids) - 3, len(ids) + 1)]
+    hidden = [batch.run([(0, ids[a:b])]) for a, b in pairwise(cuts)]
+    return model.head(torch.cat(hidden))
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.std())
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_equal_one(small, size, expert_parallel):
+    """tiny has 4 heads in 2 output groups: over 4 ranks a group is split inside."""
+    ids = random_ids(500, seed=2)
+    ranks = Ranks(size)
+    models = ranks.load(small, expert_parallel)
+    found = ranks.run(lambda rank: logits(models[rank], ids))
+    expected = load(small, "float32").logits(ids)
+    assert all(error(f, expected) < LOGITS_STD for f in found)
+
+
+def test_heads_that_straddle_groups(tmp_path):
+    """12 heads in 4 groups of 3, over 6 ranks of 2; 32 indexer heads do not split by 6."""
+    odd = {"num_attention_heads": 12, "o_groups": 4, "moe_intermediate_size": 96}
+    make_checkpoint(tmp_path / "odd", "tiny", seed=4, overrides=SMALL | odd, tokenizer=False)
+    ids = random_ids(500, seed=3)
+    ranks = Ranks(6)
+    models = ranks.load(tmp_path / "odd")
+    found = ranks.run(lambda rank: logits(models[rank], ids))
+    expected = load(tmp_path / "odd", "float32").logits(ids)
+    assert all(error(f, expected) < LOGITS_STD for f in found)
+
+
+def test_a_rank_holds_its_part(small):
+    """Output groups and experts (the other products are packed out of sight)."""
+
+    def nbytes(model: Transformer) -> int:
+        split = ("wo_a", ".experts.")
+        return sum(
+            p.nbytes for n, p in model.named_parameters() if any(part in n for part in split)
+        )
+
+    whole = load(small, "float32").model
+    for expert_parallel in (False, True):
+        part = Ranks(2).load(small, expert_parallel)[0]
+        assert nbytes(part) * 2 == nbytes(whole)
+
+
+def test_uneven_experts_are_refused(small):
+    with pytest.raises(ValueError, match=r"over 3 ranks needs n_routed_experts \(8\) to be a mult"):
+        ModelConfig.from_pretrained(small).require_expert_parallel(3)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_stages_equal_the_whole(small, cut):
+    """Two stages with caches of their own; the streams travel between them."""
+    config = ModelConfig.from_pretrained(small)
+    ids = random_ids(400, seed=5)
+    headers = check_checkpoint(config, small)
+    layout = CacheLayout.of(config, "float32")
+    stages = []
+    for layers in (range(cut), range(cut, config.num_hidden_layers)):
+        model = Transformer(config, LocalParallel(config, torch.float32), layers)
+        load_weights(model, read_tensors(headers, progress=False))
+        stages.append(Batch(model, layout, [len(ids)], 150, poison=True))
+    with torch.inference_mode():
+        found = []
+        for start in range(0, len(ids), 150):
+            part = ids[start : start + 150]
+            h = stages[0].model.spread(part)
+            for batch in stages:
+                step = batch.step(torch.tensor([0]), torch.tensor([len(part)]))
+                h = batch.model.run(h, part, step, batch.caches)
+            found.append(stages[1].model.head(stages[1].model.collapse(h)))
+    assert error(torch.cat(found), load(small, "float32").logits(ids)) < LOGITS_STD
