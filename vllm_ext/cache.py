@@ -100,15 +100,17 @@ class Backend(AttentionBackend):
 
 
 class CacheBlocks(nn.Module, AttentionLayerBase):
-    """One cache entry: blocks of one kind, for all layers.
+    """One cache entry: blocks of one kind, for all layers of a pipeline stage.
 
     vLLM finds it by `prefix` in the compilation config's static forward context; the prefix has
     to hold exactly one number.
     """
 
-    def __init__(self, kind: str, blocks: list[BlockLayout], spec: dict[str, Any]) -> None:
+    def __init__(
+        self, kind: str, stage: int, blocks: list[BlockLayout], spec: dict[str, Any]
+    ) -> None:
         super().__init__()
-        self.prefix = f"dsv4.0.{kind}"
+        self.prefix = f"dsv4.{stage}.{kind}"
         self.kind = kind
         self.offsets = [sum(b.words for b in blocks[:i]) for i in range(len(blocks))]
         self.words = sum(b.words for b in blocks)
@@ -161,26 +163,29 @@ def cache_spec(kind: str, words: int, block_size: int, window: int = 0) -> KVCac
 class PagedCaches:
     """All cache entries of a model, and the core's views of them once vLLM has allocated."""
 
-    def __init__(self, config: ModelConfig, layout: CacheLayout) -> None:
-        self.config, self.layout = config, layout
-        compressed = [r for r in config.compress_ratios if r != SWA]
+    def __init__(
+        self, config: ModelConfig, layout: CacheLayout, ratios: list[int], stage: int = 0
+    ) -> None:
+        self.config, self.layout, self.ratios = config, layout, ratios
+        compressed = [r for r in ratios if r != SWA]
         self.window = CacheBlocks(
             "window",
-            [layout.window] * config.num_hidden_layers,
+            stage,
+            [layout.window] * len(ratios),
             {"block_size": layout.window_block, "window": config.sliding_window},
         )
         self.page = self.ring = None
         if compressed:
             spec = {"block_size": layout.page_size}
-            self.page = CacheBlocks("page", [layout.page[r] for r in compressed], spec)
-            self.ring = CacheBlocks("ring", [layout.ring[r] for r in compressed], spec)
+            self.page = CacheBlocks("page", stage, [layout.page[r] for r in compressed], spec)
+            self.ring = CacheBlocks("ring", stage, [layout.ring[r] for r in compressed], spec)
         self._layers: list[LayerCache] | None = None
 
     def layers(self) -> list[LayerCache]:
         """One LayerCache per layer; made on first use after allocation."""
         if self._layers is None:
             self._report()
-            order = [i for i, r in enumerate(self.config.compress_ratios) if r != SWA]
+            order = [i for i, r in enumerate(self.ratios) if r != SWA]
             place = {layer: i for i, layer in enumerate(order)}
             self._layers = [
                 LayerCache.bind(
@@ -190,7 +195,7 @@ class PagedCaches:
                     self.page.layer(place[i]) if self.page and ratio != SWA else None,
                     self.ring.layer(place[i]) if self.ring and ratio != SWA else None,
                 )
-                for i, ratio in enumerate(self.config.compress_ratios)
+                for i, ratio in enumerate(self.ratios)
             ]
         return self._layers
 

@@ -54,7 +54,11 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
             cache.user_specified_block_size = True
         _refuse_unsupported(vllm_config)
         config = model_config_of(vllm_config)
-        config.require_tensor_parallel(vllm_config.parallel_config.tensor_parallel_size)
+        parallel = vllm_config.parallel_config
+        config.require_tensor_parallel(parallel.tensor_parallel_size)
+        if parallel.enable_expert_parallel:
+            size = parallel.tensor_parallel_size * parallel.data_parallel_size
+            config.require_expert_parallel(size)
         cache_layout(config, vllm_config)
         directory = vllm_config.model_config.model
         if Path(directory).is_dir() and vllm_config.load_config.load_format != "dummy":
@@ -96,8 +100,8 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     unsupported = {
         "speculative_config": vllm_config.speculative_config is not None,
         "kv_transfer_config": vllm_config.kv_transfer_config is not None,
-        "pipeline_parallel_size": parallel.pipeline_parallel_size > 1,
-        "enable_expert_parallel": parallel.enable_expert_parallel,
+        "enable_eplb": parallel.enable_eplb,
+        "prefill_context_parallel_size": parallel.prefill_context_parallel_size > 1,
         "decode_context_parallel_size": parallel.decode_context_parallel_size > 1,
         "lora_config": vllm_config.lora_config is not None,
     }

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.sequence import IntermediateTensors
 
+from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.step import Step, StepBuilder
 from dsv4_plugin.checkpoint.files import MTP
 from dsv4_plugin.checkpoint.load import load_weights
@@ -25,8 +28,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vllm.dsv4")
 
+STREAMS = "streams"
+"""What travels between pipeline stages: the residual streams [T, R, D]."""
+
 
 class DeepseekV4ForCausalLM(nn.Module):
+    supports_pp: ClassVar[Literal[True]] = True
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         if vllm_config.model_config.hf_config.model_type != SERVED_TYPE:
@@ -37,9 +45,13 @@ class DeepseekV4ForCausalLM(nn.Module):
         config = model_config_of(vllm_config)
         self.config = config
         self.layout = cache_layout(config, vllm_config)
-        self.parallel = VllmParallel(config, vllm_config.model_config.dtype)
-        self.model = Transformer(config, self.parallel)
-        self.caches = PagedCaches(config, self.layout)
+        self.parallel = VllmParallel(
+            config,
+            vllm_config.model_config.dtype,
+            vllm_config.parallel_config.enable_expert_parallel,
+        )
+        self.model = Transformer(config, self.parallel, self.parallel.layers)
+        self.caches = PagedCaches(config, self.layout, self.model.ratios, self.parallel.stage)
         self.steps = StepBuilder(config, self.layout)
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
@@ -62,28 +74,41 @@ class DeepseekV4ForCausalLM(nn.Module):
         self,
         input_ids: Tensor,
         positions: Tensor,
-        intermediate_tensors: Any = None,
+        intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
-    ) -> Tensor:
-        """input_ids [T], perhaps padded -> hidden states [T, D]; positions follow from lengths."""
-        input_ids = input_ids.long()
+    ) -> Tensor | IntermediateTensors:
+        """input_ids [T], perhaps padded -> hidden states [T, D]; positions follow from lengths.
+        All pipeline stages but the last return the streams [T, R, D] instead."""
+        step, caches = self._step(len(input_ids))
+        n, total = len(step.window_write), len(input_ids)
+        ids = input_ids[:n].long()
+        if self.model.first:
+            h = self.model.spread(ids)
+        else:
+            assert intermediate_tensors is not None
+            h = intermediate_tensors[STREAMS][:n]
+        h = self.model.run(h, ids, step, caches)
+        if self.model.last:
+            return nn.functional.pad(self.model.collapse(h), (0, 0, 0, total - n))
+        return IntermediateTensors({STREAMS: nn.functional.pad(h, (0, 0, 0, 0, 0, total - n))})
+
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        shape = (batch_size, self.config.hc_mult, self.config.hidden_size)
+        return IntermediateTensors({STREAMS: torch.zeros(shape, dtype=dtype, device=device)})
+
+    def _step(self, n_tokens: int) -> tuple[Step, list[LayerCache]]:
         metadata = get_forward_context().attn_metadata
         if metadata is None:
-            return self._profile(input_ids)
-        step = self._step(metadata)
-        n = len(step.window_write)
-        hidden: Tensor = self.model(input_ids[:n], step, self.caches.layers())
-        return nn.functional.pad(hidden, (0, 0, 0, len(input_ids) - n))
-
-    def _step(self, metadata: dict[str, GroupMetadata]) -> Step:
-        batch = metadata[self.caches.window.prefix]
+            # A run before caches exist, or one that keeps data-parallel ranks in step: one
+            # request, in caches of its own.
+            batch = Batch(self.model, self.layout, [n_tokens], n_tokens)
+            return batch.step(torch.tensor([0]), torch.tensor([n_tokens])), batch.caches
+        group: GroupMetadata = metadata[self.caches.window.prefix]
         tables = self.caches.tables(metadata)
-        return self.steps.build(tables, batch.query_start, batch.seq_lens)
-
-    def _profile(self, input_ids: Tensor) -> Tensor:
-        """A run before caches exist: one request, in caches of its own."""
-        batch = Batch(self.model, self.layout, [len(input_ids)], len(input_ids))
-        return batch.run([(0, input_ids)])
+        step = self.steps.build(tables, group.query_start, group.seq_lens)
+        return step, self.caches.layers()
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         if hidden_states.device.type == "cpu":

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from vllm.distributed import (
+    get_dp_group,
+    get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from vllm.distributed.utils import get_pp_indices
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     ReplicatedLinear,
@@ -23,7 +27,7 @@ from vllm.platforms import current_platform
 
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.linear import pack
-from dsv4_plugin.model.parallel import SplitExperts
+from dsv4_plugin.model.parallel import OwnExperts, SplitExperts
 
 
 class PackedHead(UnquantizedEmbeddingMethod):
@@ -39,10 +43,19 @@ class PackedHead(UnquantizedEmbeddingMethod):
 
 
 class VllmParallel:
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        self.config, self.dtype = config, dtype
+    """This process's place in vLLM's groups, and its layers.
+
+    stage: pipeline rank; layers: the blocks of this stage.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, expert_parallel: bool) -> None:
+        self.config, self.dtype, self.expert_parallel = config, dtype, expert_parallel
         self.rank = get_tensor_model_parallel_rank()
         self.size = get_tensor_model_parallel_world_size()
+        pipeline = get_pp_group()
+        self.stage = pipeline.rank_in_group
+        n = config.num_hidden_layers
+        self.layers = range(*get_pp_indices(n, self.stage, pipeline.world_size))
 
     def column(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
         return ColumnParallelLinear(n_in, n_out, bias=False, prefix=prefix, return_bias=False)
@@ -68,7 +81,38 @@ class VllmParallel:
         return head
 
     def experts(self, prefix: str) -> nn.Module:
-        return SplitExperts(self.config, self.dtype, self.rank, self.size)
+        if not self.expert_parallel:
+            return SplitExperts(self.config, self.dtype, self.rank, self.size)
+        dp = get_dp_group()
+        rank, size = dp.rank_in_group * self.size + self.rank, dp.world_size * self.size
+        own = OwnExperts(self.config, rank, size, lambda part: SplitExperts(part, self.dtype))
+        return GatheredExperts(own) if dp.world_size > 1 else own
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return tensor_model_parallel_all_reduce(x) if self.size > 1 else x
+
+
+class GatheredExperts(nn.Module):
+    """Experts spread over data-parallel ranks: all ranks' tokens come together, every rank computes
+    its experts' share, the shares are summed. vLLM keeps the ranks in step, by dummy batches where
+    one has nothing to do."""
+
+    def __init__(self, experts: OwnExperts) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+        group, metadata = get_dp_group(), get_forward_context().dp_metadata
+        assert metadata is not None
+        n, most = len(x), int(metadata.num_tokens_across_dp_cpu.max())
+        padding = (0, 0, 0, most - n)
+        everyone = [
+            group.all_gather(nn.functional.pad(part, padding, value=fill), 0)
+            for part, fill in ((x, 0.0), (ids, -1), (weight, 0.0))
+        ]
+        out = group.all_reduce(self.experts(*everyone))
+        first = group.rank_in_group * most
+        return out[first : first + n]
+
+    def load_expert(self, expert: int, name: str, tensor: Tensor) -> None:
+        self.experts.load_expert(expert, name, tensor)

@@ -30,7 +30,10 @@ def configure(directory, **options):
         ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype is 'fp8_e5m2'; allowed are auto, float32"),
         ({"dtype": "float16"}, "dtype is 'float16'; allowed are float32 and bfloat16"),
         ({"tensor_parallel_size": 8}, "tensor_parallel_size is 8; it must divide num_attention_he"),
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is set; dsv4-plugin does not sup"),
+        (
+            {"enable_expert_parallel": True, "tensor_parallel_size": 2, "data_parallel_size": 3},
+            "expert parallelism over 6 ranks needs n_routed_experts",
+        ),
     ],
 )
 def test_refused_options(small, options, sentence):
