@@ -102,18 +102,22 @@ class Backend(AttentionBackend):
 class CacheBlocks(nn.Module, AttentionLayerBase):
     """One cache entry: blocks of one kind, for all layers of a pipeline stage.
 
+    `words` is the same in all stages: vLLM gives all workers the same number of blocks and merges
+    entries by name. (With an entry per stage, 0.32 fails where a cache group has no layer of a
+    stage.)
+
     vLLM finds it by `prefix` in the compilation config's static forward context; the prefix has
     to hold exactly one number.
     """
 
     def __init__(
-        self, kind: str, stage: int, blocks: list[BlockLayout], spec: dict[str, Any]
+        self, kind: str, blocks: list[BlockLayout], words: int, spec: dict[str, Any]
     ) -> None:
         super().__init__()
-        self.prefix = f"dsv4.{stage}.{kind}"
+        self.prefix = f"dsv4.0.{kind}"
         self.kind = kind
         self.offsets = [sum(b.words for b in blocks[:i]) for i in range(len(blocks))]
-        self.words = sum(b.words for b in blocks)
+        self.words = words
         self.spec = spec
         self.storage: Tensor | None = None
         self.stride = self.blocks = 0
@@ -163,22 +167,25 @@ def cache_spec(kind: str, words: int, block_size: int, window: int = 0) -> KVCac
 class PagedCaches:
     """All cache entries of a model, and the core's views of them once vLLM has allocated."""
 
-    def __init__(
-        self, config: ModelConfig, layout: CacheLayout, ratios: list[int], stage: int = 0
-    ) -> None:
-        self.config, self.layout, self.ratios = config, layout, ratios
-        compressed = [r for r in ratios if r != SWA]
-        self.window = CacheBlocks(
+    def __init__(self, config: ModelConfig, layout: CacheLayout, stages: list[list[int]], i: int):
+        """stages: compress ratios of the layers of every pipeline stage; i: this one."""
+        self.config, self.layout, self.ratios = config, layout, stages[i]
+
+        def entry(kind: str, blocks: list[list[BlockLayout]], **spec: int) -> CacheBlocks:
+            return CacheBlocks(kind, blocks[i], max(sum(b.words for b in s) for s in blocks), spec)
+
+        self.window = entry(
             "window",
-            stage,
-            [layout.window] * len(ratios),
-            {"block_size": layout.window_block, "window": config.sliding_window},
+            [[layout.window] * len(stage) for stage in stages],
+            block_size=layout.window_block,
+            window=config.sliding_window,
         )
         self.page = self.ring = None
-        if compressed:
-            spec = {"block_size": layout.page_size}
-            self.page = CacheBlocks("page", stage, [layout.page[r] for r in compressed], spec)
-            self.ring = CacheBlocks("ring", stage, [layout.ring[r] for r in compressed], spec)
+        if layout.page:
+            pages = [[layout.page[r] for r in stage if r != SWA] for stage in stages]
+            rings = [[layout.ring[r] for r in stage if r != SWA] for stage in stages]
+            self.page = entry("page", pages, block_size=layout.page_size)
+            self.ring = entry("ring", rings, block_size=layout.page_size)
         self._layers: list[LayerCache] | None = None
 
     def layers(self) -> list[LayerCache]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.utils.hub import cached_file
 from vllm.model_executor.models.config import DeepseekV4ForCausalLMConfig
+from vllm.platforms import current_platform
 
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("vllm.dsv4")
 
 PAGE_SIZE = 256
+CPU_PIPELINE_WORKER = "vllm_ext.worker.PipelineWorker"
 SERVED_TYPE = "dsv4_plugin"
 """hf_config.model_type once the hook ran: vLLM's platform code treats the name `deepseek_v4` as its
 own network (fixed block size, no chunked prefill or prefix caching without AMX)."""
@@ -59,6 +61,8 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
         if parallel.enable_expert_parallel:
             size = parallel.tensor_parallel_size * parallel.data_parallel_size
             config.require_expert_parallel(size)
+        if current_platform.is_cpu() and parallel.pipeline_parallel_size > 1:
+            parallel.worker_cls = CPU_PIPELINE_WORKER
         cache_layout(config, vllm_config)
         directory = vllm_config.model_config.model
         if Path(directory).is_dir() and vllm_config.load_config.load_format != "dummy":

@@ -50,8 +50,9 @@ class DeepseekV4ForCausalLM(nn.Module):
             vllm_config.model_config.dtype,
             vllm_config.parallel_config.enable_expert_parallel,
         )
-        self.model = Transformer(config, self.parallel, self.parallel.layers)
-        self.caches = PagedCaches(config, self.layout, self.model.ratios, self.parallel.stage)
+        self.model = Transformer(config, self.parallel, self.parallel.stages[self.parallel.stage])
+        ratios = [[config.compress_ratios[i] for i in s] for s in self.parallel.stages]
+        self.caches = PagedCaches(config, self.layout, ratios, self.parallel.stage)
         self.steps = StepBuilder(config, self.layout)
         self.logits_processor = LogitsProcessor(config.vocab_size)
 

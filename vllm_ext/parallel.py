@@ -45,7 +45,7 @@ class PackedHead(UnquantizedEmbeddingMethod):
 class VllmParallel:
     """This process's place in vLLM's groups, and its layers.
 
-    stage: pipeline rank; layers: the blocks of this stage.
+    stage: pipeline rank; stages: the layers of every stage.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, expert_parallel: bool) -> None:
@@ -54,8 +54,8 @@ class VllmParallel:
         self.size = get_tensor_model_parallel_world_size()
         pipeline = get_pp_group()
         self.stage = pipeline.rank_in_group
-        n = config.num_hidden_layers
-        self.layers = range(*get_pp_indices(n, self.stage, pipeline.world_size))
+        n, size = config.num_hidden_layers, pipeline.world_size
+        self.stages = [range(*get_pp_indices(n, i, size)) for i in range(size)]
 
     def column(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
         return ColumnParallelLinear(n_in, n_out, bias=False, prefix=prefix, return_bias=False)
