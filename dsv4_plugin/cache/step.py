@@ -11,6 +11,10 @@ recomputation, or a mixed batch from a pure one. With speculative decoding, requ
 more tokens than a ring has rows are decoded too: their first tokens together, then their second
 ones, and so on, so that the pooling sums after each of them are kept.
 
+A request may start from a cached page that another one fills in the same step. It reads that
+page's carry, so it comes later: spans are ordered by position, and decoded tokens that open a page
+wait for all spans.
+
 Shape letters: T tokens of the step, B requests, G requests of a decode group, n tokens of a
 prefill span, W sliding window, N compressed entries.
 """
@@ -110,13 +114,17 @@ class SpanPooling:
 
 @dataclass(frozen=True)
 class DecodeGroup:
-    """Requests with one token each: their rows of the step [G], and what they read."""
+    """Requests with one token each: their rows of the step [G], and what they read.
+
+    opens_page: their pooling comes after that of the step's spans.
+    """
 
     rows: Tensor
     window_read: Tensor
     window_hidden: Tensor
     entries: dict[int, Entries]
     pooling: dict[int, Pooling]
+    opens_page: bool
 
 
 @dataclass(frozen=True)
@@ -188,15 +196,16 @@ class _Build:
         first = seq_lens - count - query_start[:-1]
         position = torch.arange(n_tokens, device=count.device) + first[request]
         several = _where(count > self.layout.ring_rows)
+        several = several[first[several].add(query_start[several]).argsort()]
+        spans = torch.stack(
+            [several, query_start[several], query_start[several + 1], seq_lens[several]], 1
+        )
         return Step(
             cis=self._cis(position),
             window_write=self._window(request, position),
             decode=tuple(self._decode(count, query_start, seq_lens)),
             prefill=tuple(
-                self._span(b, start, end, total)
-                for b, start, end, total in torch.stack(
-                    [several, query_start[several], query_start[several + 1], seq_lens[several]], 1
-                ).tolist()
+                self._span(b, start, end, total) for b, start, end, total in spans.tolist()
             ),
         )
 
@@ -226,12 +235,16 @@ class _Build:
             request = _where((count > turn) & (count <= self.layout.ring_rows))
             position = (seq_lens - count)[request] + turn
             octave = torch.frexp(position.clamp(min=SHORT - 1).double()).exponent
-            for o in octave.unique():
-                group = octave == o
+            opens = (position - turn) % self.layout.page_size == 0
+            kind = 2 * octave + (opens & (position > turn))
+            for k in kind.unique().tolist():
+                group = kind == k
                 who = request[group]
-                yield self._group(who, query_start[who] + turn, position[group])
+                yield self._group(who, query_start[who] + turn, position[group], k % 2 == 1)
 
-    def _group(self, request: Tensor, rows: Tensor, position: Tensor) -> DecodeGroup:
+    def _group(
+        self, request: Tensor, rows: Tensor, position: Tensor, opens_page: bool
+    ) -> DecodeGroup:
         seen = position[:, None] - torch.arange(self.window - 1, -1, -1, device=position.device)
         ratios = self.layout.page
         return DecodeGroup(
@@ -240,6 +253,7 @@ class _Build:
             window_hidden=seen < 0,
             entries={r: self._visible_entries(r, request, position) for r in ratios},
             pooling={r: self._pooling(r, request, position) for r in ratios},
+            opens_page=opens_page,
         )
 
     def _visible_entries(self, ratio: int, request: Tensor, position: Tensor) -> Entries:

@@ -67,9 +67,13 @@ class Pool(nn.Module):
         """
         y = self.project(x.float()).unflatten(-1, (2, self.halves, self.channels))
         for group in step.decode:
-            self._decode(y.index_select(0, group.rows), group, cache, rotate)
+            if not group.opens_page:
+                self._decode(y.index_select(0, group.rows), group, cache, rotate)
         for span in step.prefill:
             self._prefill(y[span.start : span.end], span, cache, rotate)
+        for group in step.decode:
+            if group.opens_page:
+                self._decode(y.index_select(0, group.rows), group, cache, rotate)
 
     def _decode(
         self, y: Tensor, group: DecodeGroup, cache: LayerCache, rotate: Tensor | None

@@ -77,6 +77,25 @@ def test_a_ragged_batch(small, reference):
         assert error(row, reference(small, x)[-more - 1 :]) < LOGITS_STD
 
 
+@pytest.mark.parametrize("more", [1, 2, 40])
+def test_a_page_that_is_filled_in_the_same_step(small, reference, more):
+    """A request starts from the first page of another one that comes later in the batch."""
+    model = load(small, dtype="float32")
+    ids = random_ids(300, seed=8)
+    with torch.inference_mode():
+        batch = Batch(model.model, model.layout, [300, 300], 300, poison=True)
+        blocks = 256 // model.layout.window_block
+        batch.tables.window[1, :blocks] = batch.tables.window[0, :blocks]
+        batch.tables.page[1, 0] = batch.tables.page[0, 0]
+        batch.lengths[1] = 256
+        hidden = batch.run([(1, ids[256 : 256 + more]), (0, ids[:290])])
+        rest = batch.run([(1, ids[256 + more :])])
+    expected = reference(small, ids)
+    found = model.model.head(torch.cat([hidden[more:], hidden[:more], rest]))
+    assert error(found[:290], expected[:290]) < LOGITS_STD
+    assert error(found[290:], expected[256:]) < LOGITS_STD
+
+
 def test_long_and_short_requests_decode_together(wide, reference):
     """A decode group per octave of length: 2,100 tokens beside 30."""
     model = load(wide, dtype="float32")
