@@ -32,24 +32,31 @@ FLAGS = (
 class Server:
     """A running server: `with Server(checkpoint, log) as server`."""
 
-    def __init__(self, checkpoint: Path, log: Path) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        log: Path,
+        flags: str = FLAGS,
+        environ: dict[str, str] | None = None,
+    ) -> None:
+        self._environ = environ or {}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
         program = str(Path(sys.executable).parent / "vllm")
         self._command = ["timeout", str(LIFETIME), "nice", "-n", "5", program, "serve"]
-        self._command += [str(checkpoint), "--served-model-name", MODEL, *FLAGS.split()]
+        self._command += [str(checkpoint), "--served-model-name", MODEL, *flags.split()]
         self._command += ["--host", "127.0.0.1", "--port", str(port)]
 
     def __enter__(self) -> Server:
-        environ = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        environ = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | self._environ
         with self.log.open("w") as out:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 self._command, env=environ, stdout=out, stderr=out, start_new_session=True
             )
         limit = time.monotonic() + START
-        while time.monotonic() < limit and self._process.poll() is None:
+        while time.monotonic() < limit and self.process.poll() is None:
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
             except (urllib.error.URLError, ConnectionError, TimeoutError):
@@ -65,10 +72,10 @@ class Server:
     def _stop(self) -> None:
         """End the process group that the server leads."""
         for number in (signal.SIGINT, signal.SIGKILL):
-            if self._process.poll() is None:
-                os.killpg(self._process.pid, number)
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, number)
             try:
-                self._process.wait(30)
+                self.process.wait(30)
             except subprocess.TimeoutExpired:
                 continue
             return
