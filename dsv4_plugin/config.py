@@ -132,6 +132,14 @@ class ModelConfig:
         config._validate()
         return config
 
+    def is_fp8(self, module: str) -> bool:
+        """Does a quantised checkpoint store this linear (its name without `.weight`) as FP8?"""
+        return self.experts != "plain" and module.rsplit(".", 1)[-1] in _FP8_LINEARS
+
+    def experts_of(self, module: str) -> Experts:
+        """How the experts of a layer are stored: NVFP4 is of the main layers only."""
+        return "fp4" if self.experts == "nvfp4" and module.startswith("mtp.") else self.experts
+
     def _validate(self) -> None:
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -198,6 +206,9 @@ class ModelConfig:
             )
 
 
+_FP8_LINEARS = frozenset(
+    "wq_a wq_b wkv wo_a wo_b w1 w2 w3 e_proj h_proj main_proj".split()
+)
 _REQUIRED = [f.name for f in fields(ModelConfig) if f.default is MISSING]
 _POSITIVE = (
     "vocab_size",

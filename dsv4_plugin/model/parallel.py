@@ -70,7 +70,8 @@ class RoutedExperts(Protocol):
     def __call__(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor: ...
 
     def load_expert(self, expert: int, name: str, tensor: Tensor) -> None:
-        """Take `w1`, `w2` or `w3` of an expert, a full tensor [out, in]."""
+        """Take `w1`, `w2` or `w3` of an expert, a full tensor [out, in]; where experts are packed
+        also what belongs to it (`w1.scale`, see `quantised`)."""
 
 
 class Parallel(Protocol):
