@@ -134,7 +134,8 @@ class ModelConfig:
 
     def is_fp8(self, module: str) -> bool:
         """Does a quantised checkpoint store this linear (its name without `.weight`) as FP8?"""
-        return self.experts != "plain" and module.rsplit(".", 1)[-1] in _FP8_LINEARS
+        *path, leaf = module.split(".")
+        return self.experts != "plain" and leaf in _FP8_LINEARS and path[-1:] != ["compressor"]
 
     def experts_of(self, module: str) -> Experts:
         """How the experts of a layer are stored: NVFP4 is of the main layers only."""
@@ -207,7 +208,7 @@ class ModelConfig:
 
 
 _FP8_LINEARS = frozenset(
-    "wq_a wq_b wkv wo_a wo_b w1 w2 w3 e_proj h_proj main_proj".split()
+    ["wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3", "e_proj", "h_proj", "main_proj"]
 )
 _REQUIRED = [f.name for f in fields(ModelConfig) if f.default is MISSING]
 _POSITIVE = (
@@ -266,7 +267,9 @@ def _experts(hf: Mapping[str, Any], exported: Mapping[str, Any] | None) -> Exper
         raise ValueError(f"expert_dtype is {dtype!r}; allowed are 'fp4' and 'fp8'")
     if algo == "NVFP4" and dtype != "fp4":
         raise ValueError(f"expert_dtype is {dtype!r}; NVFP4 experts are 'fp4'")
-    return "nvfp4" if algo else dtype
+    if algo:
+        return "nvfp4"
+    return "fp8" if dtype == "fp8" else "fp4"
 
 
 _QUANTISATION: dict[str, Any] = {

@@ -7,7 +7,6 @@ As in the authors' kernels, the inputs of FP8 and MXFP4 products are rounded to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,59 @@ from torch import Tensor, nn
 from dsv4_plugin.config import FP4_BLOCKS, FP8_BLOCK, Experts, ModelConfig
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix, product
 from dsv4_plugin.kernels.packed.experts import packed_experts
+from dsv4_plugin.model.parallel import GroupedLinear, OutputGroups, OwnExperts, Parallel
 from dsv4_plugin.quant.e4m3 import decode_ue8m0, round_e4m3
 
-if TYPE_CHECKING:
-    from dsv4_plugin.model.parallel import Parallel
+
+class QuantisedParallel:
+    """Another `Parallel`, but with packed layers where the checkpoint packs them."""
+
+    def __init__(self, config: ModelConfig, plain: Parallel) -> None:
+        self.config, self.plain = config, plain
+        self.rank, self.size, self.dtype = plain.rank, plain.size, plain.dtype
+        self.embedding, self.head, self.all_reduce = plain.embedding, plain.head, plain.all_reduce
+
+    def column(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
+        if not self.config.is_fp8(prefix):
+            return self.plain.column(n_in, n_out, prefix)
+        return QuantisedLinear(self, n_in, n_out, prefix, 0)
+
+    def row(self, n_in: int, n_out: int, prefix: str, reduce: bool = True) -> nn.Module:
+        if not self.config.is_fp8(prefix):
+            return self.plain.row(n_in, n_out, prefix, reduce)
+        layer = QuantisedLinear(self, n_in, n_out, prefix, 1)
+        layer.reduce = self.all_reduce if reduce else None
+        return layer
+
+    def replicated(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
+        if not self.config.is_fp8(prefix):
+            return self.plain.replicated(n_in, n_out, prefix)
+        return QuantisedLinear(self, n_in, n_out, prefix)
+
+    def experts(self, prefix: str) -> nn.Module:
+        stored = self.config.experts_of(prefix)
+        if getattr(self.plain, "expert_parallel", False):
+            return OwnExperts(
+                self.config, self.rank, self.size, lambda part: QuantisedExperts(part, stored)
+            )
+        return QuantisedExperts(self.config, stored, self.rank, self.size)
+
+
+def quantised(config: ModelConfig, parallel: Parallel) -> Parallel:
+    """The layers that a checkpoint asks for, on an engine's ranks."""
+    return parallel if config.experts == "plain" else QuantisedParallel(config, parallel)
+
+
+def grouped_linear(
+    parallel: Parallel, groups: OutputGroups, dim: int, n_out: int, prefix: str
+) -> nn.Module:
+    """wo_a for heads of `dim`: [T, G, in] -> [T, G * out]."""
+    if isinstance(parallel, QuantisedParallel):
+        return QuantisedGroupedLinear(groups, dim, n_out, prefix)
+    layer = GroupedLinear(groups.parts, groups.unit * dim, n_out, parallel.dtype)
+    layer.rearrange = groups.wo_a
+    return layer
+
 
 ROUNDED = 128
 """Block of the activations' e4m3 rounding."""
@@ -84,23 +132,38 @@ class QuantisedLinear(nn.Module):
         return y if self.reduce is None else self.reduce(y)
 
 
-class QuantisedGroupedLinear(QuantisedLinear):
-    """wo_a: [T, G, in] -> [T, G * out]; the weight is [G * out, in], split over ranks by group."""
+class QuantisedGroupedLinear(nn.Module):
+    """wo_a: [T, G, in] -> [T, G * out]. A rank's parts of groups may begin anywhere in a block of
+    rows, so the scale is kept for every row."""
 
-    def __init__(
-        self, parallel: Parallel, groups: int, n_in: int, n_out: int, prefix: str
-    ) -> None:
-        super().__init__(parallel, n_in, groups * parallel.size * n_out, prefix, 0)
-        self.groups = groups
+    def __init__(self, groups: OutputGroups, dim: int, n_out: int, prefix: str) -> None:
+        super().__init__()
+        self.groups, self.n_out, n_in = groups, n_out, groups.unit * dim
+        if groups.parts_of_group > 1 and n_in % FP8_BLOCK:
+            raise ValueError(
+                f"tensor_parallel_size is {groups.size}; it would cut {prefix}.weight into columns "
+                f"of {n_in}, which are no whole blocks of {FP8_BLOCK}"
+            )
+        rows = groups.parts * n_out
+        self.weight = packed(rows, n_in)
+        self.scale = packed(rows, blocks(n_in), dtype=torch.float32)
+        self.weight.weight_loader = self._load_weight  # type: ignore[attr-defined]
+        self.scale.weight_loader = self._load_scale  # type: ignore[attr-defined]
+
+    def _load_weight(self, param: nn.Parameter, tensor: Tensor) -> None:
+        param.data.copy_(self.groups.wo_a(raw(tensor)))
+
+    def _load_scale(self, param: nn.Parameter, tensor: Tensor) -> None:
+        rows = fp8_scale(tensor).repeat_interleave(FP8_BLOCK, 0)
+        param.data.copy_(self.groups.wo_a(rows[: self.groups.groups * self.n_out]))
 
     def forward(self, x: Tensor) -> Tensor:
         out = x.new_empty(len(x), len(self.weight))
-        n_out = len(self.weight) // self.groups
-        whole = FP8Matrix(self.weight, self.scale)
-        for group in range(self.groups):
-            rows = slice(group * n_out, (group + 1) * n_out)
+        whole = FP8Matrix(self.weight, self.scale, height=1)
+        for part in range(self.groups.parts):
+            rows = slice(part * self.n_out, (part + 1) * self.n_out)
             tile = whole.rows(rows.start, rows.stop, x.dtype)
-            out[:, rows] = nn.functional.linear(x[:, group], tile)
+            out[:, rows] = nn.functional.linear(x[:, part], tile)
         return out
 
 

@@ -46,22 +46,30 @@ def quantise_e4m3_blocks(weight: Tensor, block: int = 128) -> tuple[Tensor, Tens
 
 
 def round_e4m3(x: Tensor, block: int) -> Tensor:
-    """The values that `quantise_e4m3` of float [..., D] stands for, in x's dtype.
-
-    By integer arithmetic on float32, three times as fast as by way of torch's casts: normal values
-    keep 4 significant bits, smaller ones a multiple of 2^-9 (the step of e4m3's subnormals).
-    """
+    """The values that `quantise_e4m3` of float [..., D] stands for, in x's dtype; three times as
+    fast as by way of torch's casts."""
     width = x.shape[-1]
     x32 = torch.nn.functional.pad(x.float(), (0, -width % block)).unflatten(-1, (-1, block))
     ratio = x32.abs().amax(-1, keepdim=True).clamp(min=MIN_AMAX) / E4M3_MAX
     exponent = (ratio.view(torch.int32) + 0x7FFFFF) >> 23  # biased, rounded up
     scaled = x32 * (254 - exponent << 23).view(torch.float32)
-    bits = scaled.view(torch.int32)
-    normal = (bits + 0x7FFFF + (bits >> 20 & 1)).bitwise_and_(-0x100000).view(torch.float32)
-    magic = 1.5 * 2.0**14
-    value = torch.where(scaled.abs() < 2.0**-6, scaled + magic - magic, normal)
+    value = round_to_bits(scaled, 3, -6)
     value *= (exponent << 23).view(torch.float32)
     return value.flatten(-2)[..., :width].to(x.dtype)
+
+
+def round_to_bits(x: Tensor, mantissa: int, lowest: int) -> Tensor:
+    """float32 rounded to a format of few bits, ties to even, without its upper limit.
+
+    Values from 2^lowest on keep `mantissa` bits after the first, smaller ones a multiple of
+    2^(lowest - mantissa), the step of subnormals.
+    """
+    cut = 23 - mantissa
+    bits = x.view(torch.int32)
+    odd = bits >> cut & 1
+    normal = (bits + ((1 << cut - 1) - 1) + odd).bitwise_and_(-1 << cut).view(torch.float32)
+    magic = 1.5 * 2.0 ** (23 + lowest - mantissa)
+    return torch.where(x.abs() < 2.0**lowest, x + magic - magic, normal)
 
 
 def quantise_e4m3(x: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -133,3 +133,16 @@ def test_recorded_activation_quantisation():
     x = unit["x"].to(torch.bfloat16)  # what the kernel is given
     data, scales = e2m1.quantise_mxfp4(x, int(unit["dims"][2]))
     assert torch.equal(e2m1.decode_mxfp4(data, scales), unit["y_ref"])
+
+
+def test_fast_fp4_rounding_and_reading_equal_the_codec():
+    x = torch.randn(40, 256) * torch.logspace(-8, 8, 40)[:, None]
+    x[0] = 0
+    x[1, :7] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    x[1, 31::32] = 6.0
+    data, scales = e2m1.quantise_mxfp4(x)
+    values = e2m1.decode_mxfp4(data, scales)
+    assert torch.equal(e2m1.round_mxfp4(x), values)
+    found = e2m1.look_up_mxfp4(data, scales).float()
+    assert torch.equal(found[values != 0], values[values != 0])
+    assert found[values == 0].abs().max() < 2.0**-60 * x.abs().max()

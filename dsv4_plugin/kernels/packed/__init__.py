@@ -10,14 +10,13 @@ Shapes: T tokens, rows are the weight's output dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dsv4_plugin.config import FP4_BLOCKS, FP8_BLOCK
-from dsv4_plugin.quant.e2m1 import decode_e2m1
+from dsv4_plugin.config import FP8_BLOCK
+from dsv4_plugin.quant.e2m1 import LOOKED_UP, NV_BLOCK, look_up, look_up_mxfp4
 from dsv4_plugin.quant.e4m3 import decode_e4m3
 
 TILE = 1 << 20
@@ -28,10 +27,6 @@ FP8_SHIFT = 20
 FP8_MASK = -0x78100000
 FP8_UNIT = 2.0**120
 """... and mean 2^120 times less there; subnormals are float32 subnormals, so nothing is lost."""
-
-FP4_UNIT = 62
-"""FP4 values are looked up divided by 2^62, and the scale's exponent is then added to their bits.
-A zero becomes 2^-64 times the block's smallest step: nothing beside any float32 sum."""
 
 
 class Matrix(Protocol):
@@ -46,10 +41,11 @@ class Matrix(Protocol):
 
 @dataclass(frozen=True)
 class FP8Matrix:
-    """codes uint8 e4m3 [out, in]; scale float32 [ceil(out / 128), ceil(in / 128)]."""
+    """codes uint8 e4m3 [out, in]; scale float32 [ceil(out / height), ceil(in / 128)]."""
 
     codes: Tensor
     scale: Tensor
+    height: int = FP8_BLOCK
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,12 +56,13 @@ class FP8Matrix:
         bits = self.codes[start:stop].view(torch.int8).to(torch.int32)
         bits.bitwise_left_shift_(FP8_SHIFT).bitwise_and_(FP8_MASK)
         tile = bits.view(torch.float32)
-        if start % FP8_BLOCK == 0 and (stop - start) % FP8_BLOCK == 0 and n_in % FP8_BLOCK == 0:
-            scale = self.scale[start // FP8_BLOCK : stop // FP8_BLOCK] * FP8_UNIT
-            blocks = tile.view(len(scale), FP8_BLOCK, -1, FP8_BLOCK)
+        height = self.height
+        if start % height == 0 and (stop - start) % height == 0 and n_in % FP8_BLOCK == 0:
+            scale = self.scale[start // height : stop // height] * FP8_UNIT
+            blocks = tile.view(len(scale), height, -1, FP8_BLOCK)
             blocks.mul_(scale[:, None, :, None])
         else:
-            row = torch.arange(start, stop, device=tile.device) // FP8_BLOCK
+            row = torch.arange(start, stop, device=tile.device) // height
             wide = (self.scale * FP8_UNIT).repeat_interleave(FP8_BLOCK, 1)[:, :n_in]
             tile.mul_(wide[row])
         return tile.to(dtype)
@@ -83,10 +80,7 @@ class FP4Matrix:
         return self.data.shape[0], 2 * self.data.shape[1]
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        exponent = self.scale[start:stop].to(torch.int16).sub_(127 - FP4_UNIT).clamp_(0, 186)
-        bits = _values(self.data[start:stop]).unflatten(-1, (-1, FP4_BLOCKS["fp4"]))
-        bits.add_(exponent.bitwise_left_shift_(7)[..., None])
-        return bits.flatten(-2).view(torch.bfloat16).to(dtype)
+        return look_up_mxfp4(self.data[start:stop], self.scale[start:stop]).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -102,27 +96,11 @@ class NVFP4Matrix:
         return self.data.shape[0], 2 * self.data.shape[1]
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        top = (self.top * 2.0**FP4_UNIT).expand(stop - start, 1)
+        top = (self.top * 2.0**LOOKED_UP).expand(stop - start, 1)
         scale = decode_e4m3(self.scale[start:stop], top, self.scale.shape[1])
-        tile = _values(self.data[start:stop]).view(torch.bfloat16).float()
-        tile.unflatten(-1, (-1, FP4_BLOCKS["nvfp4"])).mul_(scale[..., None])
+        tile = look_up(self.data[start:stop]).float()
+        tile.unflatten(-1, (-1, NV_BLOCK)).mul_(scale[..., None])
         return tile.to(dtype)
-
-
-def _values(data: Tensor) -> Tensor:
-    """Bits int16 of bfloat16 e2m1 values / 2^62: bytes uint8 [n, in / 2] -> [n, in]."""
-    words = data.view(torch.uint16).to(torch.int32)
-    quads = _quads(data.device).index_select(0, words.view(-1))
-    return quads.view(torch.int16).view(len(data), -1)
-
-
-@lru_cache
-def _quads(device: torch.device) -> Tensor:
-    """The four bfloat16 values of every 16-bit word, as one int64: [65536]."""
-    word = torch.arange(1 << 16, device=device)
-    codes = torch.stack([word >> shift & 15 for shift in (0, 4, 8, 12)], -1)
-    values = decode_e2m1(codes) * 2.0**-FP4_UNIT
-    return values.to(torch.bfloat16).view(torch.int64).view(-1)
 
 
 def reference(x: Tensor, weight: Tensor) -> Tensor:
