@@ -120,7 +120,8 @@ def look_up_mxfp4(data: Tensor, scales: Tensor) -> Tensor:
     exponent = scales.to(torch.int16).sub_(UE8M0_BIAS - LOOKED_UP).clamp_(0, 186)
     bits = look_up(data).view(torch.int16).unflatten(-1, (-1, MX_BLOCK))
     bits.add_(exponent.bitwise_left_shift_(7)[..., None])
-    return bits.flatten(-2).view(torch.bfloat16)
+    out: Tensor = bits.flatten(-2).view(torch.bfloat16)
+    return out
 
 
 @lru_cache
