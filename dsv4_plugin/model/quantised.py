@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dsv4_plugin.config import FP4_BLOCKS, FP8_BLOCK, Experts, ModelConfig
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix, product
 from dsv4_plugin.kernels.packed.experts import packed_experts
-from dsv4_plugin.model.parallel import GroupedLinear, OutputGroups, OwnExperts, Parallel
+from dsv4_plugin.model.parallel import GroupedLinear, MakeExperts, OutputGroups, Parallel
 from dsv4_plugin.quant.e4m3 import decode_ue8m0, round_e4m3
 
 
@@ -43,13 +43,13 @@ class QuantisedParallel:
             return self.plain.replicated(n_in, n_out, prefix)
         return QuantisedLinear(self, n_in, n_out, prefix)
 
-    def experts(self, prefix: str) -> nn.Module:
+    def experts(self, prefix: str, make: MakeExperts | None = None) -> nn.Module:
         stored = self.config.experts_of(prefix)
-        if getattr(self.plain, "expert_parallel", False):
-            return OwnExperts(
-                self.config, self.rank, self.size, lambda part: QuantisedExperts(part, stored)
-            )
-        return QuantisedExperts(self.config, stored, self.rank, self.size)
+
+        def packed_experts(config: ModelConfig, rank: int, size: int) -> nn.Module:
+            return QuantisedExperts(config, stored, rank, size)
+
+        return self.plain.experts(prefix, make or packed_experts)
 
 
 def quantised(config: ModelConfig, parallel: Parallel) -> Parallel:
