@@ -30,6 +30,12 @@ MODEL = Choice(
     "Whose network serves the model. auto: the plugin's where the engine's own cannot run, the "
     "engine's where its kernels are made for the chip.",
 )
+KERNELS = Choice(
+    "DSV4_KERNELS",
+    ("auto", "triton", "torch"),
+    "auto",
+    "What computes the network's own operations. auto: Triton's kernels on GPUs, torch elsewhere.",
+)
 EFFORT = Choice(
     "DSV4_DEFAULT_EFFORT",
     ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"),

@@ -8,12 +8,11 @@ engine puts around it. (Words, not bytes: torch's row gather is 10 times slower 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from dsv4_plugin.quant.e2m1 import MX_BLOCK, look_up_mxfp4, quantise_mxfp4
 from dsv4_plugin.quant.e4m3 import decode_e4m3, decode_ue8m0, quantise_e4m3
 
 FP8_BLOCK = 64
@@ -22,6 +21,9 @@ FP8_BLOCK = 64
 
 class RowCodec(Protocol):
     """Turns [N, width] values into [N, words] int32 rows and back."""
+
+    @property
+    def kind(self) -> str: ...
 
     @property
     def width(self) -> int: ...
@@ -38,6 +40,7 @@ class RowCodec(Protocol):
 class Float32Rows:
     """4 bytes per value: exact; states always, KV rows of a float32 model."""
 
+    kind: ClassVar[str] = "float32"
     width: int
 
     @property
@@ -55,6 +58,7 @@ class Float32Rows:
 class BFloat16Rows:
     """2 bytes per value."""
 
+    kind: ClassVar[str] = "bfloat16"
     width: int
 
     @property
@@ -76,6 +80,7 @@ class FP8KVRows:
     For head_dim 512 with 64 rope dims: 448 + 128 + 7 + 1 = 584 bytes.
     """
 
+    kind: ClassVar[str] = "fp8"
     width: int
     rope: int
 
@@ -111,6 +116,7 @@ class FP8KVRows:
 class FP8IndexRows:
     """An indexer key: e4m3 codes and one float32 scale for the whole row (128 + 4 bytes)."""
 
+    kind: ClassVar[str] = "fp8"
     width: int
 
     @property
@@ -127,35 +133,6 @@ class FP8IndexRows:
         return decode_e4m3(codes, rows[..., -1:].view(torch.float32), self.width).to(dtype)
 
 
-@dataclass(frozen=True)
-class FP4IndexRows:
-    """An indexer key: e2m1 codes, two per byte, and a UE8M0 scale per 32 (64 + 4 bytes)."""
-
-    width: int
-
-    @property
-    def words(self) -> int:
-        return -(-self.width // 8) + -(-self._blocks // 4)
-
-    @property
-    def _blocks(self) -> int:
-        return -(-self.width // MX_BLOCK)
-
-    def encode(self, x: Tensor) -> Tensor:
-        x = torch.nn.functional.pad(x.float(), (0, -self.width % MX_BLOCK))
-        codes, scales = quantise_mxfp4(x)
-        codes = codes[:, : -(-self.width // 8) * 4]
-        padding = scales.new_zeros(len(x), -self._blocks % 4)
-        return torch.cat([codes, scales, padding], -1).view(torch.int32)
-
-    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        data = rows.view(torch.uint8)
-        n = -(-self.width // 8) * 4
-        codes = torch.nn.functional.pad(data[..., :n], (0, self._blocks * MX_BLOCK // 2 - n))
-        values = look_up_mxfp4(codes.contiguous(), data[..., n : n + self._blocks])
-        return values[..., : self.width].to(dtype)
-
-
 class RowPool:
     """Rows of one cache part, anywhere in a 1-D int32 `storage`, addressed by word.
 
@@ -166,7 +143,7 @@ class RowPool:
     """
 
     def __init__(self, storage: Tensor, codec: RowCodec) -> None:
-        self.codec = codec
+        self.codec, self.storage = codec, storage
         n = storage.numel() - codec.words + 1
         # Every word may start a row: an overlapping view, indexed only at true row starts.
         self._rows = torch.as_strided(storage, (n, codec.words), (1, 1), storage.storage_offset())

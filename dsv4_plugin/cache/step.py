@@ -31,24 +31,10 @@ from torch import Tensor
 from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.config import CSA, SWA, ModelConfig
 from dsv4_plugin.kernels.rope import Rope
+from dsv4_plugin.kernels.step import BlockTables as BlockTables
 
 SHORT = 2048
 """Requests up to this many tokens share a decode group."""
-
-
-@dataclass(frozen=True)
-class BlockTables:
-    """What the engine knows: block numbers per request, and the words from one block to the next.
-
-    window, page: int64 [B, blocks]; ring: int64 [B].
-    """
-
-    window: Tensor
-    page: Tensor
-    ring: Tensor
-    window_stride: int
-    page_stride: int
-    ring_stride: int
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,12 @@ def _repair_arithmetic() -> None:
             return ternary(self, a, b, c, op)
         return wrap(op(*(_to_f32(v.data, v.dtype) for v in (a, b, c))), c.dtype)
 
+    def create_splat(self: Any, to: Any, x: Any) -> Any:
+        """By the data's type: of a comparison's result the handle names the operands'."""
+        return Handle(np.full(to.shape, x.data.reshape(-1)[0], x.data.dtype), x.dtype.scalar)
+
     Builder.binary_op, Builder.unary_op = binary_op, unary_op
+    Builder.create_splat = create_splat
     Builder.create_fma, Builder.ternary_op, Builder.create_dot = create_fma, ternary_op, _dot
 
 

@@ -1,0 +1,291 @@
+"""One launch: program (t, k) takes the segment that ends at row t through compressor k.
+
+Only a request's first segments start from its ring, and only its last row may overwrite what they
+read. So the program of the last row takes them too; all others find what they need in y.
+For CSA a second launch, a program per request, takes the segments that read a carry.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4_plugin.kernels.compress import State, Target
+from dsv4_plugin.kernels.device import (
+    exp,
+    hadamard,
+    inverse_rms,
+    log,
+    rotate_tail,
+    store_key_row,
+    store_kv_row,
+    sum_of_squares,
+)
+from dsv4_plugin.kernels.formats import FORMATS
+from dsv4_plugin.kernels.qkv.kernel import blocks_of
+from dsv4_plugin.kernels.step import DeviceStep
+
+
+@triton.jit
+def _join(top, total, value, score, kv):
+    """A state and one more token."""
+    new_top = tl.maximum(top, score)
+    old = exp(top - new_top)
+    new = exp(score - new_top)
+    return new_top, total * old + new, value * old + kv * new
+
+
+@triton.jit
+def _segment(
+    window,
+    first,
+    row_of_first,
+    end,
+    cis,
+    y,
+    ape,
+    weight,
+    ring,
+    page,
+    page_table,
+    page_stride,
+    eps,
+    BASE: tl.constexpr,
+    D: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEY: tl.constexpr,
+    STAGES: tl.constexpr,
+    OFFSET: tl.constexpr,
+    WORDS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    R: tl.constexpr,
+    HALVES: tl.constexpr,
+    C: tl.constexpr,
+    PAGE: tl.constexpr,
+    CARRY: tl.constexpr,
+    RING_ROWS: tl.constexpr,
+    RING_WORDS: tl.constexpr,
+):
+    """One window's tokens of this step, channels BASE .. BASE + D - 1 of each half."""
+    at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    used = at < D
+    channel = BASE + at
+    begin = window * R
+    start = tl.maximum(begin, first)
+    middle = begin < first
+    nothing = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
+    zero = tl.zeros((ROWS, COLUMNS), tl.float32)
+    half = ring + (first + RING_ROWS - 1) % RING_ROWS * RING_WORDS + channel
+    shared_top = nothing
+    shared_total = zero
+    shared_value = zero
+    if HALVES == 1:
+        kept = used & middle
+        top = tl.load(half, mask=kept, other=float("-inf"))
+        total = tl.load(half + C, mask=kept, other=0.0)
+        value = tl.load(half + 2 * C, mask=kept, other=0.0)
+    else:
+        paging = (begin >= first) & (begin > 0) & (begin % PAGE == 0)
+        stored = paging & (begin == first)
+        before = begin - R
+        # In the middle of a window, or right after one that has no carry.
+        began = (begin > 0) & (before < first)
+        kept = used & ((middle | began) & ~stored)
+        which = half + tl.where(middle, 3 * C, 0)
+        top = tl.load(which, mask=kept, other=float("-inf"))
+        total = tl.load(which + C, mask=kept, other=0.0)
+        value = tl.load(which + 2 * C, mask=kept, other=0.0)
+        kept = used & middle
+        shared_top = tl.load(half, mask=kept, other=float("-inf"))
+        shared_total = tl.load(half + C, mask=kept, other=0.0)
+        shared_value = tl.load(half + 2 * C, mask=kept, other=0.0)
+        for position in range(tl.maximum(before, first), begin):
+            row = (row_of_first + position - first).to(tl.int64)
+            token = y + row * (2 * HALVES * C) + channel
+            bias = ape + position % R * (HALVES * C) + channel
+            score = tl.load(token + HALVES * C, mask=used, other=0.0).to(tl.float32)
+            score += tl.load(bias, mask=used, other=0.0)
+            kv = tl.load(token, mask=used, other=0.0).to(tl.float32)
+            top, total, value = _join(top, total, value, score, kv)
+        if paging:
+            number = tl.load(page_table + tl.maximum(begin - 1, 0) // PAGE).to(tl.int64)
+            carry = page + number * page_stride + CARRY + channel
+            lse = tl.load(carry.to(tl.pointer_type(tl.float32)), mask=used & stored, other=0.0)
+            mean = tl.load(carry.to(tl.pointer_type(tl.float32)) + C, mask=used & stored, other=0.0)
+            safe = tl.where(stored, 1.0, total)
+            top = tl.where(stored, lse, top + log(safe))
+            value = tl.where(stored, mean, tl.div_rn(value, safe))
+            total = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
+    keep_all = end - first <= RING_ROWS
+    tl.debug_barrier()  # every thread has read the ring
+    for position in range(start, tl.minimum(begin + R, end)):
+        row = (row_of_first + position - first).to(tl.int64)
+        token = y + row * (2 * HALVES * C) + channel
+        bias = ape + position % R * (HALVES * C) + channel
+        if HALVES == 2:
+            score = tl.load(token + HALVES * C, mask=used, other=0.0).to(tl.float32)
+            score += tl.load(bias, mask=used, other=0.0)
+            kv = tl.load(token, mask=used, other=0.0).to(tl.float32)
+            shared_top, shared_total, shared_value = _join(
+                shared_top, shared_total, shared_value, score, kv
+            )
+        token += (HALVES - 1) * C
+        bias += (HALVES - 1) * C
+        score = tl.load(token + HALVES * C, mask=used, other=0.0).to(tl.float32)
+        score += tl.load(bias, mask=used, other=0.0)
+        kv = tl.load(token, mask=used, other=0.0).to(tl.float32)
+        top, total, value = _join(top, total, value, score, kv)
+        if keep_all | (position == end - 1):
+            half = ring + position % RING_ROWS * RING_WORDS + channel
+            if HALVES == 2:
+                tl.store(half, shared_top, mask=used)
+                tl.store(half + C, shared_total, mask=used)
+                tl.store(half + 2 * C, shared_value, mask=used)
+            half += (HALVES - 1) * 3 * C
+            tl.store(half, top, mask=used)
+            tl.store(half + C, total, mask=used)
+            tl.store(half + 2 * C, value, mask=used)
+    number = tl.load(page_table + begin // PAGE).to(tl.int64)
+    if (begin + R <= end) & (number >= 0):
+        x = tl.where(used, tl.div_rn(value, tl.where(used, total, 1.0)), 0.0)
+        w = tl.load(weight + at, mask=used, other=0.0)
+        rms = inverse_rms(tl.sum(sum_of_squares(x, 1), 0), D, eps)
+        x = rotate_tail(x * rms * w, cis, at, D - ROPE, D)
+        block = page + number * page_stride
+        target = block + OFFSET + begin % PAGE // R * WORDS
+        if KEY:
+            if STAGES > 0:
+                flat = hadamard(tl.reshape(x, (D,)), D, STAGES)
+                x = tl.reshape(flat, (ROWS, COLUMNS))
+            store_key_row(target, x, D, FORMAT)
+        else:
+            store_kv_row(target, x, D - ROPE, D, WORDS, FORMAT)
+        if (HALVES == 2) & ((begin + R) % PAGE == 0):
+            carry = (block + CARRY + channel).to(tl.pointer_type(tl.float32))
+            safe = tl.where(used, shared_total, 1.0)
+            tl.store(carry, shared_top + log(safe), mask=used)
+            tl.store(carry + C, tl.div_rn(shared_value, safe), mask=used)
+
+
+@triton.jit
+def pool_and_write(
+    y,
+    ape,
+    kv_weight,
+    key_weight,
+    cis,
+    position,
+    request,
+    query_start,
+    seq_lens,
+    ring_table,
+    page_table,
+    ring,
+    page,
+    table_stride,
+    ring_stride,
+    page_stride,
+    eps,
+    D: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    KEY_D: tl.constexpr,
+    KEY_STAGES: tl.constexpr,
+    KV_OFFSET: tl.constexpr,
+    KV_WORDS: tl.constexpr,
+    KV_FORMAT: tl.constexpr,
+    KEY_OFFSET: tl.constexpr,
+    KEY_WORDS: tl.constexpr,
+    KEY_FORMAT: tl.constexpr,
+    R: tl.constexpr,
+    HALVES: tl.constexpr,
+    C: tl.constexpr,
+    PAGE: tl.constexpr,
+    CARRY: tl.constexpr,
+    RING_ROWS: tl.constexpr,
+    RING_WORDS: tl.constexpr,
+    AFTER_CARRY: tl.constexpr,
+):
+    if AFTER_CARRY:
+        who = tl.program_id(0)
+    else:
+        here = tl.load(position + tl.program_id(0))
+        who = tl.load(request + tl.program_id(0))
+    row_of_first = tl.load(query_start + who).to(tl.int32)
+    end = tl.load(seq_lens + who).to(tl.int32)
+    first = end - (tl.load(query_start + who + 1).to(tl.int32) - row_of_first)
+    begin = first // R
+    deferred = (HALVES == 2) & (first > 0) & (first % PAGE == 0)
+    if AFTER_CARRY:
+        stop = tl.where(deferred & (first < end), begin, -1)
+        window = begin
+    else:
+        # A request's first HALVES windows may start from its ring: its last row takes them too.
+        window = here // R
+        early = begin + HALVES
+        is_last = here == end - 1
+        own = ((here + 1) % R == 0) & (window >= early)
+        stop = tl.where(is_last, tl.minimum(early, window), tl.where(own, window, -1))
+        begin = tl.where(is_last, begin + deferred.to(tl.int32), window)
+        stop = tl.where(here < 0, -1, stop)
+    if begin <= stop:
+        own_ring = ring + tl.load(ring_table + who).to(tl.int64) * ring_stride
+        own_table = page_table + who.to(tl.int64) * table_stride
+        for i in range(begin, stop + 1):
+            at = tl.where(i == stop, window, i)
+            row = row_of_first + tl.minimum(at * R + R, end) - 1 - first
+            angles = cis + row.to(tl.int64) * ROPE
+            if tl.program_id(1) == 0:
+                _segment(
+                    at, first, row_of_first, end, angles, y, ape, kv_weight,
+                    own_ring, page, own_table, page_stride, eps,
+                    0, D, ROPE, BLOCKS, 64, False, 0, KV_OFFSET, KV_WORDS, KV_FORMAT,
+                    R, HALVES, C, PAGE, CARRY, RING_ROWS, RING_WORDS,
+                )  # fmt: skip
+            elif HALVES == 2:
+                _segment(
+                    at, first, row_of_first, end, angles, y, ape, key_weight,
+                    own_ring, page, own_table, page_stride, eps,
+                    D, KEY_D, ROPE, 1, KEY_D, True, KEY_STAGES, KEY_OFFSET, KEY_WORDS,
+                    KEY_FORMAT, R, HALVES, C, PAGE, CARRY, RING_ROWS, RING_WORDS,
+                )  # fmt: skip
+
+
+def compress(
+    y: Tensor,
+    ape: Tensor,
+    eps: float,
+    step: DeviceStep,
+    ratio: int,
+    page_size: int,
+    targets: list[Target],
+    state: State,
+) -> None:
+    kv, key = targets[0], targets[-1]
+    d, key_d = kv.weight.numel(), key.weight.numel()
+    halves, channels = y.shape[2:]
+    cis = step.entry_cis[ratio]
+    sizes = {
+        "D": d, "ROPE": cis.shape[1], "BLOCKS": blocks_of(d), "KEY_D": key_d,
+        "KEY_STAGES": key_d.bit_length() - 1 if key.rotate else 0,
+        "KV_OFFSET": kv.offset, "KV_WORDS": kv.pool.codec.words,
+        "KV_FORMAT": FORMATS[kv.pool.codec.kind],
+        "KEY_OFFSET": key.offset, "KEY_WORDS": key.pool.codec.words,
+        "KEY_FORMAT": FORMATS[key.pool.codec.kind],
+        "R": ratio, "HALVES": halves, "C": channels, "PAGE": page_size,
+        "CARRY": state.carry_offset,
+        "RING_ROWS": state.rows, "RING_WORDS": state.ring.codec.words,
+    }  # fmt: skip
+    for after_carry in range(halves):
+        programs = len(step.seq_lens) if after_carry else len(step.position)
+        pool_and_write[(programs, len(targets))](
+            y, ape, kv.weight, key.weight, cis, step.position, step.request, step.query_start,
+            step.seq_lens, step.tables.ring, step.tables.page,
+            state.ring.storage.view(torch.float32), kv.pool.storage,
+            step.tables.page.stride(0), step.tables.ring_stride, step.tables.page_stride, eps,
+            **sizes, AFTER_CARRY=after_carry, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip

@@ -1,0 +1,83 @@
+"""One launch: program (t, 0) writes the window row of token t, the others take heads of q."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4_plugin.kernels.device import (
+    inverse_rms,
+    rotate_tail,
+    store_kv_row,
+    sum_of_squares,
+)
+from dsv4_plugin.kernels.formats import FORMATS, Pool
+
+HEADS = 4
+"""Heads of q per program."""
+
+
+@triton.jit
+def norm_rope_write(
+    q,
+    kv,
+    weight,
+    cis,
+    address,
+    storage,
+    out,
+    eps,
+    q_stride,
+    kv_stride,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WORDS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    PLAIN: tl.constexpr = D - ROPE
+    at = tl.arange(0, BLOCKS)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    if part == 0:
+        row = tl.load(address + t)
+        if row >= 0:
+            kind: tl.constexpr = kv.dtype.element_ty
+            x = tl.load(kv + t * kv_stride + at, mask=at < D, other=0.0)
+            w = tl.load(weight + at, mask=at < D, other=0.0)
+            rms = inverse_rms(tl.sum(sum_of_squares(x, 1), 0), D, eps)
+            x = (x.to(tl.float32) * rms * w).to(kind).to(tl.float32)
+            x = rotate_tail(x, cis + t * ROPE, at, PLAIN, D).to(kind).to(tl.float32)
+            store_kv_row(storage + row, x, PLAIN, D, WORDS, FORMAT)
+    else:
+        for i in range(HEADS):
+            head = (part - 1) * HEADS + i
+            if head < H:
+                x = tl.load(q + t * q_stride + head * D + at, mask=at < D, other=0.0)
+                x = x.to(tl.float32)
+                x = x * tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / D + eps)
+                x = rotate_tail(x, cis + t * ROPE, at, PLAIN, D)
+                tl.store(out + (t * H + head) * D + at, x, mask=at < D)
+
+
+def qkv(
+    q: Tensor, kv: Tensor, weight: Tensor, eps: float, cis: Tensor, address: Tensor, window: Pool
+) -> Tensor:
+    n, heads, d = q.shape
+    rope = cis.shape[1]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    norm_rope_write[(n, 1 + triton.cdiv(heads, HEADS))](
+        q, kv, weight, cis, address, window.storage, out, eps, q.stride(0), kv.stride(0),
+        H=heads, D=d, ROPE=rope, BLOCKS=blocks_of(d), WORDS=window.codec.words,
+        FORMAT=FORMATS[window.codec.kind], HEADS=HEADS, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def blocks_of(d: int) -> int:
+    """Blocks of 64 dims, a power of two, enough for a row and for its scale words."""
+    return max(8, 1 << (-(-d // 64) - 1).bit_length())

@@ -1,0 +1,139 @@
+"""The compressor: entries, carries and rings byte for byte, in any chunks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsv4_plugin.cache.layer import LayerCache
+from dsv4_plugin.cache.layout import CacheLayout
+from dsv4_plugin.config import CSA, HCA
+from dsv4_plugin.kernels import compress
+from dsv4_plugin.kernels.compress import State, Target, kernel
+from tests.core.test_cache import flash
+from tests.triton.inputs import Caches, step_of
+
+EPS = 1e-6
+FLASH = flash([CSA, HCA])
+SMALL = replace(FLASH, head_dim=64, qk_rope_head_dim=16, index_head_dim=32)
+
+
+class Layer:
+    """Caches of one compressed layer, random weights, and what has been run on it."""
+
+    def __init__(self, config, ratio, kv_dtype, requests, pages, page_size=256, drafts=0):
+        torch.manual_seed(requests)
+        config = replace(config, compress_ratios=(ratio,), num_hidden_layers=1)
+        self.ratio, self.config = ratio, config
+        self.layout = CacheLayout.of(config, kv_dtype, page_size, num_speculative_tokens=drafts)
+        rope = config.qk_rope_head_dim
+        self.caches = Caches.of(self.layout, ratio, rope, requests, pages)
+        d, di = config.head_dim, config.index_head_dim
+        self.halves, self.channels = (2, d + di) if ratio == CSA else (1, d)
+        self.ape = torch.randn(ratio, self.halves, self.channels)
+        self.weights = torch.rand(d) + 0.5, torch.rand(di) + 0.5
+
+    def copy(self):
+        caches = self.caches
+        out = object.__new__(Layer)
+        out.__dict__ = self.__dict__ | {
+            "caches": replace(caches, page=caches.page.clone(), ring=caches.ring.clone())
+        }
+        return out
+
+    def run(self, op, y, counts, before, rows=None):
+        c = self.caches
+        cache = LayerCache.bind(self.layout, self.ratio, c.window, c.page, c.ring)
+        parts = self.layout.page[self.ratio].parts
+        targets = [Target(cache.kv, parts["kv"].offset, self.weights[0])]
+        if self.ratio == CSA:
+            quantised = cache.key.codec.kind == "fp8"
+            targets.append(Target(cache.key, parts["key"].offset, self.weights[1], quantised))
+        carry = parts["carry"].offset if self.ratio == CSA else 0
+        state = State(cache.sums, self.layout.ring_rows, cache.carry, carry)
+        step = step_of(counts, before, c, rows)
+        op(y, self.ape, EPS, step, self.ratio, self.layout.page_size, targets, state)
+
+    def products(self, rows, dtype=torch.float32):
+        return (3 * torch.randn(rows, 2, self.halves, self.channels)).to(dtype)
+
+
+def both(layer, y, counts, before, rows=None):
+    expected, found = layer.copy(), layer
+    expected.run(compress.reference, y, counts, before, rows)
+    found.run(kernel.compress, y, counts, before, rows)
+    assert torch.equal(found.caches.ring, expected.caches.ring)
+    assert torch.equal(found.caches.page, expected.caches.page)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8", "bfloat16", "float32"])
+def test_csa(gpu, kv_dtype):
+    """Steps of every kind in a row, on pages of 32 tokens."""
+    layer = Layer(SMALL, CSA, kv_dtype, 4, 4, 32)
+    for counts, before in [
+        ([7, 1, 4, 0], [0, 0, 0, 0]),  # a window and a half, one token, one window, nothing
+        ([1, 1, 1, 1], [7, 1, 4, 0]),  # decode: closing, open, opening, fresh
+        ([2, 9, 1, 3], [8, 2, 5, 1]),  # mixed
+        ([1, 5, 6, 1], [10, 11, 6, 4]),
+        ([15, 19, 20, 1], [11, 16, 12, 5]),  # past a page's end, and exactly to it
+        ([1, 1, 1, 1], [26, 35, 32, 6]),
+    ]:
+        rows = sum(counts) + 2  # two of padding
+        both(layer, layer.products(rows), counts, before, rows)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8", "bfloat16", "float32"])
+def test_hca(gpu, kv_dtype):
+    layer = Layer(SMALL, HCA, kv_dtype, 3, 2, 128)
+    layer.run(compress.reference, layer.products(250), [120, 1, 129], [0, 0, 0])
+    for counts, before in [([7, 1, 2], [120, 1, 129]), ([2, 3, 1], [127, 2, 131])]:
+        rows = sum(counts) + 2
+        both(layer, layer.products(rows), counts, before, rows)
+
+
+def test_a_page_filled_in_the_same_step(gpu):
+    """The second request starts from the first's page, the third from the second's next one."""
+    layer = Layer(SMALL, CSA, "fp8", 3, 3, 32)
+    page = layer.caches.tables.page
+    page[1, 0] = page[2, 0] = page[0, 0]
+    page[2, 1] = page[1, 1]
+    layer.run(compress.reference, layer.products(30), [30, 0, 0], [0, 0, 0])
+    both(layer, layer.products(36), [2, 33, 1], [30, 32, 64])
+
+
+@pytest.mark.parametrize("ratio", [CSA, HCA])
+@pytest.mark.parametrize("drafts", [1, 5])
+def test_rings_keep_what_rejected_drafts_go_back_to(gpu, ratio, drafts):
+    layer = Layer(SMALL, ratio, "float32", 3, 2, 128, drafts)
+    layer.run(compress.reference, layer.products(135), [7, 126, 2], [0, 0, 0])
+    for counts, before in [
+        ([drafts + 1, drafts + 1, 1], [7, 126, 2]),
+        ([drafts + 1, 2, drafts + 1], [8, 127, 3]),  # the first took one token of its drafts
+    ]:
+        both(layer, layer.products(sum(counts)), counts, before)
+
+
+@pytest.mark.parametrize("ratio", [CSA, HCA])
+def test_real_sizes(gpu, ratio):
+    layer = Layer(FLASH, ratio, "fp8", 2, 2)
+    layer.run(compress.reference, layer.products(257), [252, 5], [0, 0])
+    both(layer, layer.products(9, torch.bfloat16), [6, 3], [252, 5])
+
+
+def test_entries_do_not_depend_on_chunks():
+    """The reference alone: the kernel equals it."""
+    y = None
+    pages = []
+    for chunks in [[70], [1] * 70, [33, 3, 34]]:
+        layer = Layer(SMALL, CSA, "float32", 1, 3, 32)
+        y = layer.products(70) if y is None else y
+        done = 0
+        for n in chunks:
+            layer.run(compress.reference, y[done : done + n], [n], [done])
+            done += n
+        pages.append(layer.caches)
+    for other in pages[1:]:
+        assert torch.equal(other.page, pages[0].page)
+        assert torch.equal(other.ring, pages[0].ring)
