@@ -16,6 +16,17 @@ from typing import Any, Literal
 Generation = Literal["april", "0731"]
 """Of a checkpoint: they were trained with different effort texts."""
 
+Experts = Literal["plain", "fp4", "fp8", "nvfp4"]
+"""How a checkpoint stores its routed experts. Where they are not plain (bfloat16 or float32), the
+other large products are FP8."""
+
+FP8_BLOCK = 128
+"""Rows and columns of a block of an FP8 weight that share a scale."""
+FP4_BLOCKS = {"fp4": 32, "nvfp4": 16}
+"""Values along the input dim that share a scale in an FP4 weight."""
+HF_QUANT = "hf_quant_config.json"
+"""Where an exporter says NVFP4 if config.json does not."""
+
 SWA, CSA, HCA = 0, 4, 128
 """The layer kinds, named by their compress ratio (tokens per compressed KV entry)."""
 
@@ -74,7 +85,7 @@ class ModelConfig:
     bos_token_id: int = 0
     eos_token_id: int = 1
     torch_dtype: str = "bfloat16"
-    quant_method: str | None = None
+    experts: Experts = "plain"
     generation: Generation = "april"
 
     @classmethod
@@ -85,17 +96,23 @@ class ModelConfig:
             raise FileNotFoundError(
                 f"{path} does not exist; a checkpoint folder needs a config.json"
             )
-        return cls.from_hf(json.loads(path.read_text()))
+        beside = Path(directory) / HF_QUANT
+        exported = json.loads(beside.read_text()) if beside.is_file() else None
+        return cls.from_hf(json.loads(path.read_text()), exported)
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
-        """Build from the parsed config.json. Raises ValueError naming the field at fault."""
+    def from_hf(
+        cls, hf: Mapping[str, Any], exported: Mapping[str, Any] | None = None
+    ) -> ModelConfig:
+        """Build from the parsed config.json (and hf_quant_config.json, where there is one).
+
+        Raises ValueError naming the field at fault.
+        """
         model_type = hf.get("model_type")
         if model_type != "deepseek_v4":
             raise ValueError(
                 f"model_type is {model_type!r}; this package serves 'deepseek_v4' only"
             )
-        quantization = hf.get("quantization_config") or {}
         values: dict[str, Any] = {
             f.name: hf[f.name] for f in fields(cls) if hf.get(f.name) is not None
         }
@@ -105,7 +122,7 @@ class ModelConfig:
             "num_hash_layers": _num_hash_layers(hf),
             "yarn": _yarn(hf),
             "torch_dtype": hf.get("torch_dtype") or hf.get("dtype") or "bfloat16",
-            "quant_method": quantization.get("quant_method"),
+            "experts": _experts(hf, exported),
             "generation": generation_of(hf),
         } | _rope_thetas(hf)
         missing = [n for n in _REQUIRED if n not in values]
@@ -115,6 +132,15 @@ class ModelConfig:
         config._validate()
         return config
 
+    def is_fp8(self, module: str) -> bool:
+        """Does a quantised checkpoint store this linear (its name without `.weight`) as FP8?"""
+        *path, leaf = module.split(".")
+        return self.experts != "plain" and leaf in _FP8_LINEARS and path[-1:] != ["compressor"]
+
+    def experts_of(self, module: str) -> Experts:
+        """How the experts of a layer are stored: NVFP4 is of the main layers only."""
+        return "fp4" if self.experts == "nvfp4" and module.startswith("mtp.") else self.experts
+
     def _validate(self) -> None:
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -123,6 +149,7 @@ class ModelConfig:
         for name in ("hidden_size", "moe_intermediate_size"):
             if getattr(self, name) % 8:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a multiple of 8")
+        self._validate_blocks()
         for layer, ratio in enumerate(self.compress_ratios):
             if ratio not in (SWA, CSA, HCA):
                 raise ValueError(
@@ -154,6 +181,15 @@ class ModelConfig:
                 f"n_routed_experts is only {self.n_routed_experts}"
             )
 
+    def _validate_blocks(self) -> None:
+        block = FP4_BLOCKS.get(self.experts, 1)
+        for name in ("hidden_size", "moe_intermediate_size"):
+            if getattr(self, name) % block:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; {self.experts} experts have a scale per "
+                    f"{block} values, so it must be a multiple of {block}"
+                )
+
     def require_tensor_parallel(self, size: int) -> None:
         """Raise ValueError unless `size` ranks can share the heads and expert widths evenly."""
         for name in ("num_attention_heads", "moe_intermediate_size"):
@@ -171,6 +207,9 @@ class ModelConfig:
             )
 
 
+_FP8_LINEARS = frozenset(
+    ["wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3", "e_proj", "h_proj", "main_proj"]
+)
 _REQUIRED = [f.name for f in fields(ModelConfig) if f.default is MISSING]
 _POSITIVE = (
     "vocab_size",
@@ -198,6 +237,49 @@ _POSITIVE = (
 def generation_of(hf: Mapping[str, Any]) -> Generation:
     """The generation by config.json: 0731 brought the `dspark_*` fields."""
     return "0731" if any(key.startswith("dspark_") for key in hf) else "april"
+
+
+def _experts(hf: Mapping[str, Any], exported: Mapping[str, Any] | None) -> Experts:
+    """The variant, from `quantization_config`, `expert_dtype` and hf_quant_config.json."""
+    asked = hf.get("quantization_config")
+    if not asked:
+        return "plain"
+    for field, allowed in _QUANTISATION.items():
+        if asked.get(field, allowed) != allowed:
+            raise ValueError(
+                f"quantization_config.{field} is {asked[field]!r}; allowed is {allowed!r}"
+            )
+    if "quant_method" not in asked:
+        raise ValueError("quantization_config lacks quant_method; allowed is 'fp8'")
+    algo = asked.get("moe_quant_algo")
+    if algo is None and exported is not None:
+        layers = (exported.get("quantization") or {}).get("quantized_layers") or {}
+        algos = {layer.get("quant_algo") for layer in layers.values()}
+        if len(algos) > 1:
+            raise ValueError(
+                f"{HF_QUANT}: quantized_layers mixes {sorted(map(str, algos))}; allowed is 'NVFP4'"
+            )
+        algo = next(iter(algos), None)
+    if algo not in (None, "NVFP4"):
+        raise ValueError(f"quantization_config.moe_quant_algo is {algo!r}; allowed is 'NVFP4'")
+    dtype = hf.get("expert_dtype") or "fp4"  # the first release does not say
+    if dtype not in ("fp4", "fp8"):
+        raise ValueError(f"expert_dtype is {dtype!r}; allowed are 'fp4' and 'fp8'")
+    if algo == "NVFP4" and dtype != "fp4":
+        raise ValueError(f"expert_dtype is {dtype!r}; NVFP4 experts are 'fp4'")
+    if algo:
+        return "nvfp4"
+    return "fp8" if dtype == "fp8" else "fp4"
+
+
+_QUANTISATION: dict[str, Any] = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+    "scale_fmt": "ue8m0",
+    "activation_scheme": "dynamic",
+}
+"""Fields of `quantization_config`, and the one value of each that is supported."""
 
 
 def _rope_head_dim(hf: Mapping[str, Any]) -> int:

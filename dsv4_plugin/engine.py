@@ -5,6 +5,7 @@ It shows in the least code what an engine owes the network: block tables and len
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,16 +21,21 @@ from dsv4_plugin.config import SWA, ModelConfig
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
 
+log = logging.getLogger("dsv4_plugin")
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load(directory: str | Path, dtype: str = "auto", kv_dtype: str = "auto") -> LocalModel:
+def load(
+    directory: str | Path, dtype: str = "auto", kv_dtype: str = "auto", index_dtype: str = "auto"
+) -> LocalModel:
     """Load a checkpoint folder for local use on the CPU.
 
     Args:
         dtype: 'float32', 'bfloat16', or 'auto' (what config.json says).
         kv_dtype: 'float32', 'bfloat16', 'fp8', or 'auto' (float32 for float32 models, else
             bfloat16).
+        index_dtype: of indexer keys, 'auto' (as kv_dtype) or 'fp4'.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError: before any weight is read, in one
@@ -43,7 +49,10 @@ def load(directory: str | Path, dtype: str = "auto", kv_dtype: str = "auto") -> 
     headers = check_checkpoint(config, directory)
     model = Transformer(config, LocalParallel(config, DTYPES[dtype]))
     load_weights(model, read_tensors(headers))
-    return LocalModel(model, CacheLayout.of(config, kv_dtype))
+    log.info("%s.", model.weight_bytes)
+    layout = CacheLayout.of(config, kv_dtype, index_dtype=index_dtype)
+    log.info("KV cache: %.0f bytes per token.", layout.growth(config.compress_ratios))
+    return LocalModel(model, layout)
 
 
 class LocalModel:

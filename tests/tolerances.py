@@ -12,3 +12,5 @@ BF16 = 4e-2
 """A bfloat16 network against float32, mean difference over the standard deviation."""
 FP8_KV = 8e-2
 """An fp8 KV cache against a float32 one, likewise."""
+QUANTISED = 2e-2
+"""A quantised layer against the recorded one, norm of the difference over the norm."""

@@ -27,7 +27,7 @@ from vllm.platforms import current_platform
 
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.linear import pack
-from dsv4_plugin.model.parallel import OwnExperts, SplitExperts
+from dsv4_plugin.model.parallel import MakeExperts, OwnExperts, SplitExperts
 
 
 class PackedHead(UnquantizedEmbeddingMethod):
@@ -80,13 +80,17 @@ class VllmParallel:
             head.quant_method = PackedHead()
         return head
 
-    def experts(self, prefix: str) -> nn.Module:
+    def experts(self, prefix: str, make: MakeExperts | None = None) -> nn.Module:
+        make = make or self._plain_experts
         if not self.expert_parallel:
-            return SplitExperts(self.config, self.dtype, self.rank, self.size)
+            return make(self.config, self.rank, self.size)
         dp = get_dp_group()
         rank, size = dp.rank_in_group * self.size + self.rank, dp.world_size * self.size
-        own = OwnExperts(self.config, rank, size, lambda part: SplitExperts(part, self.dtype))
+        own = OwnExperts(self.config, rank, size, lambda part: make(part, 0, 1))
         return GatheredExperts(own) if dp.world_size > 1 else own
+
+    def _plain_experts(self, config: ModelConfig, rank: int, size: int) -> nn.Module:
+        return SplitExperts(config, self.dtype, rank, size)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return tensor_model_parallel_all_reduce(x) if self.size > 1 else x

@@ -18,11 +18,13 @@ again before they are read.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dsv4_plugin.cache.rows import (
     BFloat16Rows,
     Float32Rows,
+    FP4IndexRows,
     FP8IndexRows,
     FP8KVRows,
     RowCodec,
@@ -30,6 +32,7 @@ from dsv4_plugin.cache.rows import (
 from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
 
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
+INDEX_DTYPES = ("auto", "fp4")
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,17 @@ class CacheLayout:
         page_size: int = 256,
         window_block: int = 32,
         num_speculative_tokens: int = 0,
+        index_dtype: str = "auto",
     ) -> CacheLayout:
         """Lay out the caches.
 
         Args:
             kv_dtype: 'float32', 'bfloat16' or 'fp8' (KV rows and indexer keys).
             page_size: tokens per page, a multiple of every compress ratio of the model.
+            index_dtype: of indexer keys: 'auto' (as kv_dtype) or 'fp4'.
 
         Raises:
-            ValueError: an unknown kv_dtype or a page size that a ratio does not divide.
+            ValueError: an unknown dtype, or a page size that a ratio does not divide.
         """
         ratios = sorted(set(config.compress_ratios) - {SWA})
         for ratio in ratios:
@@ -97,6 +102,12 @@ class CacheLayout:
                     f"block_size is {page_size}; it must be a multiple of {ratios[-1]}"
                 )
         kv, key = _codecs(config, kv_dtype)
+        if index_dtype not in INDEX_DTYPES:
+            raise ValueError(
+                f"index_dtype is {index_dtype!r}; allowed are {', '.join(INDEX_DTYPES)}"
+            )
+        if index_dtype == "fp4":
+            key = FP4IndexRows(config.index_head_dim)
         d = config.head_dim
         dc = config.head_dim + config.index_head_dim
         page, ring, rows = {}, {}, num_speculative_tokens + 1
@@ -109,6 +120,10 @@ class CacheLayout:
             ring[HCA] = BlockLayout.of(sums=(Float32Rows(3 * d), rows))
         window = BlockLayout.of(kv=(kv, window_block))
         return cls(page_size, window_block, rows, window, page, ring)
+
+    def growth(self, ratios: Iterable[int]) -> float:
+        """Bytes that every further token of a request takes, over layers of these ratios."""
+        return sum(self.page[r].nbytes for r in ratios if r != SWA) / self.page_size
 
 
 def resolve_kv_dtype(kv_dtype: str, model_dtype: str) -> str:

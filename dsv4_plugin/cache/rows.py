@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from dsv4_plugin.quant.e2m1 import MX_BLOCK, look_up_mxfp4, quantise_mxfp4
 from dsv4_plugin.quant.e4m3 import decode_e4m3, decode_ue8m0, quantise_e4m3
 
 FP8_BLOCK = 64
@@ -131,6 +132,35 @@ class FP8IndexRows:
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         codes = rows[..., :-1].contiguous().view(torch.uint8)[..., : self.width]
         return decode_e4m3(codes, rows[..., -1:].view(torch.float32), self.width).to(dtype)
+
+
+@dataclass(frozen=True)
+class FP4IndexRows:
+    """An indexer key: e2m1 codes, two per byte, and a UE8M0 scale per 32 (64 + 4 bytes)."""
+
+    width: int
+
+    @property
+    def words(self) -> int:
+        return -(-self.width // 8) + -(-self._blocks // 4)
+
+    @property
+    def _blocks(self) -> int:
+        return -(-self.width // MX_BLOCK)
+
+    def encode(self, x: Tensor) -> Tensor:
+        x = torch.nn.functional.pad(x.float(), (0, -self.width % MX_BLOCK))
+        codes, scales = quantise_mxfp4(x)
+        codes = codes[:, : -(-self.width // 8) * 4]
+        padding = scales.new_zeros(len(x), -self._blocks % 4)
+        return torch.cat([codes, scales, padding], -1).view(torch.int32)
+
+    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        data = rows.view(torch.uint8)
+        n = -(-self.width // 8) * 4
+        codes = torch.nn.functional.pad(data[..., :n], (0, self._blocks * MX_BLOCK // 2 - n))
+        values = look_up_mxfp4(codes.contiguous(), data[..., n : n + self._blocks])
+        return values[..., : self.width].to(dtype)
 
 
 class RowPool:

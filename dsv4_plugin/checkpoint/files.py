@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
+import logging
+import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-from safetensors import safe_open
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dsv4_plugin.checkpoint.names import expected_tensors
+from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.config import ModelConfig
 
+log = logging.getLogger("dsv4_plugin")
+
 INDEX = "model.safetensors.index.json"
-FLOATS = ("BF16", "F32")
 MTP = "mtp."
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.uint8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.uint8,
+    "F8_E8M0": torch.uint8,
+}
+"""safetensors' dtypes as they are read: one-byte formats as raw bytes, never as values."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,8 @@ class TensorInfo:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
+    nbytes: int
 
 
 def read_headers(directory: str | Path) -> dict[str, TensorInfo]:
@@ -68,60 +86,96 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         raise ValueError(
             f"{file} is truncated: {size} bytes, its header asks for {8 + length + end}"
         )
-    return {
-        name: TensorInfo(file, info["dtype"], tuple(info["shape"])) for name, info in header.items()
-    }
+    tensors = {}
+    for name, info in header.items():
+        begin, stop = info["data_offsets"]
+        tensors[name] = TensorInfo(
+            file, info["dtype"], tuple(info["shape"]), 8 + length + begin, stop - begin
+        )
+    return tensors
 
 
 def check_checkpoint(config: ModelConfig, directory: str | Path) -> dict[str, TensorInfo]:
     """Check every tensor's presence, shape and dtype before any weight is read; return the headers.
 
     Raises:
-        NotImplementedError: a quantised checkpoint.
+        FileNotFoundError: a file is missing.
         ValueError: the first tensors that are missing, misshapen, of a wrong dtype or unexpected.
     """
-    if config.quant_method is not None:
-        raise NotImplementedError(
-            f"quantization_config.quant_method is {config.quant_method!r}; "
-            "only unquantised (bfloat16 or float32) checkpoints are loaded so far"
-        )
     found = read_headers(directory)
-    expected = expected_tensors(config)
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [
-        f"{name} is unexpected"
-        for name in found
-        if name not in expected and not name.startswith(MTP)
-    ]
-    for name, shape in expected.items():
-        info = found.get(name)
-        if info is None:
-            continue
-        if info.shape != shape:
-            problems.append(
-                f"{name} has shape {list(info.shape)}, config.json asks for {list(shape)}"
-            )
-        allowed = ("I64", "I32") if name.endswith("tid2eid") else FLOATS
-        if info.dtype not in allowed:
-            problems.append(f"{name} is {info.dtype}, allowed are {', '.join(allowed)}")
+    problems = list(problems_of(config, found))
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ValueError(f"checkpoint {directory}: {'; '.join(problems[:3])}{more}")
     return found
 
 
+def problems_of(config: ModelConfig, found: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """What does not fit config.json, a sentence per tensor: missing ones, misshapen ones and those
+    of a wrong dtype, unexpected ones."""
+    expected = stored_tensors(config)
+    yield from (f"{name} is missing" for name in expected if name not in found)
+    for name, stored in expected.items():
+        info = found.get(name)
+        if info is None:
+            continue
+        if info.dtype not in stored.dtypes:
+            allowed = " or ".join(stored.dtypes)
+            yield f"{name} is {info.dtype}, config.json ({_variant(config)}) asks for {allowed}"
+        elif info.shape != stored.shape:
+            yield f"{name} has shape {list(info.shape)}, config.json asks for {list(stored.shape)}"
+        elif info.nbytes != prod(info.shape) * DTYPES[info.dtype].itemsize:
+            yield f"{name} has {info.nbytes} bytes, which is not what its shape and dtype need"
+    yield from (
+        f"{name} is unexpected"
+        for name in found
+        if name not in expected and not name.startswith(MTP)
+    )
+
+
+def _variant(config: ModelConfig) -> str:
+    if config.experts == "plain":
+        return "no quantization_config"
+    return f"FP8 with {config.experts.upper()} experts"
+
+
 def read_tensors(
-    headers: dict[str, TensorInfo], progress: bool = True
+    headers: Mapping[str, TensorInfo], progress: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
-    """The main model's tensors, one at a time, file by file."""
+    """The main model's tensors, one at a time, file by file, one-byte formats as uint8.
+
+    Files are mapped: only what is copied out of a tensor is read, and when the next tensor is
+    asked for, its memory is given back. Use a tensor before that.
+    """
     files: dict[Path, list[str]] = {}
+    skipped = set()
     for name, info in headers.items():
-        if not name.startswith(MTP):
+        if name.startswith(MTP):
+            skipped.add(name.split(".")[1])
+        else:
             files.setdefault(info.file, []).append(name)
-    total = sum(len(names) for names in files.values())
-    with tqdm(total=total, desc="loading", unit="tensor", disable=not progress) as bar:
+    if skipped:
+        log.info("%d multi-token-prediction stages of the checkpoint are skipped.", len(skipped))
+    total = sum(headers[name].nbytes for names in files.values() for name in names)
+    with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not progress) as bar:
         for file, names in files.items():
-            with safe_open(file, framework="pt") as f:
-                for name in names:
-                    yield name, f.get_tensor(name)
-                    bar.update()
+            with file.open("rb") as f:
+                mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+            for name in names:
+                yield name, _tensor(mapped, headers[name])
+                _forget(mapped, headers[name])
+                bar.update(headers[name].nbytes)
+
+
+def _tensor(mapped: mmap.mmap, info: TensorInfo) -> Tensor:
+    dtype = DTYPES[info.dtype]
+    count = info.nbytes // dtype.itemsize
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=info.offset).view(info.shape)
+
+
+def _forget(mapped: mmap.mmap, info: TensorInfo) -> None:
+    """Give a tensor's pages back, as far as no other tensor lies in them."""
+    start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = info.offset + info.nbytes - start
+    if length >= mmap.PAGESIZE and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED, start, length // mmap.PAGESIZE * mmap.PAGESIZE)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from dsv4_plugin.checkpoint.names import EXPERT, parameter_name
 from dsv4_plugin.model.parallel import take_shard
-from dsv4_plugin.model.transformer import Transformer
+from dsv4_plugin.model.transformer import Transformer, WeightBytes
 
 
 def load_weights(
@@ -26,6 +27,8 @@ def load_weights(
     taken, filled = set(), set()
     for name, tensor in tensors:
         taken.add(name)
+        if tensor.element_size() == 1:
+            tensor = tensor.view(torch.uint8)  # codes and UE8M0 scales move as bytes
         expert = EXPERT.fullmatch(name)
         if expert is not None:
             owner = modules.get(expert[1])
@@ -45,7 +48,18 @@ def load_weights(
             loader(param, tensor)
         else:
             take_shard(param, tensor, rank, getattr(param, "shard_dim", None))
+    model.weight_bytes = _weight_bytes(model)
     unfilled = {n for n in parameters if ".experts." not in n} - filled
     assert not unfilled, f"{min(unfilled)} was not loaded"
     model.finalize_weights()
     return taken
+
+
+def _weight_bytes(model: Transformer) -> WeightBytes:
+    packed = plain = 0
+    for param in model.parameters():
+        if param.dtype == torch.uint8:
+            packed += param.nbytes
+        else:
+            plain += param.nbytes
+    return WeightBytes(packed, plain)

@@ -1,21 +1,86 @@
-"""The tensors of a checkpoint in the native layout: one table of names and shapes."""
+"""The tensors of a checkpoint in the native layout: one table of names, shapes and dtypes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from dsv4_plugin.config import CSA, SWA, ModelConfig
+from dsv4_plugin.config import CSA, FP4_BLOCKS, FP8_BLOCK, SWA, ModelConfig
 
 Shape = tuple[int, ...]
 
-EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(w[123])\.weight")
+EXPERT = re.compile(
+    r"(.*\.experts)\.(\d+)\.(w[123](?:\.(?:scale|weight_scale|weight_scale_2|input_scale))?)"
+    r"(?:\.weight)?"
+)
+"""(module, expert, `w1` or what belongs to it, as `w1.scale`)."""
 _HC = re.compile(r"\bhc_(attn|ffn|head)_(fn|base|scale)$")
 
 
 def parameter_name(name: str) -> str:
     """The module path of a checkpoint tensor (`layers.0.hc_attn_fn` -> `layers.0.hc_attn.fn`)."""
     return _HC.sub(r"hc_\1.\2", name)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a tensor lies in a file: safetensors' names of the dtypes allowed, and the shape.
+
+    The first dtype is the one that is written.
+    """
+
+    dtypes: tuple[str, ...]
+    shape: Shape
+
+
+def stored_tensors(config: ModelConfig) -> dict[str, Stored]:
+    """Every tensor of the main model in the variant's own form: packed weights and their scales."""
+    stored: dict[str, Stored] = {}
+    for name, shape in expected_tensors(config).items():
+        stored |= stored_as(config, name, shape)
+    return stored
+
+
+def stored_as(config: ModelConfig, name: str, shape: Shape) -> dict[str, Stored]:
+    """The tensors that hold one parameter of the network."""
+    module = name.removesuffix(".weight")
+    if EXPERT.fullmatch(name):
+        kind = config.experts_of(name)
+    else:
+        kind = "fp8" if config.is_fp8(module) and name.endswith(".weight") else "plain"
+    if kind == "plain":
+        return {name: Stored(_plain_dtypes(name), shape)}
+    n_out, n_in = shape
+    if kind == "fp8":
+        blocks = (-(-n_out // FP8_BLOCK), -(-n_in // FP8_BLOCK))
+        scales = ("F32", "F8_E8M0") if config.experts == "fp8" else ("F8_E8M0", "F32")
+        return {
+            name: Stored(("F8_E4M3",), shape),
+            f"{module}.scale": Stored(scales, blocks),
+        }
+    packed, blocks = (n_out, n_in // 2), (n_out, n_in // FP4_BLOCKS[kind])
+    if kind == "fp4":
+        return {
+            name: Stored(("I8", "U8"), packed),
+            f"{module}.scale": Stored(("F8_E8M0",), blocks),
+        }
+    return {
+        name: Stored(("U8", "I8"), packed),
+        f"{module}.weight_scale": Stored(("F8_E4M3",), blocks),
+        f"{module}.weight_scale_2": Stored(("F32",), ()),
+        f"{module}.input_scale": Stored(("F32",), ()),
+    }
+
+
+def _plain_dtypes(name: str) -> tuple[str, ...]:
+    if name.endswith("tid2eid"):
+        return "I64", "I32"
+    return ("F32", "BF16") if _FLOAT32.search(name) else ("BF16", "F32")
+
+
+_FLOAT32 = re.compile(r"(^|[._])(hc_\w+|ape|attn_sink|bias)$")
+"""What is published in float32; the rest of what is not packed is bfloat16."""
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv4_plugin.cache.layer import LayerCache
-from dsv4_plugin.cache.rows import FP8IndexRows
+from dsv4_plugin.cache.rows import FP4IndexRows, FP8IndexRows
 from dsv4_plugin.cache.step import DecodeGroup, Entries, PrefillSpan, Step
 from dsv4_plugin.config import CSA, SWA, ModelConfig
 from dsv4_plugin.kernels.rope import rotate_
@@ -22,7 +22,9 @@ from dsv4_plugin.kernels.sparse_attention import Keys, sparse_attention
 from dsv4_plugin.model.compressor import Compressor, Pool
 from dsv4_plugin.model.indexer import Indexer, hadamard
 from dsv4_plugin.model.norm import RMSNorm, inverse_rms
-from dsv4_plugin.model.parallel import GroupedLinear, OutputGroups, Parallel
+from dsv4_plugin.model.parallel import OutputGroups, Parallel
+from dsv4_plugin.model.quantised import grouped_linear
+from dsv4_plugin.quant.e2m1 import round_mxfp4
 
 TILE_ROWS = 256
 """Query-head rows of a prefill tile: few enough that its window band is not mostly hidden."""
@@ -43,6 +45,7 @@ class Attention(nn.Module):
             c.rms_norm_eps,
         )
         self.heads, self.dim, self.scale = c.num_attention_heads // parallel.size, d, d**-0.5
+        self.dtype = parallel.dtype
         self.topk, n_heads = c.index_topk, c.num_attention_heads
         groups = OutputGroups(n_heads, c.o_groups, parallel.rank, parallel.size)
         self.groups, all_groups = groups.parts, groups.parts * parallel.size
@@ -51,8 +54,7 @@ class Attention(nn.Module):
         self.wq_b = parallel.column(c.q_lora_rank, n_heads * d, f"{prefix}.wq_b")
         self.wkv = parallel.replicated(c.hidden_size, d, f"{prefix}.wkv")
         self.kv_norm = RMSNorm(d, self.eps)
-        self.wo_a = GroupedLinear(self.groups, groups.unit * d, c.o_lora_rank, parallel.dtype)
-        self.wo_a.rearrange = groups.wo_a
+        self.wo_a = grouped_linear(parallel, groups, d, c.o_lora_rank, f"{prefix}.wo_a")
         self.wo_b = parallel.row(all_groups * c.o_lora_rank, c.hidden_size, f"{prefix}.wo_b")
         self.wo_b.rearrange = groups.wo_b  # type: ignore[assignment]
         sink = torch.empty(self.heads, dtype=torch.float32)
@@ -68,7 +70,7 @@ class Attention(nn.Module):
         compressors = [self.compressor] if self.ratio != SWA else []
         if self.ratio == CSA:
             compressors.append(self.indexer.compressor)
-        self.pool = Pool(self.ratio, compressors) if compressors else None
+        self.pool = Pool(self.ratio, compressors, self.dtype) if compressors else None
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
         """x [T, D], normed -> [T, D]. Writes this step's rows, then reads what each token sees."""
@@ -83,6 +85,9 @@ class Attention(nn.Module):
             self.pool(x, step, cache, rotate)
             if self.ratio == CSA and step.most_entries[CSA] > self.topk:
                 index = self.indexer(x, qr, cis, rotate)
+                assert cache.key is not None
+                if isinstance(cache.key.codec, FP4IndexRows):
+                    index = round_mxfp4(index[0]), index[1]
         o = torch.empty_like(q)
         for group in step.decode:
             o.index_copy_(0, group.rows, self._decode(q, index, group, cache))
@@ -94,7 +99,7 @@ class Attention(nn.Module):
 
     def _rotation(self, cache: LayerCache, device: torch.device) -> Tensor | None:
         """Hadamard rotation of indexer queries and keys: it decides how quantised keys round."""
-        if cache.key is None or not isinstance(cache.key.codec, FP8IndexRows):
+        if cache.key is None or not isinstance(cache.key.codec, FP8IndexRows | FP4IndexRows):
             return None
         return hadamard(self.indexer.dim, device)
 

@@ -37,12 +37,14 @@ class Compressor(nn.Module):
 class Pool(nn.Module):
     """Runs a layer's compressors over a step, from pooling sums in the cache to finished rows.
 
-    Made of loaded compressors, whose products it fuses into one (and takes away from them).
+    Made of loaded compressors, whose products it fuses into one (and takes away from them). Pooling
+    is float32; a finished entry goes on in `dtype`, the model's, as the authors' does: what fp8
+    rows then round to depends on it.
     """
 
-    def __init__(self, ratio: int, compressors: list[Compressor]) -> None:
+    def __init__(self, ratio: int, compressors: list[Compressor], dtype: torch.dtype) -> None:
         super().__init__()
-        self.ratio, self.halves = ratio, 2 if ratio == CSA else 1
+        self.ratio, self.halves, self.dtype = ratio, 2 if ratio == CSA else 1, dtype
         self.norms = nn.ModuleList(c.norm for c in compressors)
         self.dims = [c.norm.weight.numel() for c in compressors]
         self.channels = sum(self.dims)
@@ -153,13 +155,13 @@ class Pool(nn.Module):
         cache: LayerCache,
         rotate: Tensor | None,
     ) -> None:
-        parts = entries.split(self.dims, -1)
+        parts = entries.to(self.dtype).split(self.dims, -1)
         assert cache.kv is not None
         cache.kv.write(kv_out, rotate_(self.norms[0](parts[0]), cis))
         if key_out is not None:
             assert cache.key is not None
             key = rotate_(self.norms[1](parts[1]), cis)
-            cache.key.write(key_out, key if rotate is None else key @ rotate)
+            cache.key.write(key_out, key if rotate is None else key.float() @ rotate)
 
     @staticmethod
     def _carry(state: Tensor, address: Tensor, pool: RowPool | None) -> None:

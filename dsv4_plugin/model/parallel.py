@@ -70,7 +70,12 @@ class RoutedExperts(Protocol):
     def __call__(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor: ...
 
     def load_expert(self, expert: int, name: str, tensor: Tensor) -> None:
-        """Take `w1`, `w2` or `w3` of an expert, a full tensor [out, in]."""
+        """Take `w1`, `w2` or `w3` of an expert, a full tensor [out, in]; where experts are packed
+        also what belongs to it (`w1.scale`, see `quantised`)."""
+
+
+MakeExperts = Callable[[ModelConfig, int, int], nn.Module]
+"""(config, rank, size) -> the config's experts, each split over `size` ranks by width."""
 
 
 class Parallel(Protocol):
@@ -94,7 +99,8 @@ class Parallel(Protocol):
 
     def head(self, prefix: str) -> nn.Module: ...
 
-    def experts(self, prefix: str) -> nn.Module: ...
+    def experts(self, prefix: str, make: MakeExperts | None = None) -> nn.Module:
+        """The experts of a layer, by width or by number; make builds other than plain ones."""
 
     def all_reduce(self, x: Tensor) -> Tensor: ...
 
@@ -251,8 +257,11 @@ class LocalParallel:
         """Logits are float32 products of float32 values, whatever the model's dtype."""
         return Linear(self.config.hidden_size, self.config.vocab_size, torch.float32)
 
-    def experts(self, prefix: str) -> nn.Module:
-        return SplitExperts(self.config, self.dtype)
+    def experts(self, prefix: str, make: MakeExperts | None = None) -> nn.Module:
+        return (make or self.plain_experts)(self.config, self.rank, self.size)
+
+    def plain_experts(self, config: ModelConfig, rank: int, size: int) -> nn.Module:
+        return SplitExperts(config, self.dtype, rank, size)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
@@ -287,12 +296,11 @@ class RankParallel(LocalParallel):
             layer.register_forward_hook(lambda module, inputs, out: self.all_reduce(out))
         return layer
 
-    def experts(self, prefix: str) -> nn.Module:
+    def experts(self, prefix: str, make: MakeExperts | None = None) -> nn.Module:
+        make = make or self.plain_experts
         if not self.expert_parallel:
-            return SplitExperts(self.config, self.dtype, self.rank, self.size)
-        return OwnExperts(
-            self.config, self.rank, self.size, lambda part: SplitExperts(part, self.dtype)
-        )
+            return make(self.config, self.rank, self.size)
+        return OwnExperts(self.config, self.rank, self.size, lambda part: make(part, 0, 1))
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return self._all_reduce(x) if self.size > 1 else x

@@ -6,6 +6,7 @@ With pipeline parallelism a process holds some of the blocks; the R streams trav
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -16,16 +17,32 @@ from dsv4_plugin.model.block import Block
 from dsv4_plugin.model.hyper_connection import HyperHead
 from dsv4_plugin.model.norm import RMSNorm
 from dsv4_plugin.model.parallel import Parallel
+from dsv4_plugin.model.quantised import quantised
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Of loaded weights, by whether they stay packed (codes of 8 or 4 bits and byte scales)."""
+
+    packed: int = 0
+    plain: int = 0
+
+    def __str__(self) -> str:
+        gib = (self.packed + self.plain) / 2**30
+        return f"{gib:.2f} GiB of weights, {self.packed / 2**30:.2f} GiB of them packed"
 
 
 class Transformer(nn.Module):
     """Parameters carry the checkpoint's names (see `checkpoint.names`)."""
+
+    weight_bytes = WeightBytes()
 
     def __init__(
         self, config: ModelConfig, parallel: Parallel, layers: range | None = None
     ) -> None:
         super().__init__()
         config.require_tensor_parallel(parallel.size)
+        parallel = quantised(config, parallel)
         self.config = config
         n = config.num_hidden_layers
         layers = range(n) if layers is None else layers

@@ -64,9 +64,28 @@ def test_arguments(small):
     refused(small, "kv_dtype is 'int4'; allowed are", kv_dtype="int4")
 
 
-def test_quantised(broken):
-    edit(broken, quantization_config={"quant_method": "fp8"})
-    refused(broken, "quant_method is 'fp8'", NotImplementedError)
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"quant_method": "awq"}, "quantization_config.quant_method is 'awq'; allowed is 'fp8'"),
+        ({"fmt": "e5m2"}, "quantization_config.fmt is 'e5m2'; allowed is 'e4m3'"),
+        ({"weight_block_size": [64, 64]}, r"weight_block_size is \[64, 64\]; allowed is \[128, 12"),
+        ({"quant_method": None}, "quantization_config.quant_method is None; allowed is 'fp8'"),
+        ({"moe_quant_algo": "INT4"}, "moe_quant_algo is 'INT4'; allowed is 'NVFP4'"),
+        ({}, r"layers.0.attn.wq_a.scale is missing.*more"),
+    ],
+)
+def test_quantisation_fields(broken, fields, pattern):
+    edit(broken, quantization_config={"quant_method": "fp8"} | fields)
+    refused(broken, pattern)
+
+
+def test_expert_dtypes(broken):
+    quantised = {"quantization_config": {"quant_method": "fp8"}}
+    edit(broken, expert_dtype="int4", **quantised)
+    refused(broken, "expert_dtype is 'int4'; allowed are 'fp4' and 'fp8'")
+    edit(broken, expert_dtype="fp4", moe_intermediate_size=72, **quantised)
+    refused(broken, "moe_intermediate_size is 72; fp4 experts .* a multiple of 32")
 
 
 def shard(directory):
@@ -83,7 +102,9 @@ def test_missing_unexpected_and_misshapen_tensors(broken):
     save_file(tensors | {"norm.weight": norm, "surprise": norm.clone()}, shard(broken))
     refused(broken, "surprise is unexpected")
     save_file(tensors | {"norm.weight": norm.to(int)}, shard(broken))
-    refused(broken, "norm.weight is I64, allowed are BF16, F32")
+    refused(
+        broken, r"norm.weight is I64, config.json \(no quantization_config\) asks for BF16 or F32"
+    )
 
 
 def test_truncated_and_missing_files(broken):

@@ -1,0 +1,226 @@
+"""Layers whose weights stay as the checkpoint packs them: FP8 linears, FP4, NVFP4 or FP8 experts.
+
+As in the authors' kernels, the inputs of FP8 and MXFP4 products are rounded to e4m3 in blocks of
+128; `wo_a` and NVFP4 experts take theirs as they are. Weights are moved as raw bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dsv4_plugin.config import FP4_BLOCKS, FP8_BLOCK, Experts, ModelConfig
+from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix, product
+from dsv4_plugin.kernels.packed.experts import packed_experts
+from dsv4_plugin.model.parallel import GroupedLinear, MakeExperts, OutputGroups, Parallel
+from dsv4_plugin.quant.e4m3 import decode_ue8m0, round_e4m3
+
+
+class QuantisedParallel:
+    """Another `Parallel`, but with packed layers where the checkpoint packs them."""
+
+    def __init__(self, config: ModelConfig, plain: Parallel) -> None:
+        self.config, self.plain = config, plain
+        self.rank, self.size, self.dtype = plain.rank, plain.size, plain.dtype
+        self.embedding, self.head, self.all_reduce = plain.embedding, plain.head, plain.all_reduce
+
+    def column(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
+        if not self.config.is_fp8(prefix):
+            return self.plain.column(n_in, n_out, prefix)
+        return QuantisedLinear(self, n_in, n_out, prefix, 0)
+
+    def row(self, n_in: int, n_out: int, prefix: str, reduce: bool = True) -> nn.Module:
+        if not self.config.is_fp8(prefix):
+            return self.plain.row(n_in, n_out, prefix, reduce)
+        layer = QuantisedLinear(self, n_in, n_out, prefix, 1)
+        layer.reduce = self.all_reduce if reduce else None
+        return layer
+
+    def replicated(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
+        if not self.config.is_fp8(prefix):
+            return self.plain.replicated(n_in, n_out, prefix)
+        return QuantisedLinear(self, n_in, n_out, prefix)
+
+    def experts(self, prefix: str, make: MakeExperts | None = None) -> nn.Module:
+        stored = self.config.experts_of(prefix)
+
+        def packed_experts(config: ModelConfig, rank: int, size: int) -> nn.Module:
+            return QuantisedExperts(config, stored, rank, size)
+
+        return self.plain.experts(prefix, make or packed_experts)
+
+
+def quantised(config: ModelConfig, parallel: Parallel) -> Parallel:
+    """The layers that a checkpoint asks for, on an engine's ranks."""
+    return parallel if config.experts == "plain" else QuantisedParallel(config, parallel)
+
+
+def grouped_linear(
+    parallel: Parallel, groups: OutputGroups, dim: int, n_out: int, prefix: str
+) -> nn.Module:
+    """wo_a for heads of `dim`: [T, G, in] -> [T, G * out]."""
+    if isinstance(parallel, QuantisedParallel):
+        return QuantisedGroupedLinear(groups, dim, n_out, prefix)
+    layer = GroupedLinear(groups.parts, groups.unit * dim, n_out, parallel.dtype)
+    layer.rearrange = groups.wo_a
+    return layer
+
+
+ROUNDED = 128
+"""Block of the activations' e4m3 rounding."""
+
+
+def raw(tensor: Tensor) -> Tensor:
+    """A tensor of one-byte values as uint8, bit for bit."""
+    return tensor.view(torch.uint8)
+
+
+def fp8_scale(tensor: Tensor) -> Tensor:
+    """An FP8 weight's scales, stored as UE8M0 bytes or float32, as float32."""
+    return decode_ue8m0(raw(tensor)) if tensor.element_size() == 1 else tensor.float()
+
+
+def packed(*shape: int, dtype: torch.dtype = torch.uint8) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+
+def blocks(n: int) -> int:
+    return -(-n // FP8_BLOCK)
+
+
+def part_of(n: int, size: int, unit: int, what: str) -> int:
+    """A rank's share of n values. Raises ValueError where it would cut a block of `unit`."""
+    if n % size or (size > 1 and n // size % unit):
+        raise ValueError(
+            f"tensor_parallel_size is {size}; {what} has {n} values in blocks of {unit} with one "
+            f"scale each, which {size} ranks cannot share evenly"
+        )
+    return n // size
+
+
+def round_activations(x: Tensor) -> Tensor:
+    return round_e4m3(x, ROUNDED)
+
+
+class QuantisedLinear(nn.Module):
+    """y = x W^T with an FP8 weight in 128 x 128 blocks; `split` is the dim shared over ranks."""
+
+    def __init__(
+        self, parallel: Parallel, n_in: int, n_out: int, prefix: str, split: int | None = None
+    ) -> None:
+        super().__init__()
+        self.rank, self.split = parallel.rank, split
+        shape = [n_out, n_in]
+        if split is not None:
+            shape[split] = part_of(shape[split], parallel.size, FP8_BLOCK, f"{prefix}.weight")
+        self.weight = packed(*shape)
+        self.scale = packed(*(blocks(n) for n in shape), dtype=torch.float32)
+        self.weight.weight_loader = self._load  # type: ignore[attr-defined]
+        self.scale.weight_loader = self._load  # type: ignore[attr-defined]
+        self.reduce: Callable[[Tensor], Tensor] | None = None
+
+    def _load(self, param: nn.Parameter, tensor: Tensor) -> None:
+        if self.split is not None:
+            size = param.shape[self.split]
+            tensor = tensor.narrow(self.split, self.rank * size, size)
+        param.data.copy_(raw(tensor) if param is self.weight else fp8_scale(tensor))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = product(round_activations(x), FP8Matrix(self.weight, self.scale))
+        return y if self.reduce is None else self.reduce(y)
+
+
+class QuantisedGroupedLinear(nn.Module):
+    """wo_a: [T, G, in] -> [T, G * out]. A rank's parts of groups may begin anywhere in a block of
+    rows, so the scale is kept for every row."""
+
+    def __init__(self, groups: OutputGroups, dim: int, n_out: int, prefix: str) -> None:
+        super().__init__()
+        self.groups, self.n_out, n_in = groups, n_out, groups.unit * dim
+        if groups.parts_of_group > 1 and n_in % FP8_BLOCK:
+            raise ValueError(
+                f"tensor_parallel_size is {groups.size}; it would cut {prefix}.weight into columns "
+                f"of {n_in}, which are no whole blocks of {FP8_BLOCK}"
+            )
+        rows = groups.parts * n_out
+        self.weight = packed(rows, n_in)
+        self.scale = packed(rows, blocks(n_in), dtype=torch.float32)
+        self.weight.weight_loader = self._load_weight  # type: ignore[attr-defined]
+        self.scale.weight_loader = self._load_scale  # type: ignore[attr-defined]
+
+    def _load_weight(self, param: nn.Parameter, tensor: Tensor) -> None:
+        param.data.copy_(self.groups.wo_a(raw(tensor)))
+
+    def _load_scale(self, param: nn.Parameter, tensor: Tensor) -> None:
+        rows = fp8_scale(tensor).repeat_interleave(FP8_BLOCK, 0)
+        param.data.copy_(self.groups.wo_a(rows[: self.groups.groups * self.n_out]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_empty(len(x), len(self.weight))
+        whole = FP8Matrix(self.weight, self.scale, height=1)
+        for part in range(self.groups.parts):
+            rows = slice(part * self.n_out, (part + 1) * self.n_out)
+            tile = whole.rows(rows.start, rows.stop, x.dtype)
+            out[:, rows] = nn.functional.linear(x[:, part], tile)
+        return out
+
+
+class QuantisedExperts(nn.Module):
+    """All experts of a layer, each split over ranks by width, packed as in the checkpoint."""
+
+    def __init__(self, config: ModelConfig, stored: Experts, rank: int = 0, size: int = 1) -> None:
+        super().__init__()
+        self.rank, self.limit, self.stored = rank, config.swiglu_limit, stored
+        n, d = config.n_routed_experts, config.hidden_size
+        unit = FP4_BLOCKS.get(stored, FP8_BLOCK)
+        f = part_of(config.moe_intermediate_size, size, unit, "moe_intermediate_size")
+        for name, (n_out, n_in) in {"w1": (f, d), "w3": (f, d), "w2": (d, f)}.items():
+            for part, param in _parts(stored, n, n_out, n_in):
+                self.register_parameter(f"{name}_{part}", param)
+
+    def load_expert(self, expert: int, name: str, tensor: Tensor) -> None:
+        """name: `w1` (the weight), `w1.scale`, `w1.weight_scale`, `w1.weight_scale_2`."""
+        matrix, _, part = name.partition(".")
+        if part == "input_scale":
+            return  # of the activations, which NVFP4 products take as they are
+        param = self.get_parameter(f"{matrix}_{part or 'weight'}")[expert]
+        if param.dim():
+            split = 1 if matrix == "w2" else 0
+            tensor = tensor.narrow(split, self.rank * param.shape[split], param.shape[split])
+        param.copy_(raw(tensor) if param.dtype == torch.uint8 else fp8_scale(tensor))
+
+    def weights(self, expert: int) -> tuple[Matrix, Matrix, Matrix]:
+        return self._matrix("w1", expert), self._matrix("w3", expert), self._matrix("w2", expert)
+
+    def _matrix(self, name: str, expert: int) -> Matrix:
+        def part(which: str) -> Tensor:
+            return self.get_parameter(f"{name}_{which}")[expert]
+
+        if self.stored == "fp4":
+            return FP4Matrix(part("weight"), part("scale"))
+        if self.stored == "fp8":
+            return FP8Matrix(part("weight"), part("scale"))
+        return NVFP4Matrix(part("weight"), part("weight_scale"), part("weight_scale_2"))
+
+    def forward(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+        rounding = _as_it_is if self.stored == "nvfp4" else round_activations
+        return packed_experts(x, ids, weight, self.weights, self.limit, rounding)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _parts(stored: Experts, n: int, n_out: int, n_in: int) -> Iterator[tuple[str, nn.Parameter]]:
+    """The tensors of n experts' matrices [out, in], by their names in the checkpoint."""
+    if stored == "fp8":
+        yield "weight", packed(n, n_out, n_in)
+        yield "scale", packed(n, blocks(n_out), blocks(n_in), dtype=torch.float32)
+        return
+    yield "weight", packed(n, n_out, n_in // 2)
+    scale = "scale" if stored == "fp4" else "weight_scale"
+    yield scale, packed(n, n_out, n_in // FP4_BLOCKS[stored])
+    if stored == "nvfp4":
+        yield "weight_scale_2", packed(n, dtype=torch.float32)
