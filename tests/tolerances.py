@@ -14,3 +14,5 @@ FP8_KV = 8e-2
 """An fp8 KV cache against a float32 one, likewise."""
 QUANTISED = 2e-2
 """A quantised layer against the recorded one, norm of the difference over the norm."""
+ATTENTION_BF16 = 5e-3
+"""bfloat16 attention against float32: norm of the difference over the norm."""

@@ -1,0 +1,57 @@
+"""Cache rows as a kernel finds them: through an engine's block table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Codec(Protocol):
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def words(self) -> int: ...
+
+
+class Pool(Protocol):
+    """Rows of a codec in int32 `storage`, at int64 addresses that count words."""
+
+    @property
+    def codec(self) -> Codec: ...
+
+    @property
+    def storage(self) -> Tensor: ...
+
+    def read(self, address: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Row i of request b starts at word table[b, i // rows] * stride + offset + i % rows * words
+    of the pool's storage; -1 in the table marks a block the engine has taken back.
+
+    table: int [B, n]; stride, offset in words; rows per block.
+    """
+
+    pool: Pool
+    table: Tensor
+    stride: int
+    offset: int
+    rows: int
+
+    def read(self, request: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows float32 [..., width] of requests [...] at indices int64 [...], and which exist;
+        a row of index -1 or in no block is zero."""
+        last = self.table.shape[1] - 1
+        block = self.table.long()[request.long(), (index // self.rows).clamp(0, last)]
+        found = (index >= 0) & (block >= 0)
+        address = block * self.stride + self.offset + index % self.rows * self.pool.codec.words
+        rows = self.pool.read(address.where(found, self.offset), torch.float32)
+        return rows.where(found[..., None], 0.0), found
