@@ -16,3 +16,5 @@ QUANTISED = 2e-2
 """A quantised layer against the recorded one, norm of the difference over the norm."""
 ATTENTION_BF16 = 5e-3
 """bfloat16 attention against float32: norm of the difference over the norm."""
+FP16 = 2e-3
+"""A product of float16 values against float32, relative to the largest value."""

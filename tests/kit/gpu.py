@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any
+from typing import Any, Self
 
 import torch
+import triton
 
 from tests.kit import arithmetic, transfers  # noqa: F401  (instructions of the emulator)
 from tests.kit.emulator import Emulator
@@ -19,6 +20,16 @@ from tests.kit.targets import FakeGPU
 
 REMEMBERED_BYTES = 1 << 22
 """Launches over more than this are always executed."""
+
+
+def _stop_at_ptx(
+    backend: object = None, stages: dict[str, Any] | None = None, *_: object
+) -> tuple[str, str] | None:
+    """Triton's hook into its stages: the machine code, half of the time, is not executed here."""
+    if stages is None:
+        return "stop at ptx", "stop at ptx"
+    stages["cubin"] = lambda ptx, metadata: b""
+    return None
 
 
 class EmulatedGPU(FakeGPU):
@@ -34,6 +45,14 @@ class EmulatedGPU(FakeGPU):
         super().__init__(name)
         self.count = count
         self.counted: list[tuple[str, tuple[int, int, int], Counters]] = []
+
+    def __enter__(self) -> Self:
+        triton.knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
+        return super().__enter__()
+
+    def __exit__(self, *details: object) -> None:
+        triton.knobs.runtime.add_stages_inspection_hook = None
+        super().__exit__(*details)
 
     def launch(self, source: Any, metadata: Any, grid: tuple[int, int, int], args: Any) -> None:
         if metadata.hash not in self._emulators:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,3 +58,15 @@ def pairs(n: int, rope: int, seed: int) -> Tensor:
     """(cos, sin) pairs float32 [n, rope]."""
     angle = torch.randn(n, rope // 2, generator=generator(seed)) * 3
     return torch.stack([angle.cos(), angle.sin()], -1).flatten(1).to(mode.DEVICE)
+
+
+def far(rows: Paged) -> Paged:
+    """The same rows, blocks 2^29 words apart: most lie beyond 2^31 bytes."""
+    words = rows.pool.codec.words * rows.rows
+    stride = (1 << 29) + 2
+    blocks = int(rows.table.max()) + 1
+    memory = torch.from_numpy(np.zeros(blocks * stride + words, np.int32))  # pages come on demand
+    for b in range(blocks):
+        source = rows.pool.storage[rows.offset + b * rows.stride :][:words]
+        memory[rows.offset + b * stride :][: len(source)] = source
+    return replace(rows, pool=RowPool(memory.to(mode.DEVICE), rows.pool.codec), stride=stride)

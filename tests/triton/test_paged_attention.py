@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dsv4_plugin.kernels.paged_attention import Queries, reference
+from dsv4_plugin.cache.rows import Float32Rows, RowPool
+from dsv4_plugin.kernels.paged_attention import Queries, kernel, reference
 from dsv4_plugin.kernels.paged_attention.kernel import paged_attention
 from tests.kit import mode
 from tests.tolerances import ATTENTION_BF16
-from tests.triton.cases import generator, kv_codec, paged, pairs
+from tests.triton.cases import far, generator, kv_codec, paged, pairs
 
 SPAN = 128
 
@@ -46,7 +49,9 @@ def world(positions, heads, kind, ratio=0, k=None, d=512, rope=64, seed=0, span=
 
 def on_device(arguments):
     queries = arguments["queries"]
-    moved = {k: v.to(mode.DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    moved = {
+        k: v.to(mode.DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
+    }
     fields = (t.to(mode.DEVICE) for t in (queries.position, queries.request, queries.cis))
     return moved | {"queries": Queries(*fields, queries.longest)}
 
@@ -77,3 +82,64 @@ def test_decode(gpu, positions, heads, kind, ratio, k):
 def test_small_heads_of_the_tiny_model(gpu, kind):
     case = world([[300], [5]], 4, kind, 4, 64, d=64, rope=16)
     assert error(paged_attention(**case), reference(**case)) < ATTENTION_BF16
+
+
+PREFILL = [
+    # a chunk that starts inside a window, two requests in one tile, padding at the end
+    ([range(150, 157), range(5), [None] * 3], 8, "fp8", 0),
+    ([range(300, 309), range(120, 130)], 8, "fp8", 128),
+    ([range(1, 6)], 128, "bfloat16", 128),
+]
+
+
+@pytest.mark.parametrize(("positions", "heads", "kind", "ratio"), PREFILL)
+def test_prefill(gpu, positions, heads, kind, ratio):
+    case = world(positions, heads, kind, ratio)
+    found = paged_attention(**case, tiles=True)
+    assert error(found, reference(**case)) < ATTENTION_BF16
+
+
+@pytest.mark.skipif(mode.INTERPRET, reason="numpy sums in another order for other shapes")
+def test_the_same_bits_alone_in_company_in_tiles_and_in_pieces(gpu, monkeypatch):
+    """Split over programs or not, one query or a tile of two: every row comes out the same."""
+    case = world([range(440, 447), [100]], 8, "fp8", 128)
+    tiles = paged_attention(**case, tiles=True)
+    pieces = paged_attention(**case)
+    queries = case["queries"]
+    alone = Queries(queries.position[3:4], queries.request[3:4], queries.cis[3:4], 447)
+    one = paged_attention(**case | {"q": case["q"][3:4], "queries": alone})
+    launch = replace(kernel.LAUNCH["any"], split=0)
+    monkeypatch.setattr(kernel, "LAUNCH", {"any": launch})
+    whole = paged_attention(**case)
+    assert torch.equal(pieces, whole)
+    assert torch.equal(tiles, whole)
+    assert torch.equal(one, whole[3:4])
+
+
+def test_blocks_taken_back_are_not_read(gpu):
+    """The engine frees window blocks that no query sees; their numbers in the table are -1."""
+    case = world([[300]], 8, "fp8")
+    table = case["window"].table
+    expected = paged_attention(**case)
+    table[0, : (300 - SPAN + 1) // 32] = -1
+    assert torch.equal(paged_attention(**case), expected)
+
+
+def test_no_rows(gpu):
+    case = world([[5]], 8, "fp8")
+    queries = case["queries"]
+    none = Queries(queries.position[:0], queries.request[:0], queries.cis[:0], 6)
+    assert paged_attention(**case | {"q": case["q"][:0], "queries": none}).shape == (0, 8, 512)
+
+
+def test_rows_beyond_two_gigabytes(gpu):
+    case = world([[60]], 8, "fp8")
+    expected = paged_attention(**case)
+    assert torch.equal(paged_attention(**case | {"window": far(case["window"])}), expected)
+
+
+def test_a_format_it_does_not_read():
+    case = world([[5]], 8, "bfloat16")
+    pool = RowPool(case["window"].pool.storage, Float32Rows(512))
+    with pytest.raises(ValueError, match=r"kv_dtype is float32; .* reads bfloat16 and fp8"):
+        paged_attention(**case | {"window": replace(case["window"], pool=pool)})

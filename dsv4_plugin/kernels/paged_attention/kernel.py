@@ -14,6 +14,7 @@ even and odd dims of its two halves. RoPE dims are a fifth part. Products do not
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 import triton
@@ -40,9 +41,9 @@ class Launch:
 
 
 LAUNCH = {
-    "a100": Launch(heads=16, keys=32, warps=4, tile_rows=32, split=216),
-    "consumer": Launch(heads=16, keys=32, warps=4, tile_rows=32, split=216),
-    "any": Launch(heads=16, keys=32, warps=4, tile_rows=32, split=216),
+    "a100": Launch(heads=16, keys=32, warps=8, tile_rows=16, split=216),
+    "consumer": Launch(heads=16, keys=32, warps=8, tile_rows=16, split=216),
+    "any": Launch(heads=16, keys=32, warps=8, tile_rows=16, split=216),
 }
 PIECE = {0: 128, 4: 128, 128: 256}
 """Compressed rows of a piece, by ratio."""
@@ -52,7 +53,16 @@ MIN_DOT = 16
 
 @triton.jit
 def _row_pointers(
-    storage, table, index, ok, stride, offset, last, ROWS: tl.constexpr, WORDS: tl.constexpr
+    storage,
+    table,
+    index,
+    ok,
+    stride,
+    offset,
+    last,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """Pointers int32 [N] to the rows `index` of a request, and which of them exist."""
     place = index // ROWS
@@ -60,7 +70,7 @@ def _row_pointers(
     block = tl.load(table + place, mask=ok, other=-1).to(tl.int64)
     ok = ok & (block >= 0)
     address = block * stride + offset + (index % ROWS) * WORDS
-    return storage + tl.where(ok, address, 0), ok
+    return storage + tl.multiple_of(tl.where(ok, address, 0), ALIGN), ok
 
 
 @triton.jit
@@ -121,11 +131,13 @@ def _query_part(q, ok, J: tl.constexpr, NOPE: tl.constexpr, P: tl.constexpr, FP8
     """Part J of the queries at pointers q [M]."""
     w = tl.arange(0, P)
     dim = 4 * w + J if FP8 else (J // 2) * (NOPE // 2) + 2 * w + J % 2
-    return tl.load(q[:, None] + dim[None, :], mask=ok[:, None] & (w < NOPE // 4)[None, :], other=0.0)
+    return tl.load(
+        q[:, None] + dim[None, :], mask=ok[:, None] & (w < NOPE // 4)[None, :], other=0.0
+    )
 
 
 @triton.jit
-def _attend(q0, q1, q2, q3, qr, k0, k1, k2, k3, kr, sees, scale, m, l, a0, a1, a2, a3, ar):
+def _attend(q0, q1, q2, q3, qr, k0, k1, k2, k3, kr, sees, scale, m, mass, a0, a1, a2, a3, ar):
     """One more block of keys: sees [M, N] says which query sees which."""
     s = tl.dot(q0, tl.trans(k0))
     s = tl.dot(q1, tl.trans(k1), acc=s)
@@ -137,14 +149,14 @@ def _attend(q0, q1, q2, q3, qr, k0, k1, k2, k3, kr, sees, scale, m, l, a0, a1, a
     safe = tl.where(top == float("-inf"), 0.0, top)
     fade = tl.exp2(m - safe)
     p = tl.exp2(s - safe[:, None])
-    l = tl.fma(l, fade, tl.sum(p, 1))
+    mass = tl.fma(mass, fade, tl.sum(p, 1))
     p = p.to(tl.bfloat16)
     a0 = tl.dot(p, k0, acc=a0 * fade[:, None])
     a1 = tl.dot(p, k1, acc=a1 * fade[:, None])
     a2 = tl.dot(p, k2, acc=a2 * fade[:, None])
     a3 = tl.dot(p, k3, acc=a3 * fade[:, None])
     ar = tl.dot(p, kr, acc=ar * fade[:, None])
-    return top, l, a0, a1, a2, a3, ar
+    return top, mass, a0, a1, a2, a3, ar
 
 
 @triton.jit
@@ -227,6 +239,7 @@ def attend(
     P: tl.constexpr,
     FP8: tl.constexpr,
     WORDS: tl.constexpr,
+    ALIGN: tl.constexpr,
     SPAN: tl.constexpr,
     WINDOW_ROWS: tl.constexpr,
     ENTRY_ROWS: tl.constexpr,
@@ -285,7 +298,7 @@ def attend(
             high_piece = 1 + tl.cdiv(most, PIECE)
         for piece in range(low_piece, high_piece):
             top = tl.full((M,), float("-inf"), tl.float32)
-            l = tl.zeros((M,), tl.float32)
+            mass = tl.zeros((M,), tl.float32)
             a0 = tl.zeros((M, P), tl.float32)
             a1 = tl.zeros((M, P), tl.float32)
             a2 = tl.zeros((M, P), tl.float32)
@@ -302,7 +315,7 @@ def attend(
                     real = (i < end) & (i > least - SPAN)
                     row, ok = _row_pointers(
                         window, window_table + b * window_tables, i, real,
-                        window_stride, window_offset, window_last, WINDOW_ROWS, WORDS,
+                        window_stride, window_offset, window_last, WINDOW_ROWS, WORDS, ALIGN,
                     )  # fmt: skip
                     sees = (i[None, :] <= pos[:, None]) & (i[None, :] > pos[:, None] - SPAN)
                 else:
@@ -313,25 +326,25 @@ def attend(
                         real = real & (i < (last + 1) // RATIO)
                     row, ok = _row_pointers(
                         entries, entry_table + b * entry_tables, i, real,
-                        entry_stride, entry_offset, entry_last, ENTRY_ROWS, WORDS,
+                        entry_stride, entry_offset, entry_last, ENTRY_ROWS, WORDS, ALIGN,
                     )  # fmt: skip
                     sees = i[None, :] < seen[:, None]
                 sees = sees & mine[:, None] & ok[None, :]
                 k0, k1, k2, k3, kr = _key_parts(row, ok, NOPE, ROPE, P, FP8)
-                top, l, a0, a1, a2, a3, ar = _attend(
+                top, mass, a0, a1, a2, a3, ar = _attend(
                     q0, q1, q2, q3, qr, k0, k1, k2, k3, kr, sees, scale,
-                    top, l, a0, a1, a2, a3, ar,
+                    top, mass, a0, a1, a2, a3, ar,
                 )  # fmt: skip
             if SPLIT:
                 pieces = tl.num_programs(2)
                 cell = (t.to(tl.int64) * pieces + piece) * H + h
                 tl.store(part_top + cell, top, mask=inside & (h < H))
-                tl.store(part_sum + cell, l, mask=inside & (h < H))
+                tl.store(part_sum + cell, mass, mask=inside & (h < H))
                 to = part_out + cell * D
                 _store_parts(to, inside & (h < H), a0, a1, a2, a3, ar, NOPE, P, FP8)
             else:
                 total_top, keep, add = _weights(total_top, top)
-                total = _merge(total, l, keep, add)
+                total = _merge(total, mass, keep, add)
                 t0 = _merge(t0, a0, keep[:, None], add[:, None])
                 t1 = _merge(t1, a1, keep[:, None], add[:, None])
                 t2 = _merge(t2, a2, keep[:, None], add[:, None])
@@ -378,12 +391,12 @@ def combine(
     for piece in range(pieces):
         cell = (t * pieces + piece) * H + h
         m = tl.load(part_top + cell, mask=ok, other=0.0)
-        l = tl.load(part_sum + cell, mask=ok, other=0.0)
+        mass = tl.load(part_sum + cell, mask=ok, other=0.0)
         row = part_out + cell * D
         y = tl.load(row[:, None] + i[None, :], mask=plain, other=0.0)
         yr = tl.load(row[:, None] + r[None, :], mask=ok[:, None], other=0.0)
         top, keep, add = _weights(top, m)
-        total = _merge(total, l, keep, add)
+        total = _merge(total, mass, keep, add)
         x = _merge(x, y, keep[:, None], add[:, None])
         xr = _merge(xr, yr, keep[:, None], add[:, None])
     share = (1.0 / total)[:, None]
@@ -412,13 +425,13 @@ def paged_attention(
     """
     n, heads, d = q.shape
     rope = queries.cis.shape[1]
+    fp8 = _is_fp8(window)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if n == 0:
         return out
     launch = pick(LAUNCH)
-    block = min(launch.heads, max(MIN_DOT, triton.next_power_of_2(heads)))
+    tile, block = _tile(heads, launch, tiles and chosen is None)
     head_blocks = triton.cdiv(heads, block)
-    tile = max(1, launch.tile_rows // block) if tiles and chosen is None else 1
     entries_or_window = window if entries is None else entries
     longest = 0 if ratio == 0 else queries.longest // ratio
     choices = 0 if chosen is None else chosen.shape[1]
@@ -434,7 +447,8 @@ def paged_attention(
         chosen if chosen is not None else queries.position, choices,
         out, part_top, part_sum, part_out, d**-0.5 * LOG2E, n, q.stride(0),
         H=heads, NOPE=d - rope, ROPE=rope, P=max(MIN_DOT, triton.next_power_of_2((d - rope) // 4)),
-        FP8=_is_fp8(window), WORDS=window.pool.codec.words, SPAN=span,
+        FP8=fp8, WORDS=window.pool.codec.words,
+        ALIGN=min(_alignment(window), _alignment(entries_or_window)), SPAN=span,
         WINDOW_ROWS=window.rows, ENTRY_ROWS=entries_or_window.rows, RATIO=ratio,
         CHOOSING=chosen is not None, PIECE=PIECE[ratio], SPLIT=split,
         TILE=tile, HEADS=block, KEYS=launch.keys, num_warps=launch.warps, num_stages=1,
@@ -448,6 +462,14 @@ def paged_attention(
     return out
 
 
+def _tile(heads: int, launch: Launch, tiles: bool) -> tuple[int, int]:
+    """Queries and heads of a program: together at least what a product needs."""
+    block = min(launch.heads, triton.next_power_of_2(heads))
+    if not tiles:
+        return 1, max(block, MIN_DOT)
+    return max(launch.tile_rows, MIN_DOT) // block, block
+
+
 COMBINE_HEADS = 2
 """Heads of a program of `combine`."""
 
@@ -455,6 +477,11 @@ COMBINE_HEADS = 2
 def _arguments(rows: Paged) -> tuple[Tensor, Tensor, int, int, int, int]:
     table = rows.table
     return rows.pool.storage, table, rows.stride, rows.offset, table.shape[1] - 1, table.stride(0)
+
+
+def _alignment(rows: Paged) -> int:
+    """Words, at most 4, that every row's address is a multiple of."""
+    return gcd(rows.stride, rows.offset, rows.pool.codec.words, 4)
 
 
 def _is_fp8(rows: Paged) -> bool:

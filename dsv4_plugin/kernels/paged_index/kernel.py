@@ -1,0 +1,379 @@
+"""Triton: index queries, scores against keys where they lie, and the exact choice.
+
+Keys are read as words, whose bytes fall into four parts of the dims (4w, 4w + 1, ...), as the
+query is stored. e4m3 codes become float16 of the same bits, exactly; products are float16 with
+float32 sums, on every architecture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4_plugin.kernels.launch import pick
+from dsv4_plugin.kernels.paged import Paged
+
+BLOCK = 16384
+"""Most scores that one program of the top-k looks at."""
+SCORE_VALUES = 1 << 26
+"""Most scores kept at a time (256 MiB): more rows take their turn."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """entries of a block; blocks a program walks through where there are programs enough; warps;
+    rows that share a read of the keys where requests bring many tokens."""
+
+    entries: int
+    blocks: int
+    warps: int
+    rows: int
+
+
+LAUNCH = {"any": Launch(entries=64, blocks=8, warps=4, rows=4)}
+MANY_PROGRAMS = 432
+
+
+@triton.jit
+def _hadamard(x, STAGES: tl.constexpr):
+    """Unscaled, over the last dim of x [N, 2^STAGES]."""
+    N: tl.constexpr = x.shape[0]
+    C: tl.constexpr = x.shape[1]
+    for _ in tl.static_range(STAGES):
+        a, b = tl.split(tl.reshape(x, (N, C // 2, 2)))
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (N, C))
+    return x
+
+
+@triton.jit
+def index_queries(
+    q,
+    weight,
+    cis,
+    out,
+    weight_out,
+    q_stride,
+    weight_stride,
+    norm,
+    INDEX_HEADS: tl.constexpr,
+    C: tl.constexpr,
+    ROPE: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Program (row, head block). Dim PARTS * w + j is stored at j * C / PARTS + w."""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    ok = (h < INDEX_HEADS)[:, None]
+    i = tl.arange(0, C)
+    x = tl.load(q + t * q_stride + h[:, None] * C + i[None, :], mask=ok, other=0.0)
+    a, b = tl.split(tl.reshape(x.to(tl.float32), (HEADS, C // 2, 2)))
+    pair = tl.arange(0, C // 2) - (C - ROPE) // 2
+    turned = pair >= 0
+    cos = tl.load(cis + t * ROPE + 2 * pair, mask=turned, other=1.0)[None, :]
+    sin = tl.load(cis + t * ROPE + 2 * pair + 1, mask=turned, other=0.0)[None, :]
+    y = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (HEADS, C))
+    y = y.to(x.dtype).to(tl.float32)
+    if STAGES > 0:
+        y = _hadamard(y, STAGES) * norm
+    # 2^exponent is the least power of two above the largest value; the weight takes it over.
+    bits = tl.max(tl.abs(y), 1).to(tl.int32, bitcast=True)
+    exponent = tl.where(bits == 0, 127, (bits >> 23) + 1)
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    power = (exponent << 23).to(tl.float32, bitcast=True)
+    z = tl.permute(tl.reshape(y * inverse[:, None], (HEADS, C // PARTS, PARTS)), (0, 2, 1))
+    z = tl.reshape(z, (HEADS, C)).to(tl.float16)
+    tl.store(out + (t * INDEX_HEADS + h[:, None]) * C + i[None, :], z, mask=ok)
+    w = tl.load(weight + t * weight_stride + h, mask=h < INDEX_HEADS, other=0.0).to(tl.float32)
+    tl.store(weight_out + t * INDEX_HEADS + h, w * power, mask=h < INDEX_HEADS)
+
+
+@triton.jit
+def _codes(bits):
+    """int32 whose low and high 16 bits are float16: two float16 tensors."""
+    return (
+        bits.to(tl.int16).to(tl.float16, bitcast=True),
+        (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True),
+    )
+
+
+@triton.jit
+def _keys(row, ok, C: tl.constexpr, P: tl.constexpr):
+    """An e4m3 key's four parts float16 [N, P], divided by 2^8, and its scale float32 [N]."""
+    w = tl.arange(0, P)[None, :]
+    words = tl.load(row[:, None] + w, mask=ok[:, None] & (w < C // 4), other=0)
+    scale = tl.load(row + C // 4, mask=ok, other=0).to(tl.float32, bitcast=True)
+    k0, k2 = _codes(((words & 0x00800080) << 8) | ((words & 0x007F007F) << 7))
+    k1, k3 = _codes((words & -0x7FFF8000) | ((words >> 1) & 0x3F803F80))
+    return k0, k1, k2, k3, scale * 256.0
+
+
+@triton.jit
+def index_scores(
+    q,
+    weight,
+    position,
+    request,
+    storage,
+    table,
+    block_stride,
+    offset,
+    last,
+    table_stride,
+    out,
+    rows,
+    out_stride,
+    INDEX_HEADS: tl.constexpr,
+    IP: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    FP8: tl.constexpr,
+    WORDS: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    RATIO: tl.constexpr,
+    ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Program (row tile, range of BLOCKS * ENTRIES entries)."""
+    first = tl.program_id(0) * ROWS
+    h = tl.arange(0, IP)
+    p = tl.arange(0, P)
+    some_q = (h < INDEX_HEADS)[:, None] & (p < C // 4)[None, :]
+    for block in range(BLOCKS):
+        begin = (tl.program_id(1) * BLOCKS + block) * ENTRIES
+        entry = begin + tl.arange(0, ENTRIES)
+        k0 = tl.zeros((ENTRIES, P), tl.float16)
+        k1 = k0
+        k2 = k0
+        k3 = k0
+        scale = tl.zeros((ENTRIES,), tl.float32)
+        holds = first * 0 - 1  # the request whose keys these are
+        for j in range(ROWS):
+            t = first + j
+            pos = tl.load(position + t, mask=t < rows, other=-1)
+            who = tl.load(request + t, mask=t < rows, other=-1)
+            seen = (pos + 1) // RATIO
+            if begin < seen:
+                if who != holds:
+                    # All of the request's entries that a row of this tile may see.
+                    later = first + tl.arange(0, ROWS)
+                    near = later < rows
+                    mine = tl.load(request + later, mask=near, other=-1) == who
+                    far = tl.max(tl.where(mine, tl.load(position + later, mask=near, other=-1), -1))
+                    ok = entry < (far + 1) // RATIO
+                    place = entry // PAGE_ROWS
+                    ok = ok & (place <= last)
+                    number = tl.load(table + who * table_stride + place, mask=ok, other=-1)
+                    ok = ok & (number >= 0)
+                    address = number.to(tl.int64) * block_stride + offset
+                    address = address + (entry % PAGE_ROWS) * WORDS
+                    row = storage + tl.where(ok, address, 0)
+                    if FP8:
+                        k0, k1, k2, k3, scale = _keys(row, ok, C, P)
+                    else:
+                        k0, k1, k2, k3, scale = _wide_keys(row, ok, C, P)
+                    holds = who
+                at = q + (t.to(tl.int64) * INDEX_HEADS + h[:, None]) * C + p[None, :]
+                quarter: tl.constexpr = C // 4
+                q0 = tl.load(at, mask=some_q, other=0.0)
+                q1 = tl.load(at + quarter, mask=some_q, other=0.0)
+                q2 = tl.load(at + 2 * quarter, mask=some_q, other=0.0)
+                q3 = tl.load(at + 3 * quarter, mask=some_q, other=0.0)
+                s = tl.dot(q0, tl.trans(k0))
+                s = tl.dot(q1, tl.trans(k1), acc=s)
+                s = tl.dot(q2, tl.trans(k2), acc=s)
+                s = tl.dot(q3, tl.trans(k3), acc=s)
+                w = tl.load(
+                    weight + t.to(tl.int64) * INDEX_HEADS + h, mask=h < INDEX_HEADS, other=0.0
+                )
+                total = tl.sum(tl.maximum(s, 0.0) * w[:, None], 0) * scale
+                to = out + t.to(tl.int64) * out_stride + entry
+                tl.store(to, total, mask=entry < seen)
+
+
+@triton.jit
+def _wide_keys(row, ok, C: tl.constexpr, P: tl.constexpr):
+    """A bfloat16 key's parts as float16 under a power of two, and that power [N]; even dims of
+    both halves, then odd ones, as queries with PARTS = 2 are stored."""
+    w = tl.arange(0, P)[None, :]
+    inside = ok[:, None] & (w < C // 4)
+    low = tl.load(row[:, None] + w, mask=inside, other=0)
+    high = tl.load(row[:, None] + C // 4 + w, mask=inside, other=0)
+    x0 = (low << 16).to(tl.float32, bitcast=True)
+    x1 = (low & -65536).to(tl.float32, bitcast=True)
+    x2 = (high << 16).to(tl.float32, bitcast=True)
+    x3 = (high & -65536).to(tl.float32, bitcast=True)
+    top = tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
+    exponent = (tl.max(top, 1).to(tl.int32, bitcast=True) >> 23) + 1
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    return (
+        (x0 * inverse).to(tl.float16),
+        (x2 * inverse).to(tl.float16),
+        (x1 * inverse).to(tl.float16),
+        (x3 * inverse).to(tl.float16),
+        scale,
+    )
+
+
+@triton.jit
+def choose(
+    score,
+    entry_in,
+    position,
+    out,
+    score_out,
+    score_stride,
+    n,
+    K: tl.constexpr,
+    RATIO: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KP: tl.constexpr,
+    LISTED: tl.constexpr,
+    SCORES: tl.constexpr,
+):
+    """Program (row, block): the K best of a block of scores, in order of entry.
+
+    LISTED: scores come with their entries (-1: none), else they are those of 0, 1, ...
+    SCORES: write the chosen scores too, for the next round.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    i = part * BLOCK + tl.arange(0, BLOCK)
+    seen = (tl.load(position + t) + 1) // RATIO
+    if LISTED:
+        entry = tl.load(entry_in + t * score_stride + i, mask=i < n, other=-1)
+        real = entry >= 0
+    else:
+        entry = i
+        real = i < tl.minimum(seen, n)
+    x = tl.load(score + t * score_stride + i, mask=real, other=0.0)
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+    order = tl.where(real, order, 0)
+    # The largest threshold that at least K scores reach, bit by bit.
+    threshold = tl.full((), 0, tl.uint32)
+    for step in range(32):
+        trial = threshold | (tl.full((), 1, tl.uint32) << (31 - step))
+        reach = tl.sum((order >= trial).to(tl.int32), 0)
+        threshold = tl.where(reach >= K, trial, threshold)
+    above = order > threshold
+    tied = (order == threshold) & real
+    room = K - tl.sum(above.to(tl.int32), 0)
+    take = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
+    place = tl.cumsum(take.to(tl.int32), 0) - 1
+    base = (t * tl.num_programs(1) + part) * K
+    tl.store(out + base + place, entry, mask=take)
+    rest = tl.arange(0, KP)
+    empty = (rest >= tl.sum(take.to(tl.int32), 0)) & (rest < K)
+    tl.store(out + base + rest, tl.full((KP,), -1, tl.int32), mask=empty)
+    if SCORES:
+        tl.store(score_out + base + place, x, mask=take)
+        tl.store(score_out + base + rest, tl.zeros((KP,), tl.float32), mask=empty)
+
+
+def queries(
+    q: Tensor, weight: Tensor, cis: Tensor, rotate: bool, fp8: bool = True
+) -> tuple[Tensor, Tensor]:
+    """As `reference_queries`, with the dims of a head in the order `scores` reads (by the keys'
+    format)."""
+    n, heads, c = q.shape
+    out = torch.empty((n, heads, c), dtype=torch.float16, device=q.device)
+    scaled = torch.empty((n, heads), dtype=torch.float32, device=q.device)
+    if n:
+        block = min(16, triton.next_power_of_2(heads))
+        index_queries[(n, triton.cdiv(heads, block))](
+            q, weight, cis, out, scaled, q.stride(0), weight.stride(0), c**-0.5,
+            INDEX_HEADS=heads, C=c, ROPE=cis.shape[1], STAGES=c.bit_length() - 1 if rotate else 0,
+            PARTS=4 if fp8 else 2, HEADS=block, num_warps=4,
+        )  # fmt: skip
+    return out, scaled
+
+
+def choices(
+    q: Tensor,
+    weight: Tensor,
+    keys: Paged,
+    position: Tensor,
+    request: Tensor,
+    ratio: int,
+    longest: int,
+    k: int,
+    tiles: bool = False,
+) -> Tensor:
+    """Scores and choice: int32 [T, k] as `reference_topk`. q, weight: of `queries`; no row sees
+    more than longest // ratio entries; tiles: rows are neighbouring tokens of few requests."""
+    n = max(1, longest // ratio)
+    out = torch.empty((len(q), k), dtype=torch.int32, device=q.device)
+    size = max(1, SCORE_VALUES // n)
+    for a in range(0, len(q), size):
+        rows = slice(a, a + size)
+        score = scores(q[rows], weight[rows], keys, position[rows], request[rows], ratio, n, tiles)
+        topk(score, position[rows], ratio, k, out[rows])
+    return out
+
+
+def scores(
+    q: Tensor,
+    weight: Tensor,
+    keys: Paged,
+    position: Tensor,
+    request: Tensor,
+    ratio: int,
+    n: int,
+    tiles: bool = False,
+) -> Tensor:
+    """As `reference_scores`, but left unwritten where undefined.
+
+    Raises:
+        ValueError: keys of a format the kernel does not read.
+    """
+    kind = keys.pool.codec.kind
+    if kind not in ("fp8", "bfloat16"):
+        raise ValueError(f"indexer keys are {kind}; the Triton indexer reads bfloat16 and fp8")
+    t, heads, c = q.shape
+    width = triton.cdiv(n, 4) * 4
+    out = torch.empty((t, width), dtype=torch.float32, device=q.device)
+    if t == 0:
+        return out
+    launch = pick(LAUNCH)
+    rows = launch.rows if tiles else 1
+    tiles_of_rows, blocks = triton.cdiv(t, rows), triton.cdiv(n, launch.entries)
+    walk = launch.blocks if tiles_of_rows * blocks >= launch.blocks * MANY_PROGRAMS else 1
+    index_scores[(tiles_of_rows, triton.cdiv(blocks, walk))](
+        q, weight, position, request, keys.pool.storage, keys.table, keys.stride, keys.offset,
+        keys.table.shape[1] - 1, keys.table.stride(0), out, t, width,
+        INDEX_HEADS=heads, IP=max(16, triton.next_power_of_2(heads)), C=c,
+        P=max(16, triton.next_power_of_2(c // 4)), FP8=kind == "fp8",
+        WORDS=keys.pool.codec.words, PAGE_ROWS=keys.rows, RATIO=ratio,
+        ROWS=rows, ENTRIES=launch.entries, BLOCKS=walk, num_warps=launch.warps, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def topk(score: Tensor, position: Tensor, ratio: int, k: int, out: Tensor) -> None:
+    """As `reference_topk`, into int32 [T, k]: the best of every BLOCK scores, then of those."""
+    t, n = score.shape
+    entries: Tensor | None = None
+    while t:
+        block = min(BLOCK, max(triton.next_power_of_2(n), 256))
+        parts = triton.cdiv(n, block)
+        last = parts == 1
+        best = out if last else torch.empty((t, parts * k), dtype=torch.int32, device=out.device)
+        value = score if last else torch.empty(best.shape, dtype=torch.float32, device=out.device)
+        choose[(t, parts)](
+            score, score if entries is None else entries, position, best, value,
+            score.stride(0), n, K=k, RATIO=ratio, BLOCK=block, KP=triton.next_power_of_2(k),
+            LISTED=entries is not None, SCORES=not last, num_warps=16 if block > 4096 else 4,
+        )  # fmt: skip
+        if last:
+            return
+        score, entries, n = value, best, parts * k
