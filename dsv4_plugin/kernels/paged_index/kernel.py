@@ -275,8 +275,9 @@ def choose(
     rest = tl.arange(0, KP)
     empty = (rest >= tl.sum(take.to(tl.int32), 0)) & (rest < K)
     tl.store(out + base + rest, tl.full((KP,), -1, tl.int32), mask=empty)
-    if SCORES:
-        tl.store(score_out + base + place, x, mask=take)
+    if SCORES:  # read again: registers are short
+        again = tl.load(score + t * score_stride + i, mask=take, other=0.0)
+        tl.store(score_out + base + place, again, mask=take)
         tl.store(score_out + base + rest, tl.zeros((KP,), tl.float32), mask=empty)
 
 
