@@ -8,7 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4_plugin.cache.rows import BFloat16Rows, FP8IndexRows, FP8KVRows, RowCodec, RowPool
+from dsv4_plugin.cache.rows import (
+    BFloat16Rows,
+    FP4IndexRows,
+    FP8IndexRows,
+    FP8KVRows,
+    RowCodec,
+    RowPool,
+)
 from dsv4_plugin.kernels.paged import Paged
 from tests.kit import mode
 
@@ -25,7 +32,7 @@ def kv_codec(kind: str, d: int = 512, rope: int = 64) -> RowCodec:
 
 
 def key_codec(kind: str, d: int = 128) -> RowCodec:
-    return FP8IndexRows(d) if kind == "fp8" else BFloat16Rows(d)
+    return {"fp4": FP4IndexRows, "fp8": FP8IndexRows, "bfloat16": BFloat16Rows}[kind](d)
 
 
 def paged(

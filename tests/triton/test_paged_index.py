@@ -26,24 +26,29 @@ def ints(*values):
     return torch.tensor(values, dtype=torch.int32, device=mode.DEVICE)
 
 
-def stored(q, parts):
+def stored(q, kind):
     """The order of dims in which `queries` writes."""
+    parts = 2 if kind == "bfloat16" else 4
     return q.unflatten(-1, (-1, parts)).transpose(-1, -2).flatten(-2)
 
 
 @pytest.mark.parametrize(
-    ("n", "heads", "c", "rope", "rotate", "fp8"),
-    [(3, 64, 128, 64, True, True), (1, 32, 32, 16, True, True), (2, 64, 128, 64, False, False)],
+    ("n", "heads", "c", "rope", "rotate", "kind"),
+    [
+        (3, 64, 128, 64, True, "fp8"),
+        (1, 32, 32, 16, True, "fp4"),
+        (2, 64, 128, 64, False, "bfloat16"),
+    ],
 )
-def test_queries(gpu, n, heads, c, rope, rotate, fp8):
+def test_queries(gpu, n, heads, c, rope, rotate, kind):
     q = normal(n, heads, c, seed=1, dtype=torch.bfloat16)
     q = q * torch.logspace(-3, 3, heads, device=q.device)[:, None].to(q.dtype)
     q[0, 1] = 0
     weight, cis = normal(n, heads, seed=2), pairs(n, rope, 3)
-    found, scaled = kernel.queries(q, weight, cis, rotate, fp8)
+    found, scaled = kernel.queries(q, weight, cis, rotate, kind)
     expected, weights = reference_queries(q, weight, cis, rotate)
     assert torch.equal(scaled, weights)
-    step = (found.float() - stored(expected, 4 if fp8 else 2).float()).abs().max()
+    step = (found.float() - stored(expected, kind).float()).abs().max()
     assert step <= 2**-11  # one rounding of float16 between 1/2 and 1
     assert found.float().abs().amax(-1).max() <= 1
 
@@ -60,7 +65,7 @@ def world(positions, heads=64, c=128, kind="fp8", seed=0):
     )  # fmt: skip
     n = max(1, *((p + 1) // RATIO for _, p in flat))
     rest = (weight, keys, position, request, RATIO, n)
-    return stored(q, 4 if kind == "fp8" else 2), q, rest
+    return stored(q, kind), q, rest
 
 
 SCORES = [
@@ -68,6 +73,8 @@ SCORES = [
     ([[1100], [3], [2]], 64, 128, "fp8", False),
     ([[700], [-1, -1]], 64, 128, "bfloat16", False),
     ([[300]], 32, 32, "fp8", False),
+    ([[700], [20]], 64, 128, "fp4", False),
+    ([[90]], 32, 32, "fp4", False),
     ([range(500, 507), range(252, 260), [-1]], 64, 128, "fp8", True),
 ]
 
@@ -78,7 +85,7 @@ def test_scores(gpu, positions, heads, c, kind, tiles):
     found = kernel.scores(q, *rest, tiles=tiles)
     expected = reference_scores(plain, *rest)
     seen = ~expected.isnan()
-    tolerance = OP_FP32 if kind == "fp8" else FP16
+    tolerance = FP16 if kind == "bfloat16" else OP_FP32
     found = found[:, : expected.shape[1]]
     assert (found - expected)[seen].abs().max() <= tolerance * expected[seen].abs().max()
 

@@ -36,6 +36,8 @@ class Launch:
 
 LAUNCH = {"any": Launch(entries=64, blocks=8, warps=4, rows=4)}
 MANY_PROGRAMS = 432
+BITS = {"bfloat16": 16, "fp8": 8, "fp4": 4}
+"""Of a value, by the keys' format."""
 
 
 @triton.jit
@@ -133,7 +135,7 @@ def index_scores(
     IP: tl.constexpr,
     C: tl.constexpr,
     P: tl.constexpr,
-    FP8: tl.constexpr,
+    FORMAT: tl.constexpr,
     WORDS: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
     RATIO: tl.constexpr,
@@ -175,8 +177,10 @@ def index_scores(
                     address = number.to(tl.int64) * block_stride + offset
                     address = address + (entry % PAGE_ROWS) * WORDS
                     row = storage + tl.where(ok, address, 0)
-                    if FP8:
+                    if FORMAT == 8:
                         k0, k1, k2, k3, scale = _keys(row, ok, C, P)
+                    elif FORMAT == 4:
+                        k0, k1, k2, k3, scale = _narrow_keys(row, ok, C, P)
                     else:
                         k0, k1, k2, k3, scale = _wide_keys(row, ok, C, P)
                     holds = who
@@ -222,6 +226,37 @@ def _wide_keys(row, ok, C: tl.constexpr, P: tl.constexpr):
         (x3 * inverse).to(tl.float16),
         scale,
     )
+
+
+@triton.jit
+def _narrow_keys(row, ok, C: tl.constexpr, P: tl.constexpr):
+    """An e2m1 key's parts as float16 under the largest of its scales, and that [N].
+
+    A word's eight codes are dims 8w .. 8w + 7; code j of its lower and of its upper half are
+    neighbours in part j. e2m1 bits are float16's under 2^14.
+    """
+    N: tl.constexpr = row.shape[0]
+    w = tl.arange(0, P // 2)[None, :]
+    words = tl.load(row[:, None] + w, mask=ok[:, None] & (w < C // 8), other=0)
+    packed = tl.load(row + C // 8, mask=ok, other=0)
+    b = tl.arange(0, P // 8)[None, :]
+    byte = tl.where(b < C // 32, (packed[:, None] >> (b * 8)) & 0xFF, 0)
+    top = tl.maximum(tl.max(byte, 1), 1)
+    power = tl.maximum(byte - top[:, None] + 127 + 14, 1)
+    factor = (power << 23).to(tl.float32, bitcast=True)
+    k0 = _nibbles(words, factor, N, P)
+    k1 = _nibbles(words >> 4, factor, N, P)
+    k2 = _nibbles(words >> 8, factor, N, P)
+    k3 = _nibbles(words >> 12, factor, N, P)
+    return k0, k1, k2, k3, (top << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _nibbles(words, factor, N: tl.constexpr, P: tl.constexpr):
+    """The lowest codes of both halves of each word, times factor [N, P // 8]: float16 [N, P]."""
+    low, high = _codes(((words & 0x00080008) << 12) | ((words & 0x00070007) << 9))
+    x = tl.reshape(tl.join(low, high).to(tl.float32), (N, P // 8, 8))
+    return tl.reshape(x * factor[:, :, None], (N, P)).to(tl.float16)
 
 
 @triton.jit
@@ -282,10 +317,10 @@ def choose(
 
 
 def queries(
-    q: Tensor, weight: Tensor, cis: Tensor, rotate: bool, fp8: bool = True
+    q: Tensor, weight: Tensor, cis: Tensor, rotate: bool, kind: str = "fp8"
 ) -> tuple[Tensor, Tensor]:
-    """As `reference_queries`, with the dims of a head in the order `scores` reads (by the keys'
-    format)."""
+    """As `reference_queries`, with the dims of a head in the order that `scores` reads for keys of
+    format `kind`."""
     n, heads, c = q.shape
     out = torch.empty((n, heads, c), dtype=torch.float16, device=q.device)
     scaled = torch.empty((n, heads), dtype=torch.float32, device=q.device)
@@ -294,7 +329,7 @@ def queries(
         index_queries[(n, triton.cdiv(heads, block))](
             q, weight, cis, out, scaled, q.stride(0), weight.stride(0), c**-0.5,
             INDEX_HEADS=heads, C=c, ROPE=cis.shape[1], STAGES=c.bit_length() - 1 if rotate else 0,
-            PARTS=4 if fp8 else 2, HEADS=block, num_warps=4,
+            PARTS=2 if kind == "bfloat16" else 4, HEADS=block, num_warps=4,
         )  # fmt: skip
     return out, scaled
 
@@ -338,8 +373,8 @@ def scores(
         ValueError: keys of a format the kernel does not read.
     """
     kind = keys.pool.codec.kind
-    if kind not in ("fp8", "bfloat16"):
-        raise ValueError(f"indexer keys are {kind}; the Triton indexer reads bfloat16 and fp8")
+    if kind not in BITS:
+        raise ValueError(f"indexer keys are {kind}; the Triton indexer reads {', '.join(BITS)}")
     t, heads, c = q.shape
     width = triton.cdiv(n, 4) * 4
     out = torch.empty((t, width), dtype=torch.float32, device=q.device)
@@ -353,7 +388,7 @@ def scores(
         q, weight, position, request, keys.pool.storage, keys.table, keys.stride, keys.offset,
         keys.table.shape[1] - 1, keys.table.stride(0), out, t, width,
         INDEX_HEADS=heads, IP=max(16, triton.next_power_of_2(heads)), C=c,
-        P=max(16, triton.next_power_of_2(c // 4)), FP8=kind == "fp8",
+        P=max(16, triton.next_power_of_2(c // 4)), FORMAT=BITS[kind],
         WORDS=keys.pool.codec.words, PAGE_ROWS=keys.rows, RATIO=ratio,
         ROWS=rows, ENTRIES=launch.entries, BLOCKS=walk, num_warps=launch.warps, num_stages=1,
     )  # fmt: skip
