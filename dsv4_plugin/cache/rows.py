@@ -138,6 +138,7 @@ class FP8IndexRows:
 class FP4IndexRows:
     """An indexer key: e2m1 codes, two per byte, and a UE8M0 scale per 32 (64 + 4 bytes)."""
 
+    kind: ClassVar[str] = "fp4"
     width: int
 
     @property

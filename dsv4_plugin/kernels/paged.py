@@ -3,33 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-class Codec(Protocol):
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def words(self) -> int: ...
-
-
-class Pool(Protocol):
-    """Rows of a codec in int32 `storage`, at int64 addresses that count words."""
-
-    @property
-    def codec(self) -> Codec: ...
-
-    @property
-    def storage(self) -> Tensor: ...
-
-    def read(self, address: Tensor, dtype: torch.dtype) -> Tensor: ...
+from dsv4_plugin.kernels.formats import Pool
 
 
 @dataclass(frozen=True)
