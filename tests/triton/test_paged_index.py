@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dsv4_plugin.kernels import paged_index
 from dsv4_plugin.kernels.paged_index import (
     kernel,
     reference_queries,
@@ -33,20 +34,21 @@ def stored(q, kind):
 
 
 @pytest.mark.parametrize(
-    ("n", "heads", "c", "rope", "rotate", "kind"),
+    ("n", "heads", "c", "rope", "kind"),
     [
-        (3, 64, 128, 64, True, "fp8"),
-        (1, 32, 32, 16, True, "fp4"),
-        (2, 64, 128, 64, False, "bfloat16"),
+        (3, 64, 128, 64, "fp8"),
+        (1, 32, 32, 16, "fp4"),
+        (2, 64, 128, 64, "bfloat16"),
+        (2, 8, 128, 64, "fp4"),
     ],
 )
-def test_queries(gpu, n, heads, c, rope, rotate, kind):
+def test_queries(gpu, n, heads, c, rope, kind):
     q = normal(n, heads, c, seed=1, dtype=torch.bfloat16)
     q = q * torch.logspace(-3, 3, heads, device=q.device)[:, None].to(q.dtype)
     q[0, 1] = 0
     weight, cis = normal(n, heads, seed=2), pairs(n, rope, 3)
-    found, scaled = kernel.queries(q, weight, cis, rotate, kind)
-    expected, weights = reference_queries(q, weight, cis, rotate)
+    found, scaled = kernel.queries(q, weight, cis, kind)
+    expected, weights = reference_queries(q, weight, cis, kind)
     assert torch.equal(scaled, weights)
     step = (found.float() - stored(expected, kind).float()).abs().max()
     assert step <= 2**-11  # one rounding of float16 between 1/2 and 1
@@ -61,7 +63,7 @@ def world(positions, heads=64, c=128, kind="fp8", seed=0):
     weight = normal(len(flat), heads, seed=seed + 1).abs()
     q, weight = reference_queries(
         normal(len(flat), heads, c, seed=seed + 2, dtype=torch.bfloat16),
-        weight, pairs(len(flat), 16, seed), True,
+        weight, pairs(len(flat), 16, seed), kind,
     )  # fmt: skip
     n = max(1, *((p + 1) // RATIO for _, p in flat))
     rest = (weight, keys, position, request, RATIO, n)
@@ -128,10 +130,10 @@ def test_topk(gpu, lengths, n, k):
     )
     score[torch.arange(n) >= torch.tensor(lengths)[:, None]] = float("nan")
     position = ints(*(RATIO * x - 1 for x in lengths))
-    out = torch.empty(len(lengths), k, dtype=torch.int32, device=mode.DEVICE)
     score = score.to(mode.DEVICE)
-    kernel.topk(score, position, RATIO, k, out)
-    assert torch.equal(out, reference_topk(score, position, RATIO, k))
+    assert torch.equal(
+        kernel.topk(score, position, RATIO, k), reference_topk(score, position, RATIO, k)
+    )
 
 
 @pytest.mark.parametrize("few", [True, False])
@@ -141,19 +143,27 @@ def test_topk_of_many_blocks(gpu, monkeypatch, few):
     n, k = 3000, 64
     score = torch.stack([tied(n, 1), normal(n, seed=2).cpu()]).to(mode.DEVICE)
     position = ints(4 * 2990 - 1, 4 * 40 - 1 if few else 4 * n - 1)
-    out = torch.empty(2, k, dtype=torch.int32, device=mode.DEVICE)
-    kernel.topk(score, position, RATIO, k, out)
-    assert torch.equal(out, reference_topk(score, position, RATIO, k))
+    assert torch.equal(
+        kernel.topk(score, position, RATIO, k), reference_topk(score, position, RATIO, k)
+    )
 
 
 def test_choices_in_turns(gpu, monkeypatch):
-    """Scores of two rows at a time, and no rows at all."""
-    q, _, rest = world([range(700, 705)])
-    weight, keys, position, request, _, n = rest
-    expected = kernel.choices(q, weight, keys, position, request, RATIO, 705, 64)
-    score = kernel.scores(q, *rest)
+    """Scores of two rows at a time, and no rows at all; scores are summed over ranks."""
+    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    _, _, (_, keys, position, request, _, n) = world([range(700, 705)])
+    q = normal(5, 64, 128, seed=7, dtype=torch.bfloat16)
+    weight, cis = normal(5, 64, seed=8), pairs(5, 64, 9)
+
+    def choose(rows=slice(None), reduce=None):
+        at = (position[rows], request[rows], RATIO, 705, 64)
+        return paged_index.choose(q[rows], weight[rows], cis[rows], keys, *at, reduce=reduce)
+
+    expected = choose()
+    score = kernel.scores(*kernel.queries(q, weight, cis, "fp8"), keys, position, request, RATIO, n)
     assert torch.equal(expected, reference_topk(score[:, :n], position, RATIO, 64))
-    monkeypatch.setattr(kernel, "SCORE_VALUES", 2 * n)
-    assert torch.equal(kernel.choices(q, weight, keys, position, request, RATIO, 705, 64), expected)
-    none = kernel.choices(q[:0], weight[:0], keys, position[:0], request[:0], RATIO, 705, 64)
-    assert none.shape == (0, 64)
+    monkeypatch.setattr(paged_index, "SCORE_VALUES", 2 * n)
+    assert torch.equal(choose(), expected)
+    worst = reference_topk(-score[:, :n], position, RATIO, 64)
+    assert torch.equal(choose(reduce=torch.neg), worst)
+    assert choose(slice(0, 0)).shape == (0, 64)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.paged import Paged
 
 
@@ -25,6 +26,25 @@ class Queries:
     request: Tensor
     cis: Tensor
     longest: int
+
+
+def paged_attention(
+    q: Tensor,
+    sink: Tensor,
+    queries: Queries,
+    window: Paged,
+    span: int,
+    entries: Paged | None = None,
+    ratio: int = 0,
+    chosen: Tensor | None = None,
+    tiles: bool = False,
+) -> Tensor:
+    """As `reference`. tiles: rows are neighbouring tokens of few requests (prefill)."""
+    if not use_triton(q.device):
+        return reference(q, sink, queries, window, span, entries, ratio, chosen)
+    from dsv4_plugin.kernels.paged_attention import kernel
+
+    return kernel.paged_attention(q, sink, queries, window, span, entries, ratio, chosen, tiles)
 
 
 def reference(

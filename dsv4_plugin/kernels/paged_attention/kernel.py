@@ -233,7 +233,7 @@ def attend(
     scale,
     rows,
     q_stride,
-    H: tl.constexpr,
+    H,
     NOPE: tl.constexpr,
     ROPE: tl.constexpr,
     P: tl.constexpr,
@@ -370,7 +370,7 @@ def combine(
     part_out,
     out,
     pieces,
-    H: tl.constexpr,
+    H,
     NOPE: tl.constexpr,
     ROPE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -446,7 +446,7 @@ def paged_attention(
         *_arguments(window), *_arguments(entries_or_window),
         chosen if chosen is not None else queries.position, choices,
         out, part_top, part_sum, part_out, d**-0.5 * LOG2E, n, q.stride(0),
-        H=heads, NOPE=d - rope, ROPE=rope, P=max(MIN_DOT, triton.next_power_of_2((d - rope) // 4)),
+        heads, NOPE=d - rope, ROPE=rope, P=max(MIN_DOT, triton.next_power_of_2((d - rope) // 4)),
         FP8=fp8, WORDS=window.pool.codec.words,
         ALIGN=min(_alignment(window), _alignment(entries_or_window)), SPAN=span,
         WINDOW_ROWS=window.rows, ENTRY_ROWS=entries_or_window.rows, RATIO=ratio,
@@ -456,7 +456,7 @@ def paged_attention(
     if split:
         combine[(n, triton.cdiv(heads, COMBINE_HEADS))](
             sink, queries.cis, part_top, part_sum, part_out, out, pieces,
-            H=heads, NOPE=d - rope, ROPE=rope, WIDTH=triton.next_power_of_2(d - rope),
+            heads, NOPE=d - rope, ROPE=rope, WIDTH=triton.next_power_of_2(d - rope),
             HEADS=COMBINE_HEADS, num_warps=4,
         )  # fmt: skip
     return out

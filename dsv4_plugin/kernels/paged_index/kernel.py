@@ -19,8 +19,6 @@ from dsv4_plugin.kernels.paged import Paged
 
 BLOCK = 16384
 """Most scores that one program of the top-k looks at."""
-SCORE_VALUES = 1 << 26
-"""Most scores kept at a time (256 MiB): more rows take their turn."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,22 @@ def _hadamard(x, STAGES: tl.constexpr):
 
 
 @triton.jit
+def _round_e2m1(x, C: tl.constexpr):
+    """x [N, C] to the nearest e2m1 value, ties to even, under a power of two per 32 dims."""
+    N: tl.constexpr = x.shape[0]
+    blocks = tl.reshape(x, (N, C // 32, 32))
+    bits = tl.maximum(tl.max(tl.abs(blocks), 2), 6 * 2.0**-126).to(tl.int32, bitcast=True)
+    # The power's exponent: the largest is at most 6 = 1.5 * 2^2 times it.
+    byte = (bits >> 23) - 2 + ((bits & 0x7FFFFF) > 0x400000).to(tl.int32)
+    power = (byte << 23).to(tl.float32, bitcast=True)[:, :, None]
+    size = tl.abs(blocks) * ((254 - byte) << 23).to(tl.float32, bitcast=True)[:, :, None]
+    step = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
+    # Adding 1.5 * 2^23 steps rounds to whole ones.
+    near = (size + 12582912.0 * step) - 12582912.0 * step
+    return tl.reshape(tl.where(blocks < 0, -near, near) * power, (N, C))
+
+
+@triton.jit
 def index_queries(
     q,
     weight,
@@ -61,10 +75,11 @@ def index_queries(
     q_stride,
     weight_stride,
     norm,
-    INDEX_HEADS: tl.constexpr,
+    INDEX_HEADS,
     C: tl.constexpr,
     ROPE: tl.constexpr,
     STAGES: tl.constexpr,
+    E2M1: tl.constexpr,
     PARTS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
@@ -83,6 +98,8 @@ def index_queries(
     y = y.to(x.dtype).to(tl.float32)
     if STAGES > 0:
         y = _hadamard(y, STAGES) * norm
+    if E2M1:
+        y = _round_e2m1(y, C)
     # 2^exponent is the least power of two above the largest value; the weight takes it over.
     bits = tl.max(tl.abs(y), 1).to(tl.int32, bitcast=True)
     exponent = tl.where(bits == 0, 127, (bits >> 23) + 1)
@@ -131,7 +148,7 @@ def index_scores(
     out,
     rows,
     out_stride,
-    INDEX_HEADS: tl.constexpr,
+    INDEX_HEADS,
     IP: tl.constexpr,
     C: tl.constexpr,
     P: tl.constexpr,
@@ -316,45 +333,20 @@ def choose(
         tl.store(score_out + base + rest, tl.zeros((KP,), tl.float32), mask=empty)
 
 
-def queries(
-    q: Tensor, weight: Tensor, cis: Tensor, rotate: bool, kind: str = "fp8"
-) -> tuple[Tensor, Tensor]:
-    """As `reference_queries`, with the dims of a head in the order that `scores` reads for keys of
-    format `kind`."""
+def queries(q: Tensor, weight: Tensor, cis: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """As `reference_queries`, with the dims of a head in the order that `scores` reads."""
     n, heads, c = q.shape
     out = torch.empty((n, heads, c), dtype=torch.float16, device=q.device)
     scaled = torch.empty((n, heads), dtype=torch.float32, device=q.device)
     if n:
         block = min(16, triton.next_power_of_2(heads))
+        wide = kind == "bfloat16"
         index_queries[(n, triton.cdiv(heads, block))](
-            q, weight, cis, out, scaled, q.stride(0), weight.stride(0), c**-0.5,
-            INDEX_HEADS=heads, C=c, ROPE=cis.shape[1], STAGES=c.bit_length() - 1 if rotate else 0,
-            PARTS=2 if kind == "bfloat16" else 4, HEADS=block, num_warps=4,
+            q, weight, cis, out, scaled, q.stride(0), weight.stride(0), c**-0.5, heads,
+            C=c, ROPE=cis.shape[1], STAGES=0 if wide else c.bit_length() - 1,
+            E2M1=kind == "fp4", PARTS=2 if wide else 4, HEADS=block, num_warps=4,
         )  # fmt: skip
     return out, scaled
-
-
-def choices(
-    q: Tensor,
-    weight: Tensor,
-    keys: Paged,
-    position: Tensor,
-    request: Tensor,
-    ratio: int,
-    longest: int,
-    k: int,
-    tiles: bool = False,
-) -> Tensor:
-    """Scores and choice: int32 [T, k] as `reference_topk`. q, weight: of `queries`; no row sees
-    more than longest // ratio entries; tiles: rows are neighbouring tokens of few requests."""
-    n = max(1, longest // ratio)
-    out = torch.empty((len(q), k), dtype=torch.int32, device=q.device)
-    size = max(1, SCORE_VALUES // n)
-    for a in range(0, len(q), size):
-        rows = slice(a, a + size)
-        score = scores(q[rows], weight[rows], keys, position[rows], request[rows], ratio, n, tiles)
-        topk(score, position[rows], ratio, k, out[rows])
-    return out
 
 
 def scores(
@@ -386,8 +378,8 @@ def scores(
     walk = launch.blocks if tiles_of_rows * blocks >= launch.blocks * MANY_PROGRAMS else 1
     index_scores[(tiles_of_rows, triton.cdiv(blocks, walk))](
         q, weight, position, request, keys.pool.storage, keys.table, keys.stride, keys.offset,
-        keys.table.shape[1] - 1, keys.table.stride(0), out, t, width,
-        INDEX_HEADS=heads, IP=max(16, triton.next_power_of_2(heads)), C=c,
+        keys.table.shape[1] - 1, keys.table.stride(0), out, t, width, heads,
+        IP=max(16, triton.next_power_of_2(heads)), C=c,
         P=max(16, triton.next_power_of_2(c // 4)), FORMAT=BITS[kind],
         WORDS=keys.pool.codec.words, PAGE_ROWS=keys.rows, RATIO=ratio,
         ROWS=rows, ENTRIES=launch.entries, BLOCKS=walk, num_warps=launch.warps, num_stages=1,
@@ -395,21 +387,22 @@ def scores(
     return out
 
 
-def topk(score: Tensor, position: Tensor, ratio: int, k: int, out: Tensor) -> None:
-    """As `reference_topk`, into int32 [T, k]: the best of every BLOCK scores, then of those."""
+def topk(score: Tensor, position: Tensor, ratio: int, k: int) -> Tensor:
+    """As `reference_topk`: the best of every BLOCK scores, then of those."""
     t, n = score.shape
-    entries: Tensor | None = None
-    while t:
+    entries = score.view(torch.int32)  # unread in the first round
+    listed = False
+    while True:
         block = min(BLOCK, max(triton.next_power_of_2(n), 256))
         parts = triton.cdiv(n, block)
-        last = parts == 1
-        best = out if last else torch.empty((t, parts * k), dtype=torch.int32, device=out.device)
-        value = score if last else torch.empty(best.shape, dtype=torch.float32, device=out.device)
-        choose[(t, parts)](
-            score, score if entries is None else entries, position, best, value,
-            score.stride(0), n, K=k, RATIO=ratio, BLOCK=block, KP=triton.next_power_of_2(k),
-            LISTED=entries is not None, SCORES=not last, num_warps=16 if block > 4096 else 4,
-        )  # fmt: skip
-        if last:
-            return
-        score, entries, n = value, best, parts * k
+        best = torch.empty((t, parts * k), dtype=torch.int32, device=score.device)
+        value = torch.empty(best.shape if parts > 1 else 0, device=score.device)
+        if t:
+            choose[(t, parts)](
+                score, entries, position, best, value, score.stride(0), n,
+                K=k, RATIO=ratio, BLOCK=block, KP=triton.next_power_of_2(k),
+                LISTED=listed, SCORES=parts > 1, num_warps=16 if block > 4096 else 4,
+            )  # fmt: skip
+        if parts == 1:
+            return best
+        score, entries, n, listed = value, best, parts * k, True
