@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -197,6 +197,23 @@ class ModelConfig:
                 raise ValueError(
                     f"tensor_parallel_size is {size}; it must divide {name} ({getattr(self, name)})"
                 )
+
+    def with_mtp_layer(self) -> ModelConfig:
+        """With the MTP layer (no compression, biased gate) as layer number num_hidden_layers.
+
+        Raises ValueError where the checkpoint has none that can be used.
+        """
+        if self.generation == "0731":
+            raise ValueError(
+                "this 0731 checkpoint drafts with DSpark, which is not supported; "
+                "MTP is what April checkpoints have: serve it without speculative decoding"
+            )
+        if self.num_nextn_predict_layers != 1:
+            raise ValueError(
+                f"num_nextn_predict_layers is {self.num_nextn_predict_layers}; "
+                "MTP needs a checkpoint that has 1"
+            )
+        return replace(self, compress_ratios=(*self.compress_ratios, SWA))
 
     def require_expert_parallel(self, size: int) -> None:
         """Raise ValueError unless `size` ranks can hold the same number of experts each."""

@@ -18,6 +18,7 @@ from dsv4_plugin.cache.step import BlockTables, Step, StepBuilder
 from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
 from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.config import SWA, ModelConfig
+from dsv4_plugin.model.mtp import MTP
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
 
@@ -27,7 +28,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load(
-    directory: str | Path, dtype: str = "auto", kv_dtype: str = "auto", index_dtype: str = "auto"
+    directory: str | Path,
+    dtype: str = "auto",
+    kv_dtype: str = "auto",
+    index_dtype: str = "auto",
+    mtp: bool = False,
 ) -> LocalModel:
     """Load a checkpoint folder for local use on the CPU.
 
@@ -36,6 +41,7 @@ def load(
         kv_dtype: 'float32', 'bfloat16', 'fp8', or 'auto' (float32 for float32 models, else
             bfloat16).
         index_dtype: of indexer keys, 'auto' (as kv_dtype) or 'fp4'.
+        mtp: load the MTP layer too, for `generate(num_speculative_tokens=...)`.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError: before any weight is read, in one
@@ -46,20 +52,24 @@ def load(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed are auto, {', '.join(DTYPES)}")
     kv_dtype = resolve_kv_dtype(kv_dtype, dtype)
-    headers = check_checkpoint(config, directory)
-    model = Transformer(config, LocalParallel(config, DTYPES[dtype]))
+    headers = check_checkpoint(config, directory, mtp)
+    parallel = LocalParallel(config, DTYPES[dtype])
+    model = Transformer(config, parallel)
     load_weights(model, read_tensors(headers))
+    drafter = MTP(config, parallel) if mtp else None
+    if drafter is not None:
+        load_weights(drafter, read_tensors(headers, progress=False, mtp=True))
     log.info("%s.", model.weight_bytes)
     layout = CacheLayout.of(config, kv_dtype, index_dtype=index_dtype)
     log.info("KV cache: %.0f bytes per token.", layout.growth(config.compress_ratios))
-    return LocalModel(model, layout)
+    return LocalModel(model, layout, drafter)
 
 
 class LocalModel:
     """A loaded network with caches of its own for each call."""
 
-    def __init__(self, model: Transformer, layout: CacheLayout) -> None:
-        self.model = model
+    def __init__(self, model: Transformer, layout: CacheLayout, drafter: MTP | None = None) -> None:
+        self.model, self.drafter = model, drafter
         self.config = model.config
         self.layout = layout
 
@@ -82,6 +92,7 @@ class LocalModel:
         seed: int | None = None,
         chunk: int = 2048,
         ignore_eos: bool = False,
+        num_speculative_tokens: int = 0,
     ) -> list[list[int]]:
         """Continue every prompt by up to max_new_tokens ids, ending with eos where it comes.
 
@@ -89,16 +100,24 @@ class LocalModel:
             temperature: 0 is greedy; else logits are divided by it and sampled.
             seed: of the sampler; None is a fresh one.
             chunk: most prompt tokens per step.
+            num_speculative_tokens: tokens that the MTP layer drafts per step; the answers are those
+                of 0, sooner where drafts are right.
 
         Raises:
-            ValueError: an empty prompt, or an id outside the vocabulary.
+            ValueError: an empty prompt, an id outside the vocabulary, or drafts without a drafter.
         """
         for i, prompt in enumerate(prompts):
             if len(prompt) == 0 or not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
                 raise ValueError(
                     f"prompts[{i}] must hold at least one id from 0 to {self.config.vocab_size - 1}"
                 )
-        sampler = _Sampler(temperature, seed)
+        sampler = Sampler(temperature, seed)
+        if num_speculative_tokens:
+            # Speculating is a way of running this engine, so it imports it.
+            from dsv4_plugin.speculate import Speculator
+
+            speculator = Speculator(self, num_speculative_tokens)
+            return speculator.generate(prompts, max_new_tokens, sampler, chunk, ignore_eos)
         batch = Batch(self.model, self.layout, [len(p) + max_new_tokens for p in prompts], chunk)
         token = sampler(self.model.head(batch.prefill([torch.tensor(p) for p in prompts]).float()))
         out: list[list[int]] = [[] for _ in prompts]
@@ -119,7 +138,7 @@ class LocalModel:
         return out
 
 
-class _Sampler:
+class Sampler:
     def __init__(self, temperature: float, seed: int | None) -> None:
         if not temperature >= 0:
             raise ValueError(f"temperature is {temperature}; it must be 0 or more")
@@ -141,7 +160,8 @@ class Batch:
     """Requests in flight, with block tables fixed from the start.
 
     Every request owns the pages of its final length, a ring, and as many window blocks as a step
-    can touch, used in turn. `poison` fills fresh caches with NaN, so that a stray read shows.
+    can touch, used in turn; draft layers have window rows of their own. `poison` fills fresh caches
+    with NaN, so that a stray read shows.
     """
 
     def __init__(
@@ -151,6 +171,7 @@ class Batch:
         max_lengths: Sequence[int],
         chunk: int,
         poison: bool = False,
+        draft_layers: int = 0,
     ) -> None:
         self.model, self.chunk = model, chunk
         config, page_size = model.config, layout.page_size
@@ -158,7 +179,8 @@ class Batch:
         n, longest = len(max_lengths), max(max_lengths)
         pages = -(-longest // page_size)
         turns = -(-(config.sliding_window - 1 + min(chunk, longest)) // layout.window_block) + 1
-        buffers, strides = allocate(model.ratios, layout, n * turns, n * pages, n, poison)
+        ratios = [*model.ratios, *[SWA] * draft_layers]
+        buffers, strides = allocate(ratios, layout, n * turns, n * pages, n, poison)
         self.caches = buffers
         request = torch.arange(n)[:, None]
         blocks = torch.arange(-(-longest // layout.window_block))

@@ -19,7 +19,7 @@ again before they are read.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv4_plugin.cache.rows import (
     BFloat16Rows,
@@ -124,6 +124,14 @@ class CacheLayout:
     def growth(self, ratios: Iterable[int]) -> float:
         """Bytes that every further token of a request takes, over layers of these ratios."""
         return sum(self.page[r].nbytes for r in ratios if r != SWA) / self.page_size
+
+    def with_ring_rows(self, rows: int) -> CacheLayout:
+        """The same layout for `rows` - 1 speculative tokens."""
+        ring = {
+            ratio: BlockLayout.of(sums=(block.parts["sums"].codec, rows))
+            for ratio, block in self.ring.items()
+        }
+        return replace(self, ring_rows=rows, ring=ring)
 
 
 def resolve_kv_dtype(kv_dtype: str, model_dtype: str) -> str:

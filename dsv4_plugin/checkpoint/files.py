@@ -95,7 +95,9 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def check_checkpoint(config: ModelConfig, directory: str | Path) -> dict[str, TensorInfo]:
+def check_checkpoint(
+    config: ModelConfig, directory: str | Path, mtp: bool = False
+) -> dict[str, TensorInfo]:
     """Check every tensor's presence, shape and dtype before any weight is read; return the headers.
 
     Raises:
@@ -103,17 +105,19 @@ def check_checkpoint(config: ModelConfig, directory: str | Path) -> dict[str, Te
         ValueError: the first tensors that are missing, misshapen, of a wrong dtype or unexpected.
     """
     found = read_headers(directory)
-    problems = list(problems_of(config, found))
+    problems = list(problems_of(config, found, mtp))
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ValueError(f"checkpoint {directory}: {'; '.join(problems[:3])}{more}")
     return found
 
 
-def problems_of(config: ModelConfig, found: Mapping[str, TensorInfo]) -> Iterator[str]:
+def problems_of(
+    config: ModelConfig, found: Mapping[str, TensorInfo], mtp: bool = False
+) -> Iterator[str]:
     """What does not fit config.json, a sentence per tensor: missing ones, misshapen ones and those
     of a wrong dtype, unexpected ones."""
-    expected = stored_tensors(config)
+    expected = stored_tensors(config, mtp)
     yield from (f"{name} is missing" for name in expected if name not in found)
     for name, stored in expected.items():
         info = found.get(name)
@@ -140,9 +144,11 @@ def _variant(config: ModelConfig) -> str:
 
 
 def read_tensors(
-    headers: Mapping[str, TensorInfo], progress: bool = True
+    headers: Mapping[str, TensorInfo], progress: bool = True, mtp: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """The main model's tensors, one at a time, file by file, one-byte formats as uint8.
+    """The main model's tensors, or the MTP layer's instead, one at a time, file by file.
+
+    One-byte formats come as uint8.
 
     Files are mapped: only what is copied out of a tensor is read, and when the next tensor is
     asked for, its memory is given back. Use a tensor before that.
@@ -150,10 +156,10 @@ def read_tensors(
     files: dict[Path, list[str]] = {}
     skipped = set()
     for name, info in headers.items():
-        if name.startswith(MTP):
-            skipped.add(name.split(".")[1])
-        else:
+        if name.startswith(MTP) == mtp:
             files.setdefault(info.file, []).append(name)
+        elif not mtp:
+            skipped.add(name.split(".")[1])
     if skipped:
         log.info("%d multi-token-prediction stages of the checkpoint are skipped.", len(skipped))
     total = sum(headers[name].nbytes for names in files.values() for name in names)

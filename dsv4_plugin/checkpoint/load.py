@@ -9,12 +9,10 @@ from torch import Tensor
 
 from dsv4_plugin.checkpoint.names import EXPERT, parameter_name
 from dsv4_plugin.model.parallel import take_shard
-from dsv4_plugin.model.transformer import Transformer, WeightBytes
+from dsv4_plugin.model.transformer import Network, WeightBytes
 
 
-def load_weights(
-    model: Transformer, tensors: Iterable[tuple[str, Tensor]], rank: int = 0
-) -> set[str]:
+def load_weights(model: Network, tensors: Iterable[tuple[str, Tensor]], rank: int = 0) -> set[str]:
     """Copy each (name, full tensor) into the network and finalize it; return the names seen.
 
     Tensors of other pipeline stages are passed over. A parameter with a `weight_loader(param,
@@ -55,7 +53,7 @@ def load_weights(
     return taken
 
 
-def _weight_bytes(model: Transformer) -> WeightBytes:
+def _weight_bytes(model: Network) -> WeightBytes:
     packed = plain = 0
     for param in model.parameters():
         if param.dtype == torch.uint8:

@@ -182,7 +182,8 @@ def _tokenizer_files() -> list[Path]:
 
 
 def _write_shards(directory: Path, config: ModelConfig, seed: int) -> None:
-    shards = list(_plan(expected_tensors(config)))
+    mtp = config.num_nextn_predict_layers > 0
+    shards = list(_plan(expected_tensors(config, mtp)))
     weight_map: dict[str, str] = {}
     total = 0
     with tqdm(total=sum(map(len, shards)), desc="making", unit="tensor") as bar:

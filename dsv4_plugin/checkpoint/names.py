@@ -34,10 +34,10 @@ class Stored:
     shape: Shape
 
 
-def stored_tensors(config: ModelConfig) -> dict[str, Stored]:
-    """Every tensor of the main model in the variant's own form: packed weights and their scales."""
+def stored_tensors(config: ModelConfig, mtp: bool = False) -> dict[str, Stored]:
+    """`expected_tensors` in the variant's own form: packed weights and their scales."""
     stored: dict[str, Stored] = {}
-    for name, shape in expected_tensors(config).items():
+    for name, shape in expected_tensors(config, mtp).items():
         stored |= stored_as(config, name, shape)
     return stored
 
@@ -83,8 +83,8 @@ _FLOAT32 = re.compile(r"(^|[._])(hc_\w+|ape|attn_sink|bias)$")
 """What is published in float32; the rest of what is not packed is bfloat16."""
 
 
-def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
-    """Every tensor of the main model (no MTP) and its unquantised shape."""
+def expected_tensors(config: ModelConfig, mtp: bool = False) -> dict[str, Shape]:
+    """Every tensor of the main model, or of the MTP layer too, and its unquantised shape."""
     c = config
     tensors: dict[str, Shape] = {
         "embed.weight": (c.vocab_size, c.hidden_size),
@@ -93,12 +93,25 @@ def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
     }
     tensors |= _hyper_connection("hc_head", c.hc_mult, 1, c)
     for layer in range(c.num_hidden_layers):
-        inner = {**dict(_attention(c, layer)), **dict(_moe(c, layer))}
-        n = (2 + c.hc_mult) * c.hc_mult
-        inner |= _hyper_connection("hc_attn", n, 3, c) | _hyper_connection("hc_ffn", n, 3, c)
-        inner |= {"attn_norm.weight": (c.hidden_size,), "ffn_norm.weight": (c.hidden_size,)}
-        tensors |= {f"layers.{layer}.{name}": shape for name, shape in inner.items()}
-    return tensors
+        tensors |= {f"layers.{layer}.{name}": shape for name, shape in _block(c, layer).items()}
+    return tensors | mtp_tensors(c) if mtp else tensors
+
+
+def mtp_tensors(config: ModelConfig) -> dict[str, Shape]:
+    """The MTP layer's. Raises ValueError where the checkpoint has none that can be used."""
+    c = config.with_mtp_layer()
+    d = c.hidden_size
+    inner = _block(c, c.num_hidden_layers) | _hyper_connection("hc_head", c.hc_mult, 1, c)
+    inner |= {"e_proj.weight": (d, d), "h_proj.weight": (d, d)}
+    inner |= {f"{name}.weight": (d,) for name in ("enorm", "hnorm", "norm")}
+    return {f"mtp.0.{name}": shape for name, shape in inner.items()}
+
+
+def _block(c: ModelConfig, layer: int) -> dict[str, Shape]:
+    n = (2 + c.hc_mult) * c.hc_mult
+    inner = {**dict(_attention(c, layer)), **dict(_moe(c, layer))}
+    inner |= _hyper_connection("hc_attn", n, 3, c) | _hyper_connection("hc_ffn", n, 3, c)
+    return inner | {"attn_norm.weight": (c.hidden_size,), "ffn_norm.weight": (c.hidden_size,)}
 
 
 def _hyper_connection(name: str, n: int, scales: int, c: ModelConfig) -> dict[str, Shape]:

@@ -32,10 +32,21 @@ class WeightBytes:
         return f"{gib:.2f} GiB of weights, {self.packed / 2**30:.2f} GiB of them packed"
 
 
-class Transformer(nn.Module):
-    """Parameters carry the checkpoint's names (see `checkpoint.names`)."""
+class Network(nn.Module):
+    """What is loaded from a checkpoint, tensor by tensor."""
 
     weight_bytes = WeightBytes()
+
+    def finalize_weights(self) -> None:
+        """After loading: let every module put its weights into the form it computes with."""
+        for module in self.modules():
+            finalize = getattr(module, "finalize_weights", None)
+            if module is not self and callable(finalize):
+                finalize()
+
+
+class Transformer(Network):
+    """Parameters carry the checkpoint's names (see `checkpoint.names`)."""
 
     def __init__(
         self, config: ModelConfig, parallel: Parallel, layers: range | None = None
@@ -77,10 +88,3 @@ class Transformer(nn.Module):
         """The last streams [T, R, D] -> hidden states [T, D]. Last stage only."""
         out: Tensor = self.norm(self.hc_head(h))
         return out
-
-    def finalize_weights(self) -> None:
-        """After loading: let every module put its weights into the form it computes with."""
-        for module in self.modules():
-            finalize = getattr(module, "finalize_weights", None)
-            if module is not self and callable(finalize):
-                finalize()

@@ -1,0 +1,148 @@
+"""MTP: the drafter against the authors' recording, and generation that no draft can change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dsv4_plugin import load
+from dsv4_plugin.checkpoint.make import make_checkpoint
+from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.engine import Batch, LocalModel, Sampler
+from dsv4_plugin.speculate import Speculator
+from tests.conftest import SMALL, random_ids
+from tests.paths import SHARED, needs_shared
+from tests.tolerances import LOGITS_STD
+
+GOLDEN = SHARED / "golden" / "fp32_noquant"
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("mtp") / "checkpoint"
+    overrides = SMALL | {"num_nextn_predict_layers": 1}
+    make_checkpoint(directory, "tiny", seed=1, overrides=overrides, tokenizer=False)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(drafting) -> LocalModel:
+    return load(drafting, "float32", mtp=True)
+
+
+class Oracle(Speculator):
+    """Drafts the true continuation, or what is surely not it."""
+
+    def __init__(self, model: LocalModel, n: int, truth: list[list[int]], wrong: bool) -> None:
+        super().__init__(model, n)
+        self.truth, self.wrong = truth, wrong
+
+    def draft(self, batch: Batch, running: Tensor, h: Tensor) -> Tensor:
+        super().draft(batch, running, h)
+        rows = []
+        for b, length in zip(running.tolist(), batch.lengths[running].tolist(), strict=True):
+            after = (self.truth[b][length + 1 :] + [0] * self.n)[: self.n]
+            rows.append([(t + self.wrong) % batch.model.config.vocab_size for t in after])
+        return torch.tensor(rows)
+
+
+def greedy(speculator: Speculator, prompts: list[list[int]], new: int = NEW) -> list[list[int]]:
+    with torch.inference_mode():
+        return speculator.generate(prompts, new, Sampler(0.0, None), 256, ignore_eos=True)
+
+
+@needs_shared
+def test_the_recorded_draft():
+    golden = load_file(GOLDEN / "golden.safetensors")
+    ids, n = golden["input_ids"].view(-1).long(), 300
+    model = load(GOLDEN, "float32", mtp=True)
+    network, drafter = model.model, model.drafter
+    with torch.inference_mode():
+        batch = Batch(network, model.layout, [n], n, poison=True, draft_layers=1)
+        step = batch.step(torch.tensor([0]), torch.tensor([n]))
+        h = network.run(network.spread(ids[:n]), ids[:n], step, batch.caches[:-1])
+        following = ids[1 : n + 1]
+        h = drafter(h, network.embed(following), following, step, batch.caches[-1])
+        found = network.head(drafter.collapse(h[-1:]))
+    expected = golden["mtp_prefill_last_logits"]
+    assert (found - expected).abs().max() / expected.std() < LOGITS_STD
+
+
+def test_two_hundred_prompts(model):
+    """Of 1 to 300 tokens, 25 at a time; lengths cross every kind of window and page."""
+    prompts = [random_ids(1 + 37 * i % 300, seed=i).tolist() for i in range(200)]
+    accepted = drafted = 0
+    for start in range(0, 200, 25):
+        part = prompts[start : start + 25]
+        speculator = Speculator(model, 1 + start // 25 % 3)
+        expected = model.generate(part, NEW, ignore_eos=True)
+        assert greedy(speculator, part) == expected
+        accepted, drafted = accepted + speculator.accepted, drafted + speculator.drafted
+    assert 0 < accepted < drafted
+    print(f"accepted {accepted} of {drafted}")
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_drafts_that_are_always_right_or_wrong(model, n, wrong):
+    """Around a page: every phase of both windows is rolled back to, or run through."""
+    prompts = [random_ids(length, seed=length).tolist() for length in (3, 126, 250, 383, 509)]
+    expected = model.generate(prompts, 40, ignore_eos=True)
+    truth = [p + e for p, e in zip(prompts, expected, strict=True)]
+    speculator = Oracle(model, n, truth, wrong)
+    assert greedy(speculator, prompts, 40) == expected
+    assert speculator.drafted
+    if wrong:
+        assert speculator.accepted == 0
+    else:
+        ends = 5 * n  # past the end of the truth, nothing is right
+        assert speculator.accepted >= speculator.drafted - ends
+
+
+def test_rollback_of_one_row_is_caught(model):
+    """The control: with a single ring row, rejected drafts stay in the pooling sums."""
+    prompt = random_ids(250, seed=250).tolist()
+    expected = model.generate([prompt], 40, ignore_eos=True)
+    speculator = Oracle(model, 3, [prompt + expected[0]], wrong=True)
+    speculator.layout = model.layout
+    assert greedy(speculator, [prompt], 40) != expected
+
+
+def test_eos_ends_a_request_inside_accepted_drafts(model):
+    prompts = [random_ids(n, seed=n).tolist() for n in (9, 40)]
+    free = model.generate(prompts, NEW, ignore_eos=True)
+    config = model.config
+    object.__setattr__(config, "eos_token_id", free[0][10])
+    try:
+        expected = model.generate(prompts, NEW)
+        truth = [p + f for p, f in zip(prompts, free, strict=True)]
+        with torch.inference_mode():
+            found = Oracle(model, 3, truth, wrong=False).generate(
+                prompts, NEW, Sampler(0.0, None), 256, ignore_eos=False
+            )
+    finally:
+        object.__setattr__(config, "eos_token_id", 1)
+    assert found == expected
+    assert len(found[0]) <= 11
+
+
+def test_generate_with_drafts(model):
+    prompts = [random_ids(50, seed=1).tolist()]
+    assert model.generate(prompts, 9, num_speculative_tokens=2) == model.generate(prompts, 9)
+    assert len(model.generate(prompts, 9, 0.8, seed=1, num_speculative_tokens=2)[0]) <= 9
+
+
+def test_refusals(small, drafting, tmp_path):
+    with pytest.raises(ValueError, match="num_nextn_predict_layers is 0; MTP needs a checkpoint"):
+        load(small, mtp=True)
+    with pytest.raises(ValueError, match="load the model with mtp=True"):
+        load(drafting).generate([[1]], 1, num_speculative_tokens=1)
+    config = ModelConfig.from_pretrained(drafting)
+    object.__setattr__(config, "generation", "0731")
+    with pytest.raises(ValueError, match="this 0731 checkpoint drafts with DSpark"):
+        config.with_mtp_layer()
