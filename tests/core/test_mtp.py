@@ -19,7 +19,7 @@ from tests.paths import SHARED, needs_shared
 from tests.tolerances import LOGITS_STD
 
 GOLDEN = SHARED / "golden" / "fp32_noquant"
-NEW = 24
+NEW = 12
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +74,12 @@ def test_the_recorded_draft():
 
 
 def test_two_hundred_prompts(model):
-    """Of 1 to 300 tokens, 25 at a time; lengths cross every kind of window and page."""
+    """Of 1 to 300 tokens, 50 at a time; lengths cross every kind of window and page."""
     prompts = [random_ids(1 + 37 * i % 300, seed=i).tolist() for i in range(200)]
     accepted = drafted = 0
-    for start in range(0, 200, 25):
-        part = prompts[start : start + 25]
-        speculator = Speculator(model, 1 + start // 25 % 3)
+    for start in range(0, 200, 50):
+        part = prompts[start : start + 50]
+        speculator = Speculator(model, 1 + start // 50 % 3)
         expected = model.generate(part, NEW, ignore_eos=True)
         assert greedy(speculator, part) == expected
         accepted, drafted = accepted + speculator.accepted, drafted + speculator.drafted
@@ -117,7 +117,7 @@ def test_eos_ends_a_request_inside_accepted_drafts(model):
     prompts = [random_ids(n, seed=n).tolist() for n in (9, 40)]
     free = model.generate(prompts, NEW, ignore_eos=True)
     config = model.config
-    object.__setattr__(config, "eos_token_id", free[0][10])
+    object.__setattr__(config, "eos_token_id", free[0][7])
     try:
         expected = model.generate(prompts, NEW)
         truth = [p + f for p, f in zip(prompts, free, strict=True)]
@@ -128,7 +128,7 @@ def test_eos_ends_a_request_inside_accepted_drafts(model):
     finally:
         object.__setattr__(config, "eos_token_id", 1)
     assert found == expected
-    assert len(found[0]) <= 11
+    assert len(found[0]) <= 8
 
 
 def test_generate_with_drafts(model):
