@@ -16,6 +16,7 @@ class LayerCache:
     """window: KV rows of recent tokens. kv, key, carry, sums: see `layout`; None where the layer
     kind has none."""
 
+    layout: CacheLayout
     window: RowPool
     kv: RowPool | None = None
     key: RowPool | None = None
@@ -37,7 +38,7 @@ class LayerCache:
             assert page is not None
             assert ring is not None
             pools |= _pools(layout.page[ratio], page) | _pools(layout.ring[ratio], ring)
-        return cls(**pools)
+        return cls(layout, **pools)
 
 
 def _pools(layout: BlockLayout, storage: Tensor) -> dict[str, RowPool]:

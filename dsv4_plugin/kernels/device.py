@@ -14,6 +14,7 @@ from dsv4_plugin.kernels.bits import e4m3_encode, e4m3_scale, ue8m0_decode
 FLOAT32 = tl.constexpr(0)
 BFLOAT16 = tl.constexpr(1)
 FP8 = tl.constexpr(2)
+FP4 = tl.constexpr(3)
 """How a cache row is stored; `formats` maps a codec to one."""
 
 
@@ -152,6 +153,27 @@ def store_kv_row(
 
 
 @triton.jit
+def e2m1_encode(x):
+    """float32 to e2m1 codes as int32: nearest, ties to even."""
+    a = tl.abs(x)
+    code = (a > 0.25).to(tl.int32) + (a >= 0.75).to(tl.int32) + (a > 1.25).to(tl.int32)
+    code += (a >= 1.75).to(tl.int32) + (a > 2.5).to(tl.int32) + (a >= 3.5).to(tl.int32)
+    code += (a > 5.0).to(tl.int32)
+    return code | ((x.to(tl.int32, bitcast=True) >> 28) & 8)
+
+
+@triton.jit
+def e2m1_scale(largest):
+    """The UE8M0 byte (int32) and the inverse of 2^ceil(log2(max(largest, 6 * 2^-126) / 6)).
+
+    6 is 1.5 * 2^2, so a mantissa above 1.5 takes the next power.
+    """
+    bits = tl.maximum(largest, 7.052966104933725e-38).to(tl.int32, bitcast=True)
+    byte = (bits >> 23) - 2 + ((bits & 0x7FFFFF) > 0x400000).to(tl.int32)
+    return byte, ((254 - byte) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def store_key_row(row, x, WIDTH: tl.constexpr, FORMAT: tl.constexpr):
     """Write one indexer key, float32 [1, WIDTH], at the int32 pointer `row`."""
     if FORMAT == FLOAT32:
@@ -160,9 +182,19 @@ def store_key_row(row, x, WIDTH: tl.constexpr, FORMAT: tl.constexpr):
     elif FORMAT == BFLOAT16:
         at = tl.arange(0, WIDTH // 2)[None, :]
         tl.store(row + at, pack_pairs(x))
-    else:
+    elif FORMAT == FP8:
         byte, inverse = e4m3_scale(tl.max(tl.abs(x), 1))
         at = tl.arange(0, WIDTH // 4)[None, :]
         tl.store(row + at, pack_bytes(e4m3_encode(x * inverse[:, None])))
         one = WIDTH // 4 + tl.arange(0, 1)
         tl.store(row + one, ue8m0_decode(byte).to(tl.int32, bitcast=True))
+    else:
+        BLOCKS: tl.constexpr = WIDTH // 32
+        blocks = tl.reshape(x, (BLOCKS, 32))
+        byte, inverse = e2m1_scale(tl.max(tl.abs(blocks), 1))
+        eight = tl.reshape(e2m1_encode(blocks * inverse[:, None]), (BLOCKS, 4, 8))
+        words = tl.sum(eight << (tl.arange(0, 8)[None, None, :] * 4), 2)
+        at = tl.arange(0, BLOCKS)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        tl.store(row + at, words)
+        scales = tl.sum(byte << (tl.arange(0, BLOCKS) * 8), 0)  # up to four blocks: one word
+        tl.store(row + WIDTH // 8, scales)

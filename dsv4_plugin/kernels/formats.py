@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-FORMATS = {"float32": 0, "bfloat16": 1, "fp8": 2}
+FORMATS = {"float32": 0, "bfloat16": 1, "fp8": 2, "fp4": 3}
 """A codec's kind to the constants of `device`."""
 
 

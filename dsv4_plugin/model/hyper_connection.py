@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.sinkhorn import sinkhorn
+from dsv4_plugin.kernels.streams import Mixer
 from dsv4_plugin.model.norm import inverse_rms
 
 
@@ -28,7 +29,12 @@ def _collapse(weight: Tensor, h: Tensor) -> Tensor:
 
 
 class HyperConnection(nn.Module):
-    """Around one sublayer: `pre` collapses the streams to its input, `post` spreads its output."""
+    """Around one sublayer: `pre` collapses the streams to its input, `post` spreads its output.
+
+    mixer: its weights as GPU operations take them; made when first needed.
+    """
+
+    mixer: Mixer | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -65,6 +71,8 @@ class HyperConnection(nn.Module):
 
 class HyperHead(nn.Module):
     """The final collapse of the streams, without Sinkhorn."""
+
+    mixer: Mixer | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

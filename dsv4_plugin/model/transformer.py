@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.kernels.step import DeviceStep
+from dsv4_plugin.model import fused
 from dsv4_plugin.model.block import Block
 from dsv4_plugin.model.hyper_connection import HyperHead
 from dsv4_plugin.model.norm import RMSNorm
@@ -69,8 +71,12 @@ class Transformer(Network):
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.head = parallel.head("head")
 
-    def forward(self, input_ids: Tensor, step: Step, caches: Sequence[LayerCache]) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, step: Step | DeviceStep, caches: Sequence[LayerCache]
+    ) -> Tensor:
         """input_ids int64 [T] -> hidden states [T, D], normed, ready for `head`."""
+        if isinstance(step, DeviceStep):
+            return fused.forward(self, input_ids, step, caches)
         return self.collapse(self.run(self.spread(input_ids), input_ids, step, caches))
 
     def spread(self, input_ids: Tensor) -> Tensor:
@@ -78,8 +84,16 @@ class Transformer(Network):
         h: Tensor = self.embed(input_ids)
         return h[:, None].repeat(1, self.config.hc_mult, 1)
 
-    def run(self, h: Tensor, input_ids: Tensor, step: Step, caches: Sequence[LayerCache]) -> Tensor:
+    def run(
+        self,
+        h: Tensor,
+        input_ids: Tensor,
+        step: Step | DeviceStep,
+        caches: Sequence[LayerCache],
+    ) -> Tensor:
         """This stage's blocks: [T, R, D] -> [T, R, D]."""
+        if isinstance(step, DeviceStep):
+            return fused.run(self, h, input_ids, step, caches)
         for layer, cache in zip(self.layers.values(), caches, strict=True):
             h = layer(h, input_ids, step, cache)
         return h

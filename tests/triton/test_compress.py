@@ -27,7 +27,11 @@ class Layer:
         torch.manual_seed(requests)
         config = replace(config, compress_ratios=(ratio,), num_hidden_layers=1)
         self.ratio, self.config = ratio, config
-        self.layout = CacheLayout.of(config, kv_dtype, page_size, num_speculative_tokens=drafts)
+        kind, index = (kv_dtype, "auto") if kv_dtype != "fp4" else ("fp8", "fp4")
+        self.layout = CacheLayout.of(
+            config, kind, page_size, num_speculative_tokens=drafts, index_dtype=index
+        )
+        self.dtype = torch.float32 if kv_dtype == "float32" else torch.bfloat16
         rope = config.qk_rope_head_dim
         self.caches = Caches.of(self.layout, ratio, rope, requests, pages)
         d, di = config.head_dim, config.index_head_dim
@@ -49,12 +53,12 @@ class Layer:
         parts = self.layout.page[self.ratio].parts
         targets = [Target(cache.kv, parts["kv"].offset, self.weights[0])]
         if self.ratio == CSA:
-            quantised = cache.key.codec.kind == "fp8"
+            quantised = cache.key.codec.kind in ("fp8", "fp4")
             targets.append(Target(cache.key, parts["key"].offset, self.weights[1], quantised))
         carry = parts["carry"].offset if self.ratio == CSA else 0
         state = State(cache.sums, self.layout.ring_rows, cache.carry, carry)
         step = step_of(counts, before, c, rows)
-        op(y, self.ape, EPS, step, self.ratio, self.layout.page_size, targets, state)
+        op(y, self.ape, EPS, step, self.ratio, self.layout.page_size, targets, state, self.dtype)
 
     def products(self, rows, dtype=torch.float32):
         return (3 * torch.randn(rows, 2, self.halves, self.channels)).to(dtype)
@@ -115,9 +119,9 @@ def test_rings_keep_what_rejected_drafts_go_back_to(gpu, ratio, drafts):
         both(layer, layer.products(sum(counts)), counts, before)
 
 
-@pytest.mark.parametrize("ratio", [CSA, HCA])
-def test_real_sizes(gpu, ratio):
-    layer = Layer(FLASH, ratio, "fp8", 2, 2)
+@pytest.mark.parametrize(("ratio", "kind"), [(CSA, "fp8"), (CSA, "fp4"), (HCA, "fp8")])
+def test_real_sizes(gpu, ratio, kind):
+    layer = Layer(FLASH, ratio, kind, 2, 2)
     layer.run(compress.reference, layer.products(257), [252, 5], [0, 0])
     both(layer, layer.products(9, torch.bfloat16), [6, 3], [252, 5])
 

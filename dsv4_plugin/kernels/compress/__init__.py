@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.kernels import exact
+from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.formats import Pool, write_rows
 from dsv4_plugin.kernels.step import DeviceStep
 
@@ -48,6 +49,26 @@ class State:
     carry_offset: int
 
 
+def compress(
+    y: Tensor,
+    ape: Tensor,
+    eps: float,
+    step: DeviceStep,
+    ratio: int,
+    page_size: int,
+    targets: list[Target],
+    state: State,
+    dtype: torch.dtype,
+) -> None:
+    """As `reference`."""
+    if not use_triton(y.device):
+        reference(y, ape, eps, step, ratio, page_size, targets, state, dtype)
+        return
+    from dsv4_plugin.kernels.compress import kernel
+
+    kernel.compress(y, ape, eps, step, ratio, page_size, targets, state, dtype)
+
+
 def reference(
     y: Tensor,
     ape: Tensor,
@@ -57,17 +78,19 @@ def reference(
     page_size: int,
     targets: list[Target],
     state: State,
+    dtype: torch.dtype,
 ) -> None:
     """Pool y [T, 2, h, C] (kv and gate products), with the gate's position bias ape [ratio, h, C].
 
-    targets: one or two compressors, whose channels lie side by side in C. Writes the entries of
+    targets: one or two compressors, whose channels lie side by side in C. dtype: the model's, to
+    which entries are rounded when pooled, normed and rotated. Writes the entries of
     windows that this step completes, carries of pages it fills, and the ring: the state after a
     request's last token, and after each where it brings no more tokens than a ring has rows.
     """
     segments = _Reference(y.float(), ape, step, ratio, page_size, state)
     after_carry = segments.starts_after_carry()
-    segments.only(~after_carry).run(eps, targets)
-    segments.only(after_carry).run(eps, targets)
+    segments.only(~after_carry).run(eps, targets, dtype)
+    segments.only(after_carry).run(eps, targets, dtype)
 
 
 class _Reference:
@@ -104,7 +127,7 @@ class _Reference:
         part._take(self.rows[which])
         return part
 
-    def run(self, eps: float, targets: list[Target]) -> None:
+    def run(self, eps: float, targets: list[Target], dtype: torch.dtype) -> None:
         if len(self.rows) == 0:
             return
         # Everything is read before anything is written.
@@ -125,7 +148,7 @@ class _Reference:
             keep = (self.count <= self.state.rows) | last
             keep &= (position >= self.first) & (position < self.end)
             rings.append((self._ring(position).where(keep, -1), torch.stack(states, 1)))
-        self._finish(states[-1], eps, targets)
+        self._finish(states[-1], eps, targets, dtype)
         if self.halves == 2:
             self._carry(states[0])
         for address, rows in rings:
@@ -175,12 +198,12 @@ class _Reference:
         merged = torch.stack([top, total, state[:, 2] * old + kv], 1)
         return torch.where(here[:, None, None], merged, state)
 
-    def _finish(self, own: Tensor, eps: float, targets: list[Target]) -> None:
+    def _finish(self, own: Tensor, eps: float, targets: list[Target], dtype: torch.dtype) -> None:
         closing = self.end % self.ratio == 0
         number = self._page(self.begin)
         inside = self.begin % self.page_size // self.ratio
         base = number * self.step.tables.page_stride
-        pooled = (own[:, 2] / own[:, 1]).split([t.weight.numel() for t in targets], -1)
+        pooled = (own[:, 2] / own[:, 1]).to(dtype).split([t.weight.numel() for t in targets], -1)
         cis = self.step.entry_cis[self.ratio][self.rows]
         for target, entry in zip(targets, pooled, strict=True):
             entry = exact.rotate(exact.rms_norm(entry, target.weight, eps), cis)

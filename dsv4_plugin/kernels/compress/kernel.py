@@ -69,6 +69,7 @@ def _segment(
     CARRY: tl.constexpr,
     RING_ROWS: tl.constexpr,
     RING_WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """One window's tokens of this step, channels BASE .. BASE + D - 1 of each half."""
     at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -152,9 +153,11 @@ def _segment(
     number = tl.load(page_table + begin // PAGE).to(tl.int64)
     if (begin + R <= end) & (number >= 0):
         x = tl.where(used, tl.div_rn(value, tl.where(used, total, 1.0)), 0.0)
+        x = x.to(DTYPE).to(tl.float32)
         w = tl.load(weight + at, mask=used, other=0.0)
         rms = inverse_rms(tl.sum(sum_of_squares(x, 1), 0), D, eps)
-        x = rotate_tail(x * rms * w, cis, at, D - ROPE, D)
+        x = (x * rms * w).to(DTYPE).to(tl.float32)
+        x = rotate_tail(x, cis, at, D - ROPE, D).to(DTYPE).to(tl.float32)
         block = page + number * page_stride
         target = block + OFFSET + begin % PAGE // R * WORDS
         if KEY:
@@ -208,6 +211,7 @@ def pool_and_write(
     CARRY: tl.constexpr,
     RING_ROWS: tl.constexpr,
     RING_WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
     AFTER_CARRY: tl.constexpr,
 ):
     if AFTER_CARRY:
@@ -244,14 +248,14 @@ def pool_and_write(
                     at, first, row_of_first, end, angles, y, ape, kv_weight,
                     own_ring, page, own_table, page_stride, eps,
                     0, D, ROPE, BLOCKS, 64, False, 0, KV_OFFSET, KV_WORDS, KV_FORMAT,
-                    R, HALVES, C, PAGE, CARRY, RING_ROWS, RING_WORDS,
+                    R, HALVES, C, PAGE, CARRY, RING_ROWS, RING_WORDS, DTYPE,
                 )  # fmt: skip
             elif HALVES == 2:
                 _segment(
                     at, first, row_of_first, end, angles, y, ape, key_weight,
                     own_ring, page, own_table, page_stride, eps,
                     D, KEY_D, ROPE, 1, KEY_D, True, KEY_STAGES, KEY_OFFSET, KEY_WORDS,
-                    KEY_FORMAT, R, HALVES, C, PAGE, CARRY, RING_ROWS, RING_WORDS,
+                    KEY_FORMAT, R, HALVES, C, PAGE, CARRY, RING_ROWS, RING_WORDS, DTYPE,
                 )  # fmt: skip
 
 
@@ -264,6 +268,7 @@ def compress(
     page_size: int,
     targets: list[Target],
     state: State,
+    dtype: torch.dtype,
 ) -> None:
     kv, key = targets[0], targets[-1]
     d, key_d = kv.weight.numel(), key.weight.numel()
@@ -279,6 +284,7 @@ def compress(
         "R": ratio, "HALVES": halves, "C": channels, "PAGE": page_size,
         "CARRY": state.carry_offset,
         "RING_ROWS": state.rows, "RING_WORDS": state.ring.codec.words,
+        "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
     }  # fmt: skip
     for after_carry in range(halves):
         programs = len(step.seq_lens) if after_carry else len(step.position)

@@ -8,7 +8,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from dsv4_plugin.kernels import exact
+from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.formats import Pool, write_rows
+
+
+def qkv(
+    q: Tensor, kv: Tensor, weight: Tensor, eps: float, cis: Tensor, address: Tensor, window: Pool
+) -> Tensor:
+    """As `reference`."""
+    if not use_triton(q.device):
+        return reference(q, kv, weight, eps, cis, address, window)
+    from dsv4_plugin.kernels.qkv import kernel
+
+    return kernel.qkv(q, kv, weight, eps, cis, address, window)
 
 
 def reference(

@@ -1,0 +1,145 @@
+"""The network as a GPU runs it: the same modules, on operations made for steps on the device.
+
+Per layer, besides the products: two launches for each of mHC's two places, one for the query's
+latent norm, one for queries and window rows, the compressor's, the indexer's, attention's, and one
+for the router. Nothing here waits for the device or depends on what is in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor, nn
+
+from dsv4_plugin.cache.layer import LayerCache
+from dsv4_plugin.config import CSA, SWA
+from dsv4_plugin.kernels.compress import State, Target, compress
+from dsv4_plugin.kernels.gate import gate
+from dsv4_plugin.kernels.norm import rms_norm
+from dsv4_plugin.kernels.paged import Paged
+from dsv4_plugin.kernels.paged_attention import Queries, paged_attention
+from dsv4_plugin.kernels.paged_index import choose
+from dsv4_plugin.kernels.qkv import qkv
+from dsv4_plugin.kernels.step import DeviceStep
+from dsv4_plugin.kernels.streams import Mixer, Spread, spread, streams
+from dsv4_plugin.model.attention import Attention
+from dsv4_plugin.model.hyper_connection import HyperConnection, HyperHead
+from dsv4_plugin.model.moe import MoE
+from dsv4_plugin.model.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from dsv4_plugin.model.block import Block
+    from dsv4_plugin.model.transformer import Transformer
+
+TILED = 16
+"""From this many tokens of a request on, neighbouring rows share tiles of attention."""
+
+
+def forward(
+    model: Transformer, input_ids: Tensor, step: DeviceStep, caches: Sequence[LayerCache]
+) -> Tensor:
+    """input_ids int [T], padding included -> hidden states [T, D], ready for the head."""
+    h, out, by = _blocks(model, model.spread(input_ids), input_ids, step, caches)
+    mixer = _mixer(model.hc_head, model.norm)
+    return streams(out, h, by, mixer)[1]
+
+
+def run(
+    model: Transformer,
+    h: Tensor,
+    input_ids: Tensor,
+    step: DeviceStep,
+    caches: Sequence[LayerCache],
+) -> Tensor:
+    """A pipeline stage's blocks: streams [T, R, D] -> [T, R, D]."""
+    h, out, by = _blocks(model, h, input_ids, step, caches)
+    return spread(out, h, by) if out is not None and by is not None else h
+
+
+def _blocks(
+    model: Transformer,
+    h: Tensor,
+    input_ids: Tensor,
+    step: DeviceStep,
+    caches: Sequence[LayerCache],
+) -> tuple[Tensor, Tensor | None, Spread | None]:
+    """The streams before the last sublayer's output joined them, that output, and how it joins."""
+    out: Tensor | None = None
+    by: Spread | None = None
+    blocks = cast("list[Block]", list(model.layers.values()))
+    for block, cache in zip(blocks, caches, strict=True):
+        h, x, by = streams(out, h, by, _mixer(block.hc_attn, block.attn_norm))
+        out = _attention(block.attn, x, step, cache)
+        h, x, by = streams(out, h, by, _mixer(block.hc_ffn, block.ffn_norm))
+        out = _moe(block.ffn, x, input_ids)
+    return h, out, by
+
+
+def _mixer(hc: HyperConnection | HyperHead, norm: RMSNorm) -> Mixer:
+    """Made once per place, after loading."""
+    if hc.mixer is None:
+        iters = hc.iters if isinstance(hc, HyperConnection) else 0
+        scale = hc.scale.expand(len(hc.base)).contiguous()
+        hc.mixer = Mixer(hc.fn, hc.base, scale, norm.weight, iters, hc.hc_eps, hc.norm_eps)
+    return hc.mixer
+
+
+def _attention(attention: Attention, x: Tensor, step: DeviceStep, cache: LayerCache) -> Tensor:
+    a, ratio, layout, tables = attention, attention.ratio, cache.layout, step.tables
+    cis = step.cis[ratio]
+    qr = rms_norm(a.wq_a(x), a.q_norm.weight, a.eps)
+    q = a.wq_b(qr).view(-1, a.heads, a.dim)
+    q = qkv(q, a.wkv(x), a.kv_norm.weight, a.eps, cis, step.window_write, cache.window)
+    window = Paged(cache.window, tables.window, tables.window_stride, 0, layout.window_block)
+    tiles = step.longest_query >= TILED
+    entries = chosen = None
+    if ratio != SWA:
+        _compress(a, x, step, cache)
+        entries = _paged(cache, ratio, "kv", step)
+    if ratio == CSA and step.longest // CSA > a.topk:
+        i = a.indexer
+        chosen = choose(
+            i.wq_b(qr).view(-1, i.heads, i.dim), i.weights_proj(x).float() * i.scale, cis,
+            _paged(cache, ratio, "key", step), step.position, step.request, ratio, step.longest,
+            a.topk, tiles, i.reduce,
+        )  # fmt: skip
+    queries = Queries(step.position, step.request, cis, step.longest)
+    o = paged_attention(q, a.attn_sink, queries, window, a.window, entries, ratio, chosen, tiles)
+    out: Tensor = a.wo_b(a.wo_a(o.view(-1, a.groups, o[0].numel() // a.groups)))
+    return out
+
+
+def _paged(cache: LayerCache, ratio: int, name: str, step: DeviceStep) -> Paged:
+    part = cache.layout.page[ratio].parts[name]
+    pool = cache.kv if name == "kv" else cache.key
+    assert pool is not None
+    return Paged(pool, step.tables.page, step.tables.page_stride, part.offset, part.rows)
+
+
+def _compress(attention: Attention, x: Tensor, step: DeviceStep, cache: LayerCache) -> None:
+    pool, ratio, layout = attention.pool, attention.ratio, cache.layout
+    assert pool is not None
+    assert cache.kv is not None
+    assert cache.sums is not None
+    parts = layout.page[ratio].parts
+    targets = [Target(cache.kv, parts["kv"].offset, attention.compressor.norm.weight)]
+    carry = 0
+    if ratio == CSA:
+        assert cache.key is not None
+        quantised = cache.key.codec.kind in ("fp8", "fp4")
+        weight = attention.indexer.compressor.norm.weight
+        targets.append(Target(cache.key, parts["key"].offset, weight, quantised))
+        carry = parts["carry"].offset
+    state = State(cache.sums, layout.ring_rows, cache.carry, carry)
+    y = pool.project(x.float()).view(-1, 2, pool.halves, pool.channels)
+    size, eps = layout.page_size, attention.eps
+    compress(y, pool.ape, eps, step, ratio, size, targets, state, pool.dtype)
+
+
+def _moe(moe: MoE, x: Tensor, input_ids: Tensor) -> Tensor:
+    g = moe.gate
+    logits = nn.functional.linear(x.float(), g.weight)
+    ids, weight = gate(logits, g.k, g.scale, g.bias, g.tid2eid, input_ids)
+    out: Tensor = moe.all_reduce(moe.experts(x, ids, weight) + moe.shared_experts(x))
+    return out
