@@ -24,15 +24,16 @@ BLOCK = 16384
 @dataclass(frozen=True)
 class Launch:
     """entries of a block; blocks a program walks through where there are programs enough; warps;
-    rows that share a read of the keys where requests bring many tokens."""
+    rows that share a read of the keys where requests bring many tokens, and warps then."""
 
     entries: int
     blocks: int
     warps: int
     rows: int
+    row_warps: int
 
 
-LAUNCH = {"any": Launch(entries=64, blocks=8, warps=4, rows=4)}
+LAUNCH = {"any": Launch(entries=64, blocks=8, warps=4, rows=4, row_warps=8)}
 MANY_PROGRAMS = 432
 BITS = {"bfloat16": 16, "fp8": 8, "fp4": 4}
 """Of a value, by the keys' format."""
@@ -382,7 +383,8 @@ def scores(
         IP=max(16, triton.next_power_of_2(heads)), C=c,
         P=max(16, triton.next_power_of_2(c // 4)), FORMAT=BITS[kind],
         WORDS=keys.pool.codec.words, PAGE_ROWS=keys.rows, RATIO=ratio,
-        ROWS=rows, ENTRIES=launch.entries, BLOCKS=walk, num_warps=launch.warps, num_stages=1,
+        ROWS=rows, ENTRIES=launch.entries, BLOCKS=walk,
+        num_warps=launch.row_warps if rows > 1 else launch.warps, num_stages=1,
     )  # fmt: skip
     return out
 

@@ -1,0 +1,54 @@
+"""Every kernel compiles for every chip at production shapes, within its budget.
+
+Shared memory beyond the chip's limit is an error of the build itself. Compiled code is kept in
+Triton's cache: the second run takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.kit import mode
+from tests.kit.compile import Built, build
+from tests.kit.targets import SHARED_LIMIT, TARGETS
+
+BUDGETS = tomllib.loads((Path(__file__).parent / "budgets.toml").read_text())
+CHOSEN = [t for t in os.environ.get("DSV4_TEST_TARGETS", ",".join(TARGETS)).split(",") if t]
+
+pytestmark = [
+    pytest.mark.skipif(mode.INTERPRET, reason="compiles"),
+    pytest.mark.skipif("sm80" not in mode.NAMES, reason="once per run of all modes"),
+]
+
+
+@pytest.fixture(scope="module")
+def built() -> list[Built]:
+    return build("tests.triton.production", CHOSEN)
+
+
+def budget(b: Built) -> dict[str, int]:
+    table = BUDGETS[b.kernel]
+    return {"mma": 0} | table | table.get(b.target, {})
+
+
+@pytest.mark.parametrize("target", CHOSEN)
+def test_budgets(built: list[Built], target: str):
+    mine = [b for b in built if b.target == target]
+    assert not [f"{b.case}: {b.error}" for b in mine if b.error]
+    over = []
+    for b in mine:
+        allowed = budget(b)
+        if b.spill > allowed["spill"] or b.loop_spills:
+            over.append(f"{b.kernel} ({b.case}) spills {b.spill} bytes, {b.loop_spills} in loops")
+        if b.byte_loads:
+            over.append(f"{b.kernel} ({b.case}) has {b.byte_loads} byte-wide loads")
+        if b.mma < allowed["mma"]:
+            over.append(f"{b.kernel} ({b.case}) has {b.mma} tensor-core instructions")
+        if b.shared > SHARED_LIMIT[target]:
+            over.append(f"{b.kernel} ({b.case}) takes {b.shared} bytes of shared memory")
+    assert not over
+    assert {b.kernel for b in mine} == set(BUDGETS)
