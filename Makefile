@@ -14,7 +14,7 @@ SGLANG_STAMP := $(SGLANG)/.built-$(PINS)
 TORCH = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --group torch-cpu
 CHECKPOINTS := .cache/checkpoints
 
-.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton bench bench-chat fuzz clean
+.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton bench bench-chat kernels-report fuzz clean
 
 env: $(STAMP)
 
@@ -73,6 +73,9 @@ unit-sglang: $(SGLANG_STAMP)
 
 bench: $(CHECKPOINTS)/bench
 	$(VLLM)/bin/python -m benchmarks.serving $<
+
+kernels-report: $(STAMP)
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m benchmarks.kernels_report
 
 bench-chat: $(STAMP)
 	$(VLLM)/bin/python -m benchmarks.chat

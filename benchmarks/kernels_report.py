@@ -1,0 +1,270 @@
+"""`make kernels-report`: what the compiled kernels take, move and could reach, without a GPU.
+
+Three sources: the compiler's output for every chip; counters of the sm_80 code as executed on the
+CPU; and the chips' data sheets. Nothing here was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsv4_plugin.kernels.paged import Paged
+from dsv4_plugin.kernels.paged_attention import Queries
+from dsv4_plugin.kernels.paged_attention import kernel as attention
+from dsv4_plugin.kernels.paged_index import kernel as index
+from tests.kit.compile import Built, build
+from tests.kit.gpu import EmulatedGPU
+from tests.kit.memory import Counters
+from tests.kit.targets import SHARED_LIMIT, TARGETS
+from tests.triton.cases import key_codec, kv_codec
+from tests.triton.production import CASES
+
+PAGE = 256
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Data-sheet figures: memory bytes/s; dense bf16 FLOP/s with float32 sums; SMs; boost Hz."""
+
+    memory: float
+    mma: float
+    sms: int
+    clock: float
+
+
+CHIPS = {
+    "A100 80 GB (sm_80)": Chip(2.04e12, 312e12, 108, 1.41e9),
+    "RTX 3090 (sm_86)": Chip(0.936e12, 71e12, 82, 1.70e9),
+    "RTX 4090 (sm_89)": Chip(1.008e12, 165e12, 128, 2.52e9),
+}
+WARPS_PER_CYCLE = 4
+"""Instructions an SM issues per cycle."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One operation's launches in the emulator, and the bytes it cannot do without."""
+
+    name: str
+    launches: list[tuple[str, tuple[int, int, int], Counters]]
+    least: int
+    scratch: list[Tensor]
+
+    def moved(self) -> tuple[int, int]:
+        """Bytes of distinct sectors: of everything but scratch, and of scratch."""
+        total = sum(c.distinct(k) for _, _, c in self.launches for k in ("load", "store"))
+        scratch = sum(
+            c.distinct(k, self.scratch) for _, _, c in self.launches for k in ("load", "store")
+        )
+        return total - scratch, scratch
+
+    def bounds(self, chip: Chip) -> dict[str, float]:
+        """Seconds at least, by resource."""
+        issue = 0.0
+        for _, grid, c in self.launches:
+            busy = min(chip.sms, grid[0] * grid[1] * grid[2])
+            issue += c.warp_instructions / (WARPS_PER_CYCLE * busy * chip.clock)
+        flop = sum(c.mma_flop for _, _, c in self.launches)
+        moved = self.moved()[0]
+        return {"memory": moved / chip.memory, "mma": flop / chip.mma, "issue": issue}
+
+
+def zeros(words: int) -> Tensor:
+    """int32, backed by memory only where touched."""
+    return torch.from_numpy(np.zeros(words, np.int32))
+
+
+def pages(codec: Any, rows: int, count: int, requests: int) -> Paged:
+    blocks = -(-count // rows)
+    table = torch.randperm(requests * blocks).view(requests, blocks).int()
+    storage = zeros(requests * blocks * rows * codec.words)
+    pool: Any = SimpleNamespace(codec=codec, storage=storage)
+    return Paged(pool, table, rows * codec.words, 0, rows)
+
+
+def count(name: str, least: int, run: Callable[[], Iterable[Tensor]]) -> Work:
+    """Execute with counters; run returns the scratch tensors it used."""
+    with EmulatedGPU("sm80", count=True) as gpu:
+        scratch = list(run())
+    return Work(name, gpu.counted, least, scratch)
+
+
+def attention_work(context: int, ratio: int, batch: int, heads: int = 64) -> Work:
+    """One decode step's attention of a layer, every request `context` tokens long."""
+    codec, k = kv_codec("fp8"), 512 if ratio == 4 else 0
+    seen = min(k, context // ratio) if k else context // ratio
+    position = torch.full((batch,), context - 1, dtype=torch.int32)
+    q = torch.zeros(batch, heads, 512, dtype=torch.bfloat16)
+    queries = Queries(position, torch.arange(batch).int(), torch.zeros(batch, 64), context)
+    window = pages(codec, 32, context, batch)
+    entries = pages(codec, PAGE // ratio, context // ratio, batch)
+    chosen = None
+    if k:
+        some = [torch.randperm(context // ratio)[:k].sort().values for _ in range(batch)]
+        chosen = torch.stack(some).int()
+    rows = 128 + seen
+    least = batch * (rows * 4 * codec.words + 2 * 2 * heads * 512)
+    scratch: list[Tensor] = []
+
+    def run() -> list[Tensor]:
+        stock = torch.empty
+
+        def empty(*args: Any, **kwargs: Any) -> Tensor:
+            made = stock(*args, **kwargs)
+            scratch.append(made)
+            return made
+
+        torch.empty = empty  # type: ignore[assignment]
+        try:
+            sink = torch.zeros(heads)
+            attention.paged_attention(q, sink, queries, window, 128, entries, ratio, chosen)
+        finally:
+            torch.empty = stock
+        return scratch
+
+    kind = "CSA" if k else "HCA"
+    return count(f"{kind} attention, {context >> 10}K, batch {batch}", least, run)
+
+
+def index_work(context: int, kind: str = "fp8", heads: int = 64) -> Work:
+    """Scores and choice of one decoded row."""
+    codec, n = key_codec(kind), context // 4
+    keys = pages(codec, PAGE // 4, n, 1)
+    position, request = torch.tensor([context - 1]).int(), torch.zeros(1).int()
+    q, weight = torch.zeros(1, heads, 128, dtype=torch.float16), torch.zeros(1, heads)
+
+    def run() -> list[Tensor]:
+        score = index.scores(q, weight, keys, position, request, 4, n)
+        index.topk(score, position, 4, 512)
+        return []
+
+    least = n * 4 * codec.words + 2 * heads * 128
+    return count(f"indexer, {kind} keys, {context >> 10}K, batch 1", least, run)
+
+
+def works() -> list[Work]:
+    long, million = 1 << 16, 1 << 20
+    return [
+        attention_work(long, 4, 1),
+        attention_work(long, 4, 64),
+        attention_work(long, 128, 1),
+        attention_work(long, 128, 64),
+        attention_work(million, 128, 1),
+        attention_work(million, 128, 54),
+        index_work(long),
+        index_work(million),
+        index_work(million, "fp4"),
+    ]
+
+
+def table(head: list[str], rows: Iterable[list[object]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(str(c) for c in row) + " |" for row in rows] + [""]
+
+
+def traffic(found: list[Work]) -> list[str]:
+    def row(w: Work) -> list[object]:
+        moved, scratch = w.moved()
+        sectors = sum(c.load_sectors + c.store_sectors for _, _, c in w.launches)
+        share = f"{moved / w.least:.2f}"
+        return [
+            w.name, f"{w.least / 1e6:.2f}", f"{moved / 1e6:.2f}", share,
+            f"{scratch / 1e6:.2f}", f"{32 * sectors / 1e6:.1f}", len(w.launches),
+        ]  # fmt: skip
+
+    head = [
+        "operation",
+        "least MB",
+        "moved MB",
+        "ratio",
+        "scratch MB",
+        "L1 requests MB",
+        "launches",
+    ]
+    return table(head, map(row, found))
+
+
+def roofline(found: list[Work]) -> list[str]:
+    def rows() -> Iterable[list[object]]:
+        for w in found:
+            for name, chip in CHIPS.items():
+                bounds = w.bounds(chip)
+                limit = max(bounds, key=lambda k: bounds[k])
+                times = [f"{1e6 * t:.1f}" for t in bounds.values()]
+                share = w.least / chip.memory / bounds[limit]
+                yield [w.name, name, *times, limit, f"{share:.0%}"]
+
+    head = ["operation", "chip", "memory us", "mma us", "issue us", "bound by", "of the roofline"]
+    return table(head, rows())
+
+
+def resources(built: list[Built]) -> list[str]:
+    lines = []
+    for kernel in dict.fromkeys(b.kernel for b in built):
+        mine = [b for b in built if b.kernel == kernel]
+        lines += [f"### `{kernel}`", ""]
+        lines += table(
+            ["case", "chip", "registers", "spill B", "shared", "instructions", "tensor core",
+             "global loads", "stores", "shared ops", "barriers"],
+            (
+                [
+                    b.case, b.target, b.registers, b.spill,
+                    f"{b.shared} ({b.shared / SHARED_LIMIT[b.target]:.0%})",
+                    sum(b.instructions.values()), b.mma,
+                    *(mix(b, names) for names in MIX),
+                ]
+                for b in mine
+            ),
+        )  # fmt: skip
+    return lines
+
+
+MIX = (
+    ("LDG", "global_load", "buffer_load"),
+    ("STG", "global_store", "buffer_store"),
+    ("LDS", "STS", "LDSM", "ds_"),
+    ("BAR", "s_barrier"),
+)
+
+
+def mix(b: Built, names: tuple[str, ...]) -> int:
+    return sum(n for name, n in b.instructions.items() if name.startswith(names))
+
+
+HEAD = """# Kernels, modelled
+
+Written by `make kernels-report`; nothing in it was measured on a GPU. Registers, spills, shared
+memory and instructions are the compiler's. Bytes and instructions executed are counted in the
+compiled sm_80 code as it runs in the emulator (`tests/kit`): "moved" are distinct 32-byte sectors
+per launch, the least a perfect cache would leave; "scratch" are partial sums between the launches
+of a split, a few MB that stay in L2; "L1 requests" know no cache at all. The bounds take data-sheet
+peaks: no kernel is faster than the largest of them, every real one is slower.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/kernels-report.md"))
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    found = works()
+    lines = [HEAD, "## Bytes of a decode step, 64 heads, fp8 rows", "", *traffic(found)]
+    lines += ["## Lower bounds (modelled)", "", *roofline(found)]
+    lines += ["## What the compiler made", ""]
+    lines += [f"{len(CASES)} production launches; equal compiled code is listed once per chip.", ""]
+    lines += resources(build("tests.triton.production", args.targets.split(",")))
+    args.out.write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
