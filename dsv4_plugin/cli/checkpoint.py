@@ -1,19 +1,33 @@
-"""Checkpoints: make random ones in the native layout."""
+"""Checkpoints: make random ones in any published format, convert, inspect."""
 
 from __future__ import annotations
 
 import argparse
 
+from dsv4_plugin.checkpoint.convert import CONVERSIONS, convert_checkpoint
+from dsv4_plugin.checkpoint.formats import FORMATS
+from dsv4_plugin.checkpoint.inspect import describe
 from dsv4_plugin.checkpoint.make import PRESETS, make_checkpoint
+from dsv4_plugin.config import ModelConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     make = actions.add_parser("make", help="write random weights with the real V4 tokenizer")
     make.add_argument("--preset", choices=sorted(PRESETS), required=True)
+    make.add_argument("--format", choices=FORMATS, default="bf16", dest="fmt")
     make.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     make.add_argument("--seed", type=int, default=0)
+    make.add_argument("--experts", type=int, help="routed experts per layer, if not the preset's")
     make.set_defaults(action=_make)
+    convert = actions.add_parser("convert", help="round a bfloat16 checkpoint to FP8 and FP4")
+    convert.add_argument("source", metavar="DIR")
+    convert.add_argument("--format", choices=CONVERSIONS, default="fp8-fp4", dest="fmt")
+    convert.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    convert.set_defaults(action=_convert)
+    inspect = actions.add_parser("inspect", help="variant, sizes and what is missing")
+    inspect.add_argument("directory", metavar="DIR")
+    inspect.set_defaults(action=_inspect)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,6 +35,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make(args: argparse.Namespace) -> int:
-    config = make_checkpoint(args.out, args.preset, args.seed)
-    print(f"{args.out}: {config.num_hidden_layers} layers, hidden size {config.hidden_size}")
+    overrides = {} if args.experts is None else {"n_routed_experts": args.experts}
+    config = make_checkpoint(args.out, args.preset, args.seed, overrides, fmt=args.fmt)
+    return _done(args.out, config)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    return _done(args.out, convert_checkpoint(args.source, args.out, args.fmt))
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    print("\n".join(describe(args.directory)))
+    return 0
+
+
+def _done(directory: str, config: ModelConfig) -> int:
+    print(f"{directory}: {config.num_hidden_layers} layers, hidden size {config.hidden_size}")
     return 0

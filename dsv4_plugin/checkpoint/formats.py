@@ -1,0 +1,127 @@
+"""The published variants: what their config.json says, and weights packed as they pack them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_plugin.checkpoint.names import EXPERT, Shape, stored_as
+from dsv4_plugin.config import FP8_BLOCK, HF_QUANT, Experts, ModelConfig
+from dsv4_plugin.quant.e2m1 import quantise_mxfp4
+from dsv4_plugin.quant.e4m3 import decode_ue8m0, quantise_e4m3_blocks
+
+FP8: dict[str, Any] = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+}
+DSPARK: dict[str, Any] = {
+    "dspark_block_size": 5,
+    "dspark_markov_rank": 256,
+    "dspark_noise_token_id": 128799,
+}
+FORMATS = ("bf16", "fp8-fp4", "base", "nvfp4", "0731")
+TORCH_DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+"""One-byte formats, as which raw bytes are written."""
+
+
+def format_fields(fmt: str, hf: dict[str, Any]) -> dict[str, Any]:
+    """config.json of an unquantised model -> the fields that make it a variant of that format.
+
+    Raises ValueError for an unknown format.
+    """
+    if fmt not in FORMATS:
+        raise ValueError(f"format is {fmt!r}; allowed are {', '.join(FORMATS)}")
+    if fmt == "bf16":
+        return {}
+    fields = {"expert_dtype": "fp8" if fmt == "base" else "fp4", "quantization_config": FP8}
+    if fmt == "nvfp4":
+        layers = {
+            f"layers.{i}.ffn.experts": {"group_size": 16, "quant_algo": "NVFP4"}
+            for i in range(hf["num_hidden_layers"])
+        }
+        nvfp4 = {"moe_quant_algo": "NVFP4", "quant_algo": "MIXED_PRECISION", "group_size": 16}
+        fields["quantization_config"] = FP8 | nvfp4 | {"quantized_layers": layers}
+    if fmt == "0731":
+        n = hf["num_hidden_layers"]
+        targets = {"dspark_target_layer_ids": list(range(max(0, n - 3), n))}
+        ratios = {"compress_ratios": [*hf["compress_ratios"][:n], 0, 0, 0]}
+        fields |= DSPARK | targets | ratios | {"num_nextn_predict_layers": 1}
+    return fields
+
+
+def exported_files(hf: dict[str, Any]) -> dict[str, Any]:
+    """What an exporter writes beside config.json: file name -> content."""
+    quantised = hf.get("quantization_config") or {}
+    if quantised.get("moe_quant_algo") != "NVFP4":
+        return {}
+    names = ("quant_algo", "group_size", "quantized_layers")
+    return {HF_QUANT: {"quantization": {name: quantised[name] for name in names}}}
+
+
+def pack(config: ModelConfig, name: str, weight: Tensor) -> dict[str, Tensor]:
+    """One parameter of the network as the tensors that a checkpoint of this config stores.
+
+    Args:
+        name: of the parameter; weight: its values, float.
+    """
+    stored = stored_as(config, name, tuple(weight.shape))
+    if len(stored) == 1:
+        return {name: weight}
+    kind = config.experts_of(name) if EXPERT.fullmatch(name) else "fp8"
+    parts = dict(zip(stored, _PACK[kind](weight), strict=True))
+    return {part: as_stored(stored[part].dtypes[0], tensor) for part, tensor in parts.items()}
+
+
+def as_stored(dtype: str, tensor: Tensor) -> Tensor:
+    """Raw bytes as the one-byte format of that name; UE8M0 bytes as float32 where asked."""
+    if dtype == "F32":
+        return decode_ue8m0(tensor) if tensor.dtype == torch.uint8 else tensor
+    return tensor.view(TORCH_DTYPES[dtype])
+
+
+_PACK: dict[Experts, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "fp8": quantise_e4m3_blocks,
+    "fp4": quantise_mxfp4,
+}
+"""Weight [out, in] -> its tensors in the order of `stored_as`."""
+
+
+def random_expert(
+    config: ModelConfig, name: str, shape: Shape, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """A routed expert's matrix of 4-bit codes drawn as they are: rounding a thousand experts of
+    the real width takes minutes. Values have the standard deviation in^-0.5, as other weights."""
+    stored = stored_as(config, name, shape)
+    n_in = shape[1]
+    shapes = {part: s.shape for part, s in stored.items()}
+    unit = n_in**-0.5 / E2M1_STD
+
+    def byte(part: str, low: int, high: int) -> Tensor:
+        bytes_ = torch.randint(low, high, shapes[part], generator=generator, dtype=torch.uint8)
+        return as_stored(stored[part].dtypes[0], bytes_)
+
+    module = name.removesuffix(".weight")
+    out = {name: byte(name, 0, 256)}
+    if config.experts_of(name) == "fp4":
+        exponent = 127 + round(torch.tensor(unit).log2().item())
+        return out | {f"{module}.scale": byte(f"{module}.scale", exponent - 1, exponent + 1)}
+    return out | {
+        f"{module}.weight_scale": byte(f"{module}.weight_scale", 0x60, 0x70),  # 32 to 120
+        f"{module}.weight_scale_2": torch.tensor(unit / 64),
+        f"{module}.input_scale": torch.ones(()),
+    }
+
+
+E2M1_STD = 2.9
+"""Of e2m1 values whose codes are equally likely."""
