@@ -8,7 +8,7 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor, nn
 
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.model.parallel import Linear, RankParallel
+from dsv4_plugin.model.parallel import Head, RankParallel
 
 
 class SglangParallel(RankParallel):
@@ -26,8 +26,8 @@ class SglangParallel(RankParallel):
         return SplitEmbedding(self.config, self.dtype, self.rank, self.size)
 
     def head(self, prefix: str) -> nn.Module:
-        head = Head(self.config.hidden_size, self.config.vocab_size // self.size)
-        head.weight.shard_dim = 0  # type: ignore[attr-defined]
+        head = Head(self.config.hidden_size, self.config.vocab_size // self.size, self.rank)
+        head.quant_method = _OwnProduct()
         return head
 
 
@@ -49,15 +49,9 @@ class SplitEmbedding(nn.Module):
         return tensor_model_parallel_all_reduce(rows * mine[:, None])
 
 
-class Head(Linear):
-    """This rank's logits, float32. SGLang's logits processor runs them through `quant_method`."""
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__(n_in, n_out, torch.float32)
-        self.quant_method = _OwnProduct()
-
-
 class _OwnProduct:
+    """SGLang's logits processor runs the head through `quant_method`."""
+
     def apply(self, layer: Head, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer(x.float())
 

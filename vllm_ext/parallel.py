@@ -26,7 +26,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.platforms import current_platform
 
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.kernels.linear import pack
+from dsv4_plugin.kernels.linear import pack_rows
 from dsv4_plugin.model.parallel import MakeExperts, OwnExperts, SplitExperts
 
 
@@ -35,7 +35,7 @@ class PackedHead(UnquantizedEmbeddingMethod):
     logits casts the whole weight in every step (29 ms instead of 2 for 129,280 x 256)."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        layer.product = pack(layer.weight.data.float())
+        layer.product = pack_rows(layer.weight.data)
         layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

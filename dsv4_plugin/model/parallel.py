@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.experts import experts
-from dsv4_plugin.kernels.linear import Product, pack, reference
+from dsv4_plugin.kernels.linear import Product, pack, pack_rows, reference
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,25 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return reference(x, self.weight) if self.product is None else self.product(x)
+
+
+class Head(Linear):
+    """This rank's logits: float32 products of float32 values, whatever the model's dtype. Until it
+    is packed the weight stays in the checkpoint's dtype."""
+
+    def __init__(self, n_in: int, n_out: int, rank: int = 0) -> None:
+        super().__init__(n_in, n_out, torch.float32)
+        self.rank = rank
+        self.weight.weight_loader = self._load  # type: ignore[attr-defined]
+
+    def _load(self, param: nn.Parameter, tensor: Tensor) -> None:
+        n = len(param)
+        param.data = tensor.narrow(0, self.rank * n, n).clone()
+
+    def finalize_weights(self) -> None:
+        if self.product is None:
+            self.product = pack_rows(self.weight.data)
+            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
 
 class GroupedLinear(nn.Module):
@@ -254,8 +273,7 @@ class LocalParallel:
         return Embedding(self.config, self.dtype)
 
     def head(self, prefix: str) -> nn.Module:
-        """Logits are float32 products of float32 values, whatever the model's dtype."""
-        return Linear(self.config.hidden_size, self.config.vocab_size, torch.float32)
+        return Head(self.config.hidden_size, self.config.vocab_size)
 
     def experts(self, prefix: str, make: MakeExperts | None = None) -> nn.Module:
         return (make or self.plain_experts)(self.config, self.rank, self.size)
