@@ -97,17 +97,12 @@ class ModelConfig:
                 f"{path} does not exist; a checkpoint folder needs a config.json"
             )
         beside = Path(directory) / HF_QUANT
-        exported = json.loads(beside.read_text()) if beside.is_file() else None
-        return cls.from_hf(json.loads(path.read_text()), exported)
+        exported = json.loads(beside.read_text()) if beside.is_file() else {}
+        return cls.from_hf(with_exported(json.loads(path.read_text()), exported))
 
     @classmethod
-    def from_hf(
-        cls, hf: Mapping[str, Any], exported: Mapping[str, Any] | None = None
-    ) -> ModelConfig:
-        """Build from the parsed config.json (and hf_quant_config.json, where there is one).
-
-        Raises ValueError naming the field at fault.
-        """
+    def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
+        """Build from the parsed config.json. Raises ValueError naming the field at fault."""
         model_type = hf.get("model_type")
         if model_type != "deepseek_v4":
             raise ValueError(
@@ -122,7 +117,7 @@ class ModelConfig:
             "num_hash_layers": _num_hash_layers(hf),
             "yarn": _yarn(hf),
             "torch_dtype": hf.get("torch_dtype") or hf.get("dtype") or "bfloat16",
-            "experts": _experts(hf, exported),
+            "experts": _experts(hf),
             "generation": generation_of(hf),
         } | _rope_thetas(hf)
         missing = [n for n in _REQUIRED if n not in values]
@@ -256,8 +251,25 @@ def generation_of(hf: Mapping[str, Any]) -> Generation:
     return "0731" if any(key.startswith("dspark_") for key in hf) else "april"
 
 
-def _experts(hf: Mapping[str, Any], exported: Mapping[str, Any] | None) -> Experts:
-    """The variant, from `quantization_config`, `expert_dtype` and hf_quant_config.json."""
+def with_exported(hf: Mapping[str, Any], exported: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json, completed by what only hf_quant_config.json says (empty where there is none).
+
+    Raises ValueError where that names another format than NVFP4.
+    """
+    asked = hf.get("quantization_config") or {}
+    layers = (exported.get("quantization") or {}).get("quantized_layers") or {}
+    algos = {layer.get("quant_algo") for layer in layers.values()}
+    if not algos or "moe_quant_algo" in asked:
+        return dict(hf)
+    if algos != {"NVFP4"}:
+        raise ValueError(
+            f"{HF_QUANT}: quantized_layers has {sorted(map(str, algos))}; allowed is 'NVFP4'"
+        )
+    return dict(hf) | {"quantization_config": {**asked, "moe_quant_algo": "NVFP4"}}
+
+
+def _experts(hf: Mapping[str, Any]) -> Experts:
+    """The variant, from `quantization_config` and `expert_dtype`."""
     asked = hf.get("quantization_config")
     if not asked:
         return "plain"
@@ -269,14 +281,6 @@ def _experts(hf: Mapping[str, Any], exported: Mapping[str, Any] | None) -> Exper
     if "quant_method" not in asked:
         raise ValueError("quantization_config lacks quant_method; allowed is 'fp8'")
     algo = asked.get("moe_quant_algo")
-    if algo is None and exported is not None:
-        layers = (exported.get("quantization") or {}).get("quantized_layers") or {}
-        algos = {layer.get("quant_algo") for layer in layers.values()}
-        if len(algos) > 1:
-            raise ValueError(
-                f"{HF_QUANT}: quantized_layers mixes {sorted(map(str, algos))}; allowed is 'NVFP4'"
-            )
-        algo = next(iter(algos), None)
     if algo not in (None, "NVFP4"):
         raise ValueError(f"quantization_config.moe_quant_algo is {algo!r}; allowed is 'NVFP4'")
     dtype = hf.get("expert_dtype") or "fp4"  # the first release does not say

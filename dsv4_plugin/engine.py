@@ -40,7 +40,7 @@ def load(
         dtype: 'float32', 'bfloat16', or 'auto' (what config.json says).
         kv_dtype: 'float32', 'bfloat16', 'fp8', or 'auto' (float32 for float32 models, else
             bfloat16).
-        index_dtype: of indexer keys, 'auto' (as kv_dtype) or 'fp4'.
+        index_dtype: of indexer keys: 'auto' (as kv_dtype), 'bfloat16', 'fp8' or 'fp4'.
         mtp: load the MTP layer too, for `generate(num_speculative_tokens=...)`.
 
     Raises:

@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 from dsv4_plugin import env
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
-from dsv4_plugin.config import CSA, HCA, ModelConfig
+from dsv4_plugin.config import CSA, HCA, HF_QUANT, ModelConfig, with_exported
 from sglang_ext.backend import NAME
 
 log = logging.getLogger("sglang.srt.dsv4")
@@ -120,14 +120,20 @@ def refuse_unsupported(server_args: ServerArgs) -> None:
 
 
 def cache_layout(
-    config: ModelConfig, dtype: str, kv_cache_dtype: str, page_size: int
+    config: ModelConfig, dtype: str, kv_cache_dtype: str, page_size: int, fp4_indexer: bool = False
 ) -> CacheLayout:
-    """The layout that --dtype, --kv-cache-dtype and --page-size ask for. Window blocks are as long
-    as pages: SGLang allocates both tiers in step."""
+    """The layout that --dtype, --kv-cache-dtype, --page-size and --enable-deepseek-v4-fp4-indexer
+    ask for. Window blocks are as long as pages: SGLang allocates both tiers in step."""
     if page_size % HCA:
         raise ValueError(f"page_size is {page_size}; it must be a multiple of {HCA}")
     kv_dtype = resolve_kv_dtype(KV_DTYPES[kv_cache_dtype], dtype)
-    return CacheLayout.of(config, kv_dtype, page_size, window_block=page_size)
+    return CacheLayout.of(
+        config,
+        kv_dtype,
+        page_size,
+        window_block=page_size,
+        index_dtype="fp4" if fp4_indexer else "auto",
+    )
 
 
 def take_over(hf_config: Any, model: str, revision: str | None, overrides: Mapping | None) -> None:
@@ -143,8 +149,13 @@ def take_over(hf_config: Any, model: str, revision: str | None, overrides: Mappi
 
 
 def config_json(model: str, revision: str | None) -> dict[str, Any]:
-    """config.json of a checkpoint folder or hub name, parsed."""
-    parsed: dict[str, Any] = json.loads(
-        Path(cached_file(model, "config.json", revision=revision)).read_text()
-    )
-    return parsed
+    """config.json of a checkpoint folder or hub name, with what hf_quant_config.json adds."""
+    parsed = json.loads(Path(cached_file(model, "config.json", revision=revision)).read_text())
+    exported = cached_file(model, HF_QUANT, revision=revision, **_OPTIONAL)
+    return with_exported(parsed, {} if exported is None else json.loads(Path(exported).read_text()))
+
+
+_OPTIONAL = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}

@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
-from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.config import HF_QUANT, ModelConfig, with_exported
 from vllm_ext.choice import choose
 
 if TYPE_CHECKING:
@@ -37,12 +37,26 @@ _KV_DTYPES = {
 }
 
 
+_INDEX_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp8": "fp8", "mxfp4": "fp4"}
+
+
 class PluginConfig(DeepseekV4ForCausalLMConfig):
     """Runs in the API server, before the platform's own adjustments."""
 
     @staticmethod
     def verify_and_update_model_config(model_config) -> None:  # type: ignore[no-untyped-def]
-        """Nothing to rename: the plugin reads quantisation itself."""
+        """Take the quantisation off vLLM's view: the plugin reads it, and packs the weights itself.
+
+        Raises ValueError where --quantization asks for another way.
+        """
+        if model_config.quantization is not None:
+            raise ValueError(
+                f"quantization is {model_config.quantization!r}; dsv4-plugin takes it from the "
+                "checkpoint, so leave the option out"
+            )
+        model_config.model_arch_config.quantization_config = None
+        if hasattr(model_config.hf_config, "quantization_config"):
+            del model_config.hf_config.quantization_config
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -81,16 +95,33 @@ def model_config_of(vllm_config: VllmConfig) -> ModelConfig:
     hf = json.loads(Path(path).read_text())
     if isinstance(model.hf_overrides, dict):
         hf |= model.hf_overrides
-    return ModelConfig.from_hf(hf)
+    exported = cached_file(model.model, HF_QUANT, revision=model.revision, **_OPTIONAL)
+    beside = {} if exported is None else json.loads(Path(exported).read_text())
+    return ModelConfig.from_hf(with_exported(hf, beside))
+
+
+_OPTIONAL = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 
 
 def cache_layout(config: ModelConfig, vllm_config: VllmConfig) -> CacheLayout:
-    """The cache layout that --kv-cache-dtype, --dtype and --block-size ask for."""
+    """The cache layout that --kv-cache-dtype, --dtype, --block-size and
+    --attention_config.indexer_kv_dtype ask for."""
     asked = vllm_config.cache_config.cache_dtype
     if asked not in _KV_DTYPES:
         raise ValueError(f"kv_cache_dtype is {asked!r}; allowed are {', '.join(_KV_DTYPES)}")
     kv_dtype = resolve_kv_dtype(_KV_DTYPES[asked], dtype_name(vllm_config))
-    return CacheLayout.of(config, kv_dtype, vllm_config.cache_config.block_size)
+    index = vllm_config.attention_config.indexer_kv_dtype
+    if index not in _INDEX_DTYPES:
+        raise ValueError(f"indexer_kv_dtype is {index!r}; allowed are {', '.join(_INDEX_DTYPES)}")
+    return CacheLayout.of(
+        config,
+        kv_dtype,
+        vllm_config.cache_config.block_size,
+        index_dtype=_INDEX_DTYPES[index],
+    )
 
 
 def dtype_name(vllm_config: VllmConfig) -> str:

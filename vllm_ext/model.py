@@ -16,7 +16,7 @@ from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.step import Step, StepBuilder
 from dsv4_plugin.checkpoint.files import MTP
 from dsv4_plugin.checkpoint.load import load_weights
-from dsv4_plugin.checkpoint.names import expected_tensors
+from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.engine import Batch
 from dsv4_plugin.model.transformer import Transformer
 from vllm_ext.cache import GroupMetadata, PagedCaches
@@ -60,11 +60,12 @@ class DeepseekV4ForCausalLM(nn.Module):
         """Raises ValueError where the checkpoint lacks a tensor."""
         mine = ((name, tensor) for name, tensor in weights if not name.startswith(MTP))
         taken = load_weights(self.model, mine, self.parallel.rank)
-        missing = expected_tensors(self.config).keys() - taken
+        missing = stored_tensors(self.config).keys() - taken
         if missing:
             raise ValueError(
                 f"the checkpoint lacks {len(missing)} tensors, {min(missing)} among them"
             )
+        log.info("%s.", self.model.weight_bytes)
         return {name for name, _ in self.named_parameters()}
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:

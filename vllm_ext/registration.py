@@ -11,7 +11,7 @@ from vllm.tool_parsers import ToolParserManager
 
 from dsv4_plugin import env
 from dsv4_plugin.config import ARCHITECTURE
-from vllm_ext._compat import require_tested_version
+from vllm_ext._compat import accept_fp4_indexer_option, require_tested_version
 from vllm_ext.choice import choose
 
 MODE = "deepseek_v4"
@@ -28,6 +28,7 @@ def register_all() -> None:
     if choose().plugin:
         from vllm_ext.config import PluginConfig
 
+        accept_fp4_indexer_option()
         ModelRegistry.register_model(ARCHITECTURE, ":".join(MODEL))
         MODELS_CONFIG_MAP[ARCHITECTURE] = PluginConfig
     if env.CHAT.read() == "plugin":

@@ -18,7 +18,7 @@ again before they are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from dsv4_plugin.cache.rows import (
@@ -32,7 +32,7 @@ from dsv4_plugin.cache.rows import (
 from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
 
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
-INDEX_DTYPES = ("auto", "fp4")
+INDEX_DTYPES = ("auto", "bfloat16", "fp8", "fp4")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class CacheLayout:
         Args:
             kv_dtype: 'float32', 'bfloat16' or 'fp8' (KV rows and indexer keys).
             page_size: tokens per page, a multiple of every compress ratio of the model.
-            index_dtype: of indexer keys: 'auto' (as kv_dtype) or 'fp4'.
+            index_dtype: of indexer keys: 'auto' (as kv_dtype), 'bfloat16', 'fp8' or 'fp4'.
 
         Raises:
             ValueError: an unknown dtype, or a page size that a ratio does not divide.
@@ -106,8 +106,8 @@ class CacheLayout:
             raise ValueError(
                 f"index_dtype is {index_dtype!r}; allowed are {', '.join(INDEX_DTYPES)}"
             )
-        if index_dtype == "fp4":
-            key = FP4IndexRows(config.index_head_dim)
+        if index_dtype != "auto":
+            key = _INDEX_ROWS[index_dtype](config.index_head_dim)
         d = config.head_dim
         dc = config.head_dim + config.index_head_dim
         page, ring, rows = {}, {}, num_speculative_tokens + 1
@@ -152,3 +152,10 @@ def _codecs(config: ModelConfig, kv_dtype: str) -> tuple[RowCodec, RowCodec]:
     if kv_dtype == "fp8":
         return FP8KVRows(d, config.qk_rope_head_dim), FP8IndexRows(di)
     raise ValueError(f"kv_dtype is {kv_dtype!r}; allowed are {', '.join(KV_DTYPES[1:])}")
+
+
+_INDEX_ROWS: dict[str, Callable[[int], RowCodec]] = {
+    "bfloat16": BFloat16Rows,
+    "fp8": FP8IndexRows,
+    "fp4": FP4IndexRows,
+}

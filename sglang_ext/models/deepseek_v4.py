@@ -9,12 +9,12 @@ import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import get_attn_backend
-from sglang.srt.runtime_context import get_model, get_schedule
+from sglang.srt.runtime_context import get_exec, get_model, get_schedule
 from torch import Tensor, nn
 
 from dsv4_plugin.checkpoint.files import MTP
 from dsv4_plugin.checkpoint.load import load_weights
-from dsv4_plugin.checkpoint.names import expected_tensors
+from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.model.transformer import Transformer
 from sglang_ext.config import cache_layout
@@ -30,7 +30,11 @@ class DeepseekV4PluginForCausalLM(nn.Module):
         name = str(dtype).removeprefix("torch.")
         self.config = ModelConfig.from_hf(config.dsv4_json)
         self.layout = cache_layout(
-            self.config, name, get_model().kv_cache_dtype, get_schedule().page_size
+            self.config,
+            name,
+            get_model().kv_cache_dtype,
+            get_schedule().page_size,
+            get_exec().kernel.enable_deepseek_v4_fp4_indexer,
         )
         self.parallel = SglangParallel(self.config, dtype)
         self.model = Transformer(self.config, self.parallel)
@@ -47,7 +51,7 @@ class DeepseekV4PluginForCausalLM(nn.Module):
         self.loaded = True
         mine = ((name, tensor) for name, tensor in weights if not name.startswith(MTP))
         taken = load_weights(self.model, mine, self.parallel.rank)
-        missing = expected_tensors(self.config).keys() - taken
+        missing = stored_tensors(self.config).keys() - taken
         if missing:
             raise ValueError(
                 f"the checkpoint lacks {len(missing)} tensors, {min(missing)} among them"
