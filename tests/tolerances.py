@@ -18,3 +18,8 @@ ATTENTION_BF16 = 5e-3
 """bfloat16 attention against float32: norm of the difference over the norm."""
 FP16 = 2e-3
 """A product of float16 values against float32, relative to the largest value."""
+BF16_SUM = 1e-2
+"""A product of bfloat16 values with float32 sums, rounded once, relative to the largest value."""
+ROUNDED_AGAIN = 5e-2
+"""Logits of a quantised network whose sums ran in another order, mean difference over the
+standard deviation: single activations round to a neighbouring e4m3 value."""

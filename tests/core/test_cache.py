@@ -7,8 +7,16 @@ import torch
 
 from dsv4_plugin import load
 from dsv4_plugin.cache.layout import CacheLayout
-from dsv4_plugin.cache.rows import BFloat16Rows, Float32Rows, FP8IndexRows, FP8KVRows, RowPool
+from dsv4_plugin.cache.rows import (
+    BFloat16Rows,
+    Float32Rows,
+    FP4IndexRows,
+    FP8IndexRows,
+    FP8KVRows,
+    RowPool,
+)
 from dsv4_plugin.config import CSA, HCA, ModelConfig
+from dsv4_plugin.quant.e2m1 import decode_mxfp4, quantise_mxfp4
 from tests.conftest import random_ids
 from tests.tolerances import BF16, FP8_KV
 
@@ -16,6 +24,7 @@ from tests.tolerances import BF16, FP8_KV
 def test_an_fp8_row_of_the_real_size_has_584_bytes():
     assert 4 * FP8KVRows(512, 64).words == 584
     assert 4 * FP8IndexRows(128).words == 132
+    assert 4 * FP4IndexRows(128).words == 68
     assert 4 * BFloat16Rows(512).words == 1024
 
 
@@ -48,6 +57,39 @@ def test_fp8_values_are_rounded_to_e4m3_under_a_power_of_two():
     expected = (blocks / scale[..., None]).to(torch.float8_e4m3fn).float() * scale[..., None]
     assert torch.equal(found[:, :448].view(9, 7, 64), expected)
     assert torch.equal(found[:, 448:], x[:, 448:].to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("width", [128, 32, 64, 160])
+def test_fp4_values_are_rounded_to_e2m1_under_a_power_of_two(width):
+    codec = FP4IndexRows(width)
+    x = torch.randn(9, width) * torch.logspace(-6, 6, 9)[:, None]
+    rows = codec.encode(x)
+    assert rows.shape == (9, codec.words)
+    found = codec.decode(rows.view(3, 3, -1), torch.float32).view(9, width)
+    data, scales = quantise_mxfp4(x)
+    expected = decode_mxfp4(data, scales)
+    assert (found - expected).abs().max() <= 2.0**-60 * x.abs().max()
+    assert (found - expected).abs()[expected != 0].max() == 0
+
+
+def test_fp4_indexer_keys_halve_the_index(small):
+    ratios = [CSA] * 4
+    grown = {
+        dtype: CacheLayout.of(flash(ratios), "fp8", index_dtype=dtype).growth(ratios)
+        for dtype in ("auto", "fp4")
+    }
+    assert grown["auto"] - grown["fp4"] == 4 * (132 - 68) / CSA
+    with pytest.raises(ValueError, match="index_dtype is 'int4'; allowed are auto, bfloat16, fp8,"):
+        load(small, index_dtype="int4")
+
+
+def test_fp4_indexer_keys_stay_close(small, reference):
+    """400 tokens have 100 entries, of which 64 are chosen: with FP4 keys some are others."""
+    ids = random_ids(400, seed=5)
+    found = load(small, dtype="float32", index_dtype="fp4").logits(ids)
+    expected = reference(small, ids)
+    assert 0 < (found - expected).abs().mean() / expected.std() < FP8_KV
+    assert not torch.equal(found, load(small, dtype="float32").logits(ids))
 
 
 def test_flash_takes_what_the_design_says():
