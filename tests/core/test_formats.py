@@ -68,7 +68,6 @@ def test_published_layouts(name):
     config = ModelConfig.from_hf(hf)
     found = written(config, made_tensors(config, hf))
     layout = json.loads(LAYOUTS.read_text())[name]
-    main_only = config.generation == "april"
 
     def compared(names) -> set[str]:
         kept = set()
@@ -79,7 +78,7 @@ def test_published_layouts(name):
             listed = prefix != "layers" or layer in ("0", "2", "3", "4")
             if listed and (expert is None or expert[2] == "0"):
                 kept.add(tensor)
-        return {t for t in kept if not (main_only and t.startswith("mtp."))}
+        return kept
 
     assert compared(found) == compared(layout)
     assert {t: found[t] for t in compared(found)} == {t: layout[t] for t in compared(layout)}
