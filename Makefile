@@ -14,7 +14,7 @@ SGLANG_STAMP := $(SGLANG)/.built-$(PINS)
 TORCH = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --group torch-cpu
 CHECKPOINTS := .cache/checkpoints
 
-.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton bench bench-chat kernels-report fuzz clean
+.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton bench bench-chat compare-engines kernels-report fuzz clean
 
 env: $(STAMP)
 
@@ -71,14 +71,19 @@ unit-triton: $(STAMP)
 unit-sglang: $(SGLANG_STAMP)
 	$(SGLANG)/bin/python -m pytest tests/sglang
 
-bench: $(CHECKPOINTS)/bench
-	$(VLLM)/bin/python -m benchmarks.serving $<
+bench: $(CHECKPOINTS)/bench $(SGLANG_STAMP)
+	$(VLLM)/bin/python -m benchmarks.serving $< --sglang $(SGLANG)/bin/python
 
 kernels-report: $(STAMP)
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m benchmarks.kernels_report
 
 bench-chat: $(STAMP)
 	$(VLLM)/bin/python -m benchmarks.chat
+
+# 200 chat requests to both engines: ids and parsed messages have to be equal.
+compare-engines: $(CHECKPOINTS)/tiny $(SGLANG_STAMP)
+	$(VLLM)/bin/python -m tests.compare_engines $< \
+		--vllm $(VLLM)/bin/python --sglang $(SGLANG)/bin/python
 
 fuzz: $(STAMP)
 	$(VLLM)/bin/python -m tests.chat.fuzz --cases 100000

@@ -20,10 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "serving.csv"
+DTYPES = ("float32", "bfloat16")
 CASES = ((1, 2048), (8, 512), (1, 6000))
 """(requests, prompt tokens)."""
 PEER = "transformers-float32"
-ENGINES = (PEER, "local-float32", "local-bfloat16", "vllm-float32", "vllm-bfloat16")
+ENGINES = (PEER, *(f"{e}-{d}" for e in ("local", "vllm", "sglang") for d in DTYPES))
+STUBS = Path(__file__).parents[1] / "tests" / "sglang" / "stubs"
+"""Stand-ins for CUDA packages that SGLang imports on a CPU too."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--sglang", default=sys.executable, help="the Python that has SGLang")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         for row in _work(args.worker, args.checkpoint):
             print("ROW " + json.dumps(asdict(row)), flush=True)
         return
-    rows = [row for engine in args.engines for row in _spawn(engine, args.checkpoint)]
+    rows = [row for engine in args.engines for row in _spawn(engine, args.checkpoint, args.sglang)]
     _report(rows)
 
 
-def _spawn(engine: str, checkpoint: Path) -> list[Row]:
-    command = [sys.executable, "-m", "benchmarks.serving", str(checkpoint), "--worker", engine]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+def _spawn(engine: str, checkpoint: Path, sglang: str) -> list[Row]:
+    python = sglang if engine.startswith("sglang") else sys.executable
+    command = [python, "-m", "benchmarks.serving", str(checkpoint), "--worker", engine]
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # by default vLLM computes on all cores but one
+        "OMP_NUM_THREADS": str(os.cpu_count()),
+    }
+    if python == sglang:
+        environment["PYTHONPATH"] = os.pathsep.join([str(STUBS), str(STUBS.parents[2])])
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"{engine} failed with exit code {done.returncode}")
@@ -85,7 +97,9 @@ def _report(rows: list[Row]) -> None:
 
 def _work(engine: str, checkpoint: Path) -> list[Row]:
     name, dtype = engine.split("-")
-    run = {"transformers": _transformers, "local": _local, "vllm": _vllm}[name](checkpoint, dtype)
+    run = {"transformers": _transformers, "local": _local, "vllm": _vllm, "sglang": _sglang}[name](
+        checkpoint, dtype
+    )
     rows = []
     for requests, prompt in CASES:
         prefill, decode = run(requests, prompt)
@@ -190,6 +204,36 @@ def _vllm(checkpoint: Path, dtype: str) -> Runner:
         times = [once(prompts, 1 + steps) for _ in range(2)]
         prefill, decode = (min(t) for t in zip(*times, strict=True))
         return requests * length / prefill, requests * steps / decode
+
+    return run
+
+
+def _sglang(checkpoint: Path, dtype: str) -> Runner:
+    from sglang import Engine
+
+    engine = Engine(
+        model_path=str(checkpoint),
+        device="cpu",
+        dtype=dtype,
+        chunked_prefill_size=2048,
+        max_total_tokens=16384,
+        max_running_requests=8,
+        disable_radix_cache=True,
+        skip_tokenizer_init=True,
+        log_level="warning",
+    )
+
+    def once(prompts: list[list[int]], tokens: int) -> float:
+        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+        start = time.perf_counter()
+        engine.generate(input_ids=prompts, sampling_params=sampling)
+        return time.perf_counter() - start
+
+    def run(requests: int, length: int, steps: int = 32) -> tuple[float, float]:
+        prompts = _prompts(requests, length)
+        once(prompts, 2)
+        first, all_tokens = (min(once(prompts, n) for _ in range(2)) for n in (1, 1 + steps))
+        return requests * length / first, requests * steps / (all_tokens - first)
 
     return run
 

@@ -1,26 +1,19 @@
-"""SGLang servers for tests, and requests to them."""
+"""SGLang servers for tests, and greedy generations from them."""
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from tests import server
+from tests.paths import ROOT
 
 HERE = Path(__file__).parent
 FLOAT32 = ("--dtype=float32", "--chunked-prefill-size=256")
 PARSERS = ("--reasoning-parser=deepseek-v4", "--tool-call-parser=deepseekv4")
-LIFETIME = 900
-"""Most seconds a test server lives, whatever becomes of the test."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +27,8 @@ class Output:
     cached: int
 
 
-class Server:
-    """A running server: `with Server(directory, "--page-size=128") as server`.
+class Server(server.Server):
+    """A running server: `with Server(directory, "--page-size=128", log=log) as running`.
 
     Args:
         testing: what the test plugin does, see plugin/dsv4_testing.py.
@@ -49,86 +42,19 @@ class Server:
         log: Path,
         testing: str = "poison",
         environ: dict[str, str] | None = None,
+        python: str = sys.executable,
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", log
-        self.command = [
-            "timeout", "--foreground", str(LIFETIME), "nice", "-n", "5",
-            sys.executable, "-m", "sglang.launch_server",
-            "--host=127.0.0.1", f"--port={port}", f"--model-path={directory}",
+        command = [
+            python, "-m", "sglang.launch_server", f"--model-path={directory}",
             "--device=cpu", "--sleep-on-idle", "--log-level=info", *options,
         ]  # fmt: skip
-        paths = [HERE / "stubs", HERE / "plugin"]
-        self.environ = os.environ | {
+        paths = [HERE / "stubs", HERE / "plugin", ROOT]
+        common = {
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
             "DSV4_TESTING": testing,
             "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            **(environ or {}),
         }
-
-    def __enter__(self) -> Server:
-        self.launch()
-        deadline = time.monotonic() + 180
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                time.sleep(0.5)
-            else:
-                return self
-        self.stop()
-        raise RuntimeError(f"the server did not start:\n{self.read_log()[-5000:]}")
-
-    def launch(self) -> None:
-        with self.log.open("w") as out:
-            self.process = subprocess.Popen(
-                self.command,
-                env=self.environ,
-                cwd=self.log.parent,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-
-    def __exit__(self, *exception: Any) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """End the server by its own process id; it takes its children along."""
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def read_log(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        """The decoded JSON answer (None where it is empty). Raises RuntimeError with the server's
-        text on an HTTP error."""
-        with self._open(path, body) as answer:
-            return json.loads(answer.read() or "null")
-
-    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The JSON of each server-sent event."""
-        with self._open(path, body | {"stream": True}) as answer:
-            for line in answer:
-                data = line.decode().strip().removeprefix("data: ")
-                if data.startswith("{"):
-                    yield json.loads(data)
-
-    def _open(self, path: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            return urllib.request.urlopen(request, timeout=300)
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(f"{error.code}: {error.read().decode()}") from None
+        super().__init__(command, log, common | (environ or {}))
 
     def generate(self, prompt: list[int], n: int, logprobs: bool = True) -> Output:
         """A greedy generation of n tokens. (SGLang mixes batches only without logprobs.)"""

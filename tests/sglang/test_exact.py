@@ -6,8 +6,11 @@ import random
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+
+from dsv4_plugin.checkpoint.make import make_checkpoint
 
 from .reference import Reference
 from .server import FLOAT32, Output, Server
@@ -42,7 +45,7 @@ def crowded(serve):
 
 class TestScheduling:
     def test_cold_warm_serial(self, roomy: Server, judge: Reference):
-        asked = prompts(2000)
+        asked = prompts(3000)
         cold = roomy.generate_all(asked, N, at_once=16)
         judge.check(cold)
         warm = roomy.generate_all(asked[::-1], N, at_once=16)
@@ -111,6 +114,18 @@ class TestSmallPool:
         evicted = crowded.generate(first, N)
         judge.check([cold, warm, *others, evicted])
         assert (warm.cached, evicted.cached) == (512, 0)
+
+
+def test_published_dimensions(tmp_path: Path):
+    """head_dim 512 with 64 rope dims and YaRN, 64 index heads choosing 512, 256 experts."""
+    make_checkpoint(tmp_path / "bench", "bench", seed=0)
+    shared = ids(2100, 40)
+    asked = [[0, *ids(5, 41)], [0, *shared[:300]], [0, *shared[:700], 5], [0, *shared]]
+    options = ("--max-total-tokens=8192", "--max-running-requests=4")
+    with Server(tmp_path / "bench", *FLOAT32, *options, log=tmp_path / "log") as server:
+        outputs = server.generate_all(asked, 16, at_once=4) + server.generate_all(asked[2:], 16, 1)
+    assert [o.cached for o in outputs[4:]] == [640, 2048]
+    Reference(tmp_path / "bench").check(outputs)
 
 
 def test_broken_addressing_is_caught(serve, judge: Reference):
