@@ -2,8 +2,8 @@
 
     python -m tests.compare_engines CHECKPOINT --vllm PYTHON --sglang PYTHON
 
-PYTHON is each engine's interpreter. Of every five requests, three make the model say a generated
-output (reasoning, text in many scripts, calls), one is bound by a JSON schema, and one runs free;
+PYTHON is each engine's interpreter. Of every five requests, four make the model say a generated
+output (reasoning, text in many scripts, calls), one of them under a JSON schema, and one runs free;
 conversations have one to four turns, with tools and without, at every effort.
 """
 
@@ -31,18 +31,13 @@ from tests.vllm_chat import server as vllm_server
 Json = dict[str, Any]
 SGLANG_OPTIONS = (
     *(*sglang_server.FLOAT32, *sglang_server.PARSERS, "--max-total-tokens=16384"),
-    *(
-        "--max-running-requests=8",
-        "--served-model-name=tiny",
-        "--constrained-json-disable-any-whitespace",
-    ),
+    *("--max-running-requests=8", "--served-model-name=tiny"),
     *("--enable-custom-logit-processor", "--disable-overlap-schedule"),
 )
-VLLM_FLAGS = (
-    f"{vllm_server.FLAGS} --structured-outputs-config "
-    '{"backend":"xgrammar","disable_any_whitespace":true}'
-)
 AT_ONCE = 6
+CUT = "\N{REPLACEMENT CHARACTER}"
+"""How a free output ends whose last token is part of a character: vLLM then keeps back the text
+since the last whole token, SGLang shows it."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +62,10 @@ def _case(kind: str, random: Random, tokenizer: Tokenizer) -> Case:
     if thinking:
         body["reasoning_effort"] = random.choice(["low", "high", "max"])
     if kind == "json_schema":
-        wanted = {"type": "json_schema", "json_schema": {"name": "w", "schema": _schema(random)}}
-        return Case(kind, body | {"response_format": wanted, "max_tokens": 80}, [])
+        schema, value = _schema(random)
+        wanted = {"type": "json_schema", "json_schema": {"name": "w", "schema": schema}}
+        ids = tokenizer.encode(json.dumps(value, ensure_ascii=False)).ids
+        return Case(kind, body | {"response_format": wanted, "max_tokens": len(ids) + 1}, ids)
     if tools:
         body["tools"] = tools
     if kind == "free":
@@ -97,21 +94,23 @@ def _conversation(random: Random) -> list[Json]:
     return [*messages, {"role": "user", "content": outputs.words(random, 12) + "?"}]
 
 
-def _schema(random: Random) -> Json:
-    kinds: list[Json] = [
-        {"type": "boolean"},
-        {"enum": ["Köln", "漢字", 'a"b']},
-        {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2},
-        {"type": "null"},
+def _schema(random: Random) -> tuple[Json, Json]:
+    """A schema, and an object that it allows."""
+    kinds: list[tuple[Json, Any]] = [
+        ({"type": "boolean"}, True),
+        ({"enum": ["Köln", "漢字", 'a"b']}, 'a"b'),
+        ({"type": "array", "items": {"type": "integer"}}, [1, -2]),
+        ({"type": "null"}, None),
     ]
     keys = random.sample(["ok", "kind", "город", "n"], random.randrange(1, 4))
-    properties = {key: random.choice(kinds) for key in keys}
-    return {
+    chosen = {key: random.choice(kinds) for key in keys}
+    schema = {
         "type": "object",
-        "properties": properties,
+        "properties": {key: kind for key, (kind, _) in chosen.items()},
         "required": keys,
         "additionalProperties": False,
     }
+    return schema, {key: value for key, (_, value) in chosen.items()}
 
 
 def ask_vllm(server: vllm_server.Server, case: Case) -> Json:
@@ -159,7 +158,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     asked = cases(args.requests, args.seed, tokenizer)
     logs = Path(tempfile.mkdtemp(prefix="compare-engines-"))
-    vllm = vllm_server.Server(checkpoint, logs / "vllm.log", VLLM_FLAGS, python=args.vllm)
+    vllm = vllm_server.Server(checkpoint, logs / "vllm.log", python=args.vllm)
     sglang = sglang_server.Server(
         checkpoint, *SGLANG_OPTIONS, log=logs / "sglang.log", python=args.sglang
     )
@@ -173,13 +172,16 @@ def main() -> None:
 
 def _report(asked: list[Case], vllm: list[Json], sglang: list[Json]) -> int:
     """Print what was compared and every difference; how many answers differ."""
+    seen = Counter(case.kind for case in asked)
     differing = 0
     for i, (case, a, b) in enumerate(zip(asked, vllm, sglang, strict=True)):
         fields = [key for key in a if a[key] != b[key]]
+        if (b["content"] or b["reasoning"]).endswith(CUT) and not {"prompt", "ids"} & {*fields}:
+            seen["cut inside a character"] += 1
+            continue
         differing += bool(fields)
         for key in fields:
             print(f"{i} ({case.kind}) {key}: vLLM {a[key]!r}, SGLang {b[key]!r}")
-    seen = Counter(case.kind for case in asked)
     seen["with tools"] = sum("tools" in case.body for case in asked)
     seen["with reasoning"] = sum(bool(a["reasoning"]) for a in vllm)
     seen["with calls"] = sum(bool(a["calls"]) for a in vllm)
