@@ -239,13 +239,19 @@ class Batch:
 
 
 def allocate(
-    ratios: Sequence[int], layout: CacheLayout, windows: int, pages: int, rings: int, poison: bool
+    ratios: Sequence[int],
+    layout: CacheLayout,
+    windows: int,
+    pages: int,
+    rings: int,
+    poison: bool,
+    device: torch.device | str = "cpu",
 ) -> tuple[list[LayerCache], tuple[int, int, int]]:
     """Storage for all layers, one buffer per kind of block, layers side by side in a block."""
 
     def buffer(blocks: int, words: int) -> Tensor:
         nan = torch.tensor(float("nan")).view(torch.int32).item() if poison else 0
-        return torch.full((blocks * words,), int(nan), dtype=torch.int32)
+        return torch.full((blocks * words,), int(nan), dtype=torch.int32, device=device)
 
     kinds = [r for r in ratios if r != SWA]
     strides = (

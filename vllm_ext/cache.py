@@ -20,6 +20,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -36,6 +37,7 @@ from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import BlockLayout, CacheLayout
 from dsv4_plugin.cache.step import BlockTables
 from dsv4_plugin.config import SWA, ModelConfig
+from dsv4_plugin.kernels.dispatch import use_triton
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -45,15 +47,33 @@ log = logging.getLogger("vllm.dsv4")
 
 @dataclass(frozen=True)
 class GroupMetadata:
-    """One cache group's part of a step: its block table int64 [B, blocks] and the batch's shape."""
+    """One cache group's part of a step: its block table int [B, blocks] and the batch's shape.
+
+    longest_query, longest: most rows and most tokens that a request has, as the host knows them.
+    """
 
     table: Tensor
     query_start: Tensor
     seq_lens: Tensor
+    longest_query: int
+    longest: int
 
 
 class MetadataBuilder(AttentionMetadataBuilder[GroupMetadata]):
-    """Hands the block table on; the step is built from all groups at once, in the model."""
+    """Hands the block table on; the step is built from all groups at once, in the model.
+
+    Where kernels are Triton's these are vLLM's own buffers, which stay where they are: a step built
+    from them inside a captured graph is right whenever the graph is replayed.
+    """
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        """Full graphs of pure decode steps; the torch operations need the host."""
+        if use_triton(vllm_config.device_config.device):
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def __init__(
         self,
@@ -71,11 +91,10 @@ class MetadataBuilder(AttentionMetadataBuilder[GroupMetadata]):
         fast_build: bool = False,
     ) -> GroupMetadata:
         m, n = common_attn_metadata, common_attn_metadata.num_reqs
-        return GroupMetadata(
-            table=m.block_table_tensor[:n].long(),
-            query_start=m.query_start_loc[: n + 1].long(),
-            seq_lens=m.seq_lens[:n].long(),
-        )
+        tensors = m.block_table_tensor[:n], m.query_start_loc[: n + 1], m.seq_lens[:n]
+        if not use_triton(self.device):
+            tensors = tuple(t.long() for t in tensors)
+        return GroupMetadata(*tensors, m.max_query_len, m.max_seq_len)
 
 
 class Backend(AttentionBackend):

@@ -12,12 +12,15 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.sequence import IntermediateTensors
 
+from dsv4_plugin.cache.device_step import DeviceStepBuilder
 from dsv4_plugin.cache.layer import LayerCache
-from dsv4_plugin.cache.step import Step, StepBuilder
+from dsv4_plugin.cache.step import BlockTables, Step, StepBuilder
 from dsv4_plugin.checkpoint.files import MTP
 from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.names import stored_tensors
-from dsv4_plugin.engine import Batch
+from dsv4_plugin.engine import Batch, allocate
+from dsv4_plugin.kernels.dispatch import use_triton
+from dsv4_plugin.kernels.step import DeviceStep
 from dsv4_plugin.model.transformer import Transformer
 from vllm_ext.cache import GroupMetadata, PagedCaches
 from vllm_ext.config import SERVED_TYPE, cache_layout, model_config_of
@@ -54,6 +57,11 @@ class DeepseekV4ForCausalLM(nn.Module):
         ratios = [[config.compress_ratios[i] for i in s] for s in self.parallel.stages]
         self.caches = PagedCaches(config, self.layout, ratios, self.parallel.stage)
         self.steps = StepBuilder(config, self.layout)
+        self.device = vllm_config.device_config.device
+        self.device_steps = None
+        if use_triton(self.device):
+            most = vllm_config.scheduler_config.max_num_batched_tokens
+            self.device_steps = DeviceStepBuilder(config, self.layout, most, self.device)
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -82,6 +90,9 @@ class DeepseekV4ForCausalLM(nn.Module):
         """input_ids [T], perhaps padded -> hidden states [T, D]; positions follow from lengths.
         All pipeline stages but the last return the streams [T, R, D] instead."""
         step, caches = self._step(len(input_ids))
+        if isinstance(step, DeviceStep) and self.model.first and self.model.last:
+            out: Tensor = self.model(input_ids, step, caches)
+            return out
         n, total = len(step.window_write), len(input_ids)
         ids = input_ids[:n].long()
         if self.model.first:
@@ -100,17 +111,36 @@ class DeepseekV4ForCausalLM(nn.Module):
         shape = (batch_size, self.config.hc_mult, self.config.hidden_size)
         return IntermediateTensors({STREAMS: torch.zeros(shape, dtype=dtype, device=device)})
 
-    def _step(self, n_tokens: int) -> tuple[Step, list[LayerCache]]:
+    def _step(self, n_tokens: int) -> tuple[Step | DeviceStep, list[LayerCache]]:
         metadata = get_forward_context().attn_metadata
         if metadata is None:
             # A run before caches exist, or one that keeps data-parallel ranks in step: one
-            # request, in caches of its own.
+            # request, in caches of its own; or, on a device, nothing but padding.
+            if self.device_steps is not None:
+                return self._padding(self.device_steps, n_tokens)
             batch = Batch(self.model, self.layout, [n_tokens], n_tokens)
             return batch.step(torch.tensor([0]), torch.tensor([n_tokens])), batch.caches
         group: GroupMetadata = metadata[self.caches.window.prefix]
         tables = self.caches.tables(metadata)
+        if self.device_steps is not None:
+            on_device = self.device_steps.build(
+                tables, group.query_start, group.seq_lens, n_tokens,
+                group.longest_query, group.longest,
+            )  # fmt: skip
+            return on_device, self.caches.layers()
         step = self.steps.build(tables, group.query_start, group.seq_lens)
         return step, self.caches.layers()
+
+    def _padding(
+        self, steps: DeviceStepBuilder, n_tokens: int
+    ) -> tuple[DeviceStep, list[LayerCache]]:
+        """Rows that belong to no request: every launch of a step, and caches of one block."""
+        caches, strides = allocate(self.model.ratios, self.layout, 1, 1, 1, False, self.device)
+        one = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
+        tables = BlockTables(one, one, one[0], *strides)
+        ends = torch.zeros(2, dtype=torch.int32, device=self.device)
+        step = steps.build(tables, ends, ends[:1], n_tokens, n_tokens, n_tokens)
+        return step, caches
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         if hidden_states.device.type == "cpu":
