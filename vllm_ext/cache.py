@@ -70,9 +70,8 @@ class MetadataBuilder(AttentionMetadataBuilder[GroupMetadata]):
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
     ) -> AttentionCGSupport:
-        """Full graphs of pure decode steps; the torch operations need the host."""
-        if use_triton(vllm_config.device_config.device):
-            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        """None so far: the step and the Triton operations can be captured, but the core's experts,
+        which serve as long as the engine's are not used, ask the host for their counts."""
         return AttentionCGSupport.NEVER
 
     def __init__(
