@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypedDict, Unpack
 
 from dsv4_plugin import env
 from dsv4_plugin.config import generation_of
@@ -50,6 +50,19 @@ class Prompt:
     thinking: bool
 
 
+class Options(TypedDict, total=False):
+    """How a conversation is rendered.
+
+    drop_reasoning=False keeps the reasoning of finished turns, which the format otherwise keeps
+    only where the conversation has tools. (The others: see `render`.)
+    """
+
+    response_format: Mapping[str, Any] | None
+    continue_final_message: bool
+    add_generation_prompt: bool
+    drop_reasoning: bool
+
+
 class Encoder:
     """Encodes conversations for one checkpoint.
 
@@ -79,28 +92,13 @@ class Encoder:
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool = True,
         effort: str | None = None,
-        response_format: Mapping[str, Any] | None = None,
-        continue_final_message: bool = False,
-        add_generation_prompt: bool = True,
-        drop_reasoning: bool = True,
+        **options: Unpack[Options],
     ) -> Prompt:
-        """Encode OpenAI-style `messages`; `effort="none"` means chat mode.
-
-        drop_reasoning=False keeps the reasoning of finished turns, which the format otherwise
-        keeps only where the conversation has tools.
+        """Encode OpenAI-style `messages`; `thinking=False` and `effort="none"` mean chat mode.
 
         Raises ValueError naming the message index and field for what the format cannot hold.
         """
-        rendered = self.render(
-            messages,
-            tools,
-            thinking,
-            effort,
-            response_format,
-            continue_final_message,
-            add_generation_prompt,
-            drop_reasoning,
-        )
+        rendered = self.render(messages, tools, thinking, effort, **options)
         return Prompt(self.ids(rendered.parts), rendered.text, rendered.thinking)
 
     def render(
@@ -109,23 +107,13 @@ class Encoder:
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool = True,
         effort: str | None = None,
-        response_format: Mapping[str, Any] | None = None,
-        continue_final_message: bool = False,
-        add_generation_prompt: bool = True,
-        drop_reasoning: bool = True,
+        **options: Unpack[Options],
     ) -> Rendered:
         """As `encode`, up to the parts: control tokens and plain text."""
         effort = check_effort(effort or self.effort)
-        return render(
-            messages,
-            tools,
-            thinking=thinking and effort != "none",
-            effort=effort_text(self.generation, effort),
-            response_format=response_format,
-            continue_final_message=continue_final_message,
-            add_generation_prompt=add_generation_prompt,
-            drop_reasoning=drop_reasoning,
-        )
+        text = effort_text(self.generation, effort)
+        thinking = thinking and effort != "none"
+        return render(messages, tools, thinking=thinking, effort=text, **options)
 
     def ids(self, parts: Iterable[Part]) -> list[int]:
         """Token ids of `parts`: control tokens by id, text without added tokens."""

@@ -24,7 +24,7 @@ def ours(request: dict[str, Any]) -> tuple[list[int], str]:
         request.get("tools"),
         thinks(request),
         request.get("reasoning_effort"),
-        request.get("response_format"),
+        response_format=request.get("response_format"),
     )
     return prompt.ids, prompt.text
 
