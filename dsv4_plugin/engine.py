@@ -61,7 +61,8 @@ def load(
         load_weights(drafter, read_tensors(headers, progress=False, mtp=True))
     log.info("%s.", model.weight_bytes)
     layout = CacheLayout.of(config, kv_dtype, index_dtype=index_dtype)
-    log.info("KV cache: %.0f bytes per token.", layout.growth(config.compress_ratios))
+    grown = layout.growth(config.compress_ratios)
+    log.info("KV cache: %s, %.0f bytes per token.", layout.rows_named(), grown)
     return LocalModel(model, layout, drafter)
 
 

@@ -42,6 +42,11 @@ HOOKS = (
         hooks.kv_cache_dtype,
         HookType.AROUND,
     ),
+    (
+        "sglang.srt.arg_groups.serving_hook.handle_environment_variables",
+        hooks.fp4_indexer_anywhere,
+        HookType.AROUND,
+    ),
 )
 """Target, hook, kind."""
 
@@ -155,7 +160,7 @@ def report(model: Any, pool: Any) -> None:
         "KV cache %s in pages of %d tokens, chat %s.",
         choose(pool.device).reason,
         type(model).__name__,
-        type(pool.layers[0].window.codec).__name__,
+        pool.layout.rows_named(),
         pool.page_size,
         env.CHAT.read(),
     )

@@ -11,6 +11,7 @@ holds every layer's part of a block, side by side, so that all layers of a kind 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,7 @@ class CacheBlocks(nn.Module, AttentionLayerBase):
         self.words = words
         self.spec = spec
         self.storage: Tensor | None = None
+        self.bound: Callable[[], None] = _nothing
         self.stride = self.blocks = 0
         context = get_current_vllm_config().compilation_config.static_forward_context
         if self.prefix in context:
@@ -162,11 +164,16 @@ class CacheBlocks(nn.Module, AttentionLayerBase):
         )
         start = offset * size // 4
         self.storage = words[start : start + (n - 1) * self.stride + self.words]
+        self.bound()
 
     def layer(self, i: int) -> Tensor:
         """Storage from layer i's part of the first block on."""
         assert self.storage is not None
         return self.storage[self.offsets[i] :]
+
+
+def _nothing() -> None:
+    """What an entry does when it is bound, outside PagedCaches."""
 
 
 def cache_spec(kind: str, words: int, block_size: int, window: int = 0) -> KVCacheSpec:
@@ -205,11 +212,18 @@ class PagedCaches:
             self.page = entry("page", pages, block_size=layout.page_size)
             self.ring = entry("ring", rings, block_size=layout.page_size)
         self._layers: list[LayerCache] | None = None
+        self._entries = [blocks for blocks in (self.window, self.page, self.ring) if blocks]
+        for blocks in self._entries:
+            blocks.bound = self._bound
+
+    def _bound(self) -> None:
+        """vLLM has allocated an entry; report when it was the last one."""
+        if all(blocks.storage is not None for blocks in self._entries):
+            self._report()
 
     def layers(self) -> list[LayerCache]:
         """One LayerCache per layer; made on first use after allocation."""
         if self._layers is None:
-            self._report()
             order = [i for i, r in enumerate(self.ratios) if r != SWA]
             place = {layer: i for i, layer in enumerate(order)}
             self._layers = [
@@ -231,9 +245,9 @@ class PagedCaches:
         windows = -(-(self.config.sliding_window - 1) // self.layout.window_block) + 1
         fixed = block * (windows + (self.ring is not None))
         log.info(
-            "KV cache: %s rows, %d blocks of %.2f MiB; %.0f bytes per token and %.2f MiB per "
+            "KV cache: %s, %d blocks of %.2f MiB; %.0f bytes per token and %.2f MiB per "
             "running request; %d tokens fit in one request.",
-            type(self.layout.window.parts["kv"].codec).__name__.removesuffix("Rows"),
+            self.layout.rows_named(),
             self.window.blocks,
             block / 2**20,
             growing,

@@ -121,6 +121,14 @@ class CacheLayout:
         window = BlockLayout.of(kv=(kv, window_block))
         return cls(page_size, window_block, rows, window, page, ring)
 
+    def rows_named(self) -> str:
+        """For a log line: `FP8KV rows, FP4Index keys`."""
+        kv = type(self.window.parts["kv"].codec).__name__.removesuffix("Rows")
+        if CSA not in self.page:
+            return f"{kv} rows"
+        key = type(self.page[CSA].parts["key"].codec).__name__.removesuffix("Rows")
+        return f"{kv} rows, {key} keys"
+
     def growth(self, ratios: Iterable[int]) -> float:
         """Bytes that every further token of a request takes, over layers of these ratios."""
         return sum(self.page[r].nbytes for r in ratios if r != SWA) / self.page_size
