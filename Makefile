@@ -14,7 +14,7 @@ SGLANG_STAMP := $(SGLANG)/.built-$(PINS)
 TORCH = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --group torch-cpu
 CHECKPOINTS := .cache/checkpoints
 
-.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton bench bench-chat compare-engines kernels-report fuzz clean
+.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton bench bench-slice bench-kv bench-chat compare-engines kernels-report fuzz clean
 
 env: $(STAMP)
 
@@ -76,6 +76,16 @@ bench: $(CHECKPOINTS)/bench $(SGLANG_STAMP)
 
 kernels-report: $(STAMP)
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m benchmarks.kernels_report
+
+# Three real Flash layers with all experts, 12 GiB on disk: not made unless asked for.
+$(CHECKPOINTS)/slice-fp8-fp4: $(STAMP)
+	$(VLLM)/bin/dsv4 checkpoint make --preset slice --format fp8-fp4 --experts 256 --out $@
+
+bench-slice: $(CHECKPOINTS)/slice-fp8-fp4
+	$(VLLM)/bin/python -m benchmarks.slice $<
+
+bench-kv: $(CHECKPOINTS)/bench
+	$(VLLM)/bin/python -m benchmarks.kv_formats $<
 
 bench-chat: $(STAMP)
 	$(VLLM)/bin/python -m benchmarks.chat

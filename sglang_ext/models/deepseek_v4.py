@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,8 @@ from dsv4_plugin.model.transformer import Transformer
 from sglang_ext.config import cache_layout
 from sglang_ext.parallel import SglangParallel
 from sglang_ext.registration import check_active
+
+log = logging.getLogger("sglang.srt.dsv4")
 
 
 class DeepseekV4PluginForCausalLM(nn.Module):
@@ -56,6 +59,7 @@ class DeepseekV4PluginForCausalLM(nn.Module):
             raise ValueError(
                 f"the checkpoint lacks {len(missing)} tensors, {min(missing)} among them"
             )
+        log.info("%s.", self.model.weight_bytes)
 
     @torch.no_grad()
     def forward(

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.engine import load
 from tests.tolerances import BF16
 
 from .reference import Reference
-from .server import FLOAT32, Output
+from .server import FLOAT32, Output, Server
 from .test_exact import N, ids, prompts
 
 SIZES = ("--max-total-tokens=8192", "--max-running-requests=8", "--chunked-prefill-size=256")
@@ -48,6 +49,22 @@ def test_bfloat16(serve, tiny: Path, option: str, kv_dtype: str):
         warm = server.generate_all(asked, N, at_once=1)
     assert max(local_errors(tiny, kv_dtype, cold + warm)) < BF16
     assert sum(output.cached for output in warm) > 0
+
+
+def test_packed_weights_and_fp4_indexer_keys(tmp_path_factory):
+    """FP8 + FP4 weights, and an option that SGLang itself refuses on a CPU."""
+    folder = tmp_path_factory.mktemp("packed")
+    make_checkpoint(folder / "tiny", "tiny", fmt="fp8-fp4")
+    options = ("--dtype=float32", "--enable-deepseek-v4-fp4-indexer", *SIZES)
+    with Server(folder / "tiny", *options, log=folder / "log") as server:
+        output = server.generate([0, *ids(350, 61)], N)
+        log = server.read_log()
+    assert "Float32 rows, FP4Index keys" in log
+    assert "GiB of them packed" in log
+    model = load(folder / "tiny", "float32", index_dtype="fp4")
+    logits = model.logits(torch.tensor([*output.prompt, *output.ids]))[-N - 1 : -1]
+    picked = logits.log_softmax(-1).gather(1, torch.tensor(output.ids)[:, None])[:, 0]
+    assert (torch.tensor(output.logprobs) - picked).abs().mean() / logits.std() < BF16
 
 
 @thorough
