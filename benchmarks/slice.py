@@ -124,13 +124,17 @@ def main() -> None:
     files = sum(f.stat().st_size for f in args.checkpoint.glob("*.safetensors"))
     print(
         f"files {files / GIB:.2f} GiB, loaded in {time.perf_counter() - start:.0f} s; memory "
-        f"{(memory.now() - before) / GIB:.2f} GiB, peak {(memory.peak - before) / GIB:.2f} GiB"
+        f"{(memory.now() - before) / GIB:.2f} GiB, peak {(memory.peak - before) / GIB:.2f} GiB",
+        flush=True,
     )
     clock = Clock()
     time_parts(local.model, clock)
-    rows = [_prefill(local, n, clock) for n in args.prompts]
-    rows += [_decode(local, n, args.steps, clock) for n in args.decode]
-    _report(rows)
+    names = [*PARTS, "rest"]
+    print(f"{'case':14}{'tokens/s':>10}" + "".join(f"{name:>15}" for name in names))
+    for n in args.prompts:
+        _report(_prefill(local, n, clock))
+    for n in args.decode:
+        _report(_decode(local, n, args.steps, clock))
 
 
 @dataclass(frozen=True)
@@ -175,22 +179,19 @@ def _decode(local: LocalModel, requests: int, steps: int, clock: Clock) -> Row:
     return _measure(f"decode {requests}", requests * steps, clock, run)
 
 
-def _report(rows: list[Row]) -> None:
-    names = [*PARTS, "rest"]
-    print(f"{'case':14}{'tokens/s':>10}" + "".join(f"{name:>15}" for name in names))
+def _report(row: Row) -> None:
+    parts = [row.parts.get(name, 0.0) for name in PARTS]
+    shares = [p / row.seconds for p in [*parts, row.seconds - sum(parts)]]
+    speed = row.tokens / row.seconds
+    print(f"{row.case:14}{speed:>10.2f}" + "".join(f"{s:>15.1%}" for s in shares), flush=True)
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
         out = csv.writer(file)
         if new:
-            out.writerow(["time", "machine", "case", "tokens_per_s", *names])
-        for row in rows:
-            parts = [row.parts.get(name, 0.0) for name in PARTS]
-            shares = [p / row.seconds for p in [*parts, row.seconds - sum(parts)]]
-            speed = row.tokens / row.seconds
-            print(f"{row.case:14}{speed:>10.2f}" + "".join(f"{s:>15.1%}" for s in shares))
-            machine = f"{platform.machine()} {os.cpu_count()} cores"
-            values = [round(v, 4) for v in (speed, *shares)]
-            out.writerow([time.strftime("%Y-%m-%dT%H:%M:%S"), machine, row.case, *values])
+            out.writerow(["time", "machine", "case", "tokens_per_s", *PARTS, "rest"])
+        machine = f"{platform.machine()} {os.cpu_count()} cores"
+        values = [round(v, 4) for v in (speed, *shares)]
+        out.writerow([time.strftime("%Y-%m-%dT%H:%M:%S"), machine, row.case, *values])
 
 
 if __name__ == "__main__":
