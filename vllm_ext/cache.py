@@ -181,7 +181,7 @@ def cache_spec(kind: str, words: int, block_size: int, window: int = 0) -> KVCac
     common: dict[str, Any] = {
         "block_size": block_size, "num_kv_heads": 1, "head_size": 1, "dtype": torch.int32,
     }  # fmt: skip
-    if kind == "window":
+    if kind in ("window", "draft"):
         row = 4 * words // block_size
         return SlidingWindowSpec(**common, sliding_window=window, state_content_bytes=row)
     whole: dict[str, Any] = {"tokens_per_state": block_size, "state_content_bytes": 4 * words}

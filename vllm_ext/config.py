@@ -78,9 +78,12 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
         if current_platform.is_cpu() and parallel.pipeline_parallel_size > 1:
             parallel.worker_cls = CPU_PIPELINE_WORKER
         cache_layout(config, vllm_config)
+        mtp = vllm_config.speculative_config is not None
+        if mtp:
+            config.with_mtp_layer()
         directory = vllm_config.model_config.model
         if Path(directory).is_dir() and vllm_config.load_config.load_format != "dummy":
-            check_checkpoint(config, directory)
+            check_checkpoint(config, directory, mtp)
         model = vllm_config.model_config
         model.model_arch_config.is_deepseek_mla = False
         model.hf_config.model_type = SERVED_TYPE
@@ -116,11 +119,13 @@ def cache_layout(config: ModelConfig, vllm_config: VllmConfig) -> CacheLayout:
     index = vllm_config.attention_config.indexer_kv_dtype
     if index not in _INDEX_DTYPES:
         raise ValueError(f"indexer_kv_dtype is {index!r}; allowed are {', '.join(_INDEX_DTYPES)}")
+    speculative = vllm_config.speculative_config
     return CacheLayout.of(
         config,
         kv_dtype,
         vllm_config.cache_config.block_size,
         index_dtype=_INDEX_DTYPES[index],
+        num_speculative_tokens=speculative.num_speculative_tokens if speculative else 0,
     )
 
 
@@ -132,8 +137,13 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     if vllm_config.model_config.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype is {dtype_name(vllm_config)!r}; allowed are float32 and bfloat16")
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "mtp":
+        raise NotImplementedError(
+            f"speculative_config.method is {speculative.method!r}; "
+            "dsv4-plugin drafts with 'mtp' only"
+        )
     unsupported = {
-        "speculative_config": vllm_config.speculative_config is not None,
         "kv_transfer_config": vllm_config.kv_transfer_config is not None,
         "enable_eplb": parallel.enable_eplb,
         "prefill_context_parallel_size": parallel.prefill_context_parallel_size > 1,

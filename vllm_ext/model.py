@@ -63,6 +63,16 @@ class DeepseekV4ForCausalLM(nn.Module):
             most = vllm_config.scheduler_config.max_num_batched_tokens
             self.device_steps = DeviceStepBuilder(config, self.layout, most, self.device)
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.drafting = vllm_config.speculative_config is not None
+        self._streams: Tensor | None = None
+        if self.model.first:  # where vLLM looks for what a drafter shares with its target
+            self.model.embed_tokens = self.model.embed
+        if self.model.last:
+            self.lm_head = self.model.head
+
+    def get_mtp_target_hidden_states(self) -> Tensor | None:
+        """The last step's streams [T, R * D], what the MTP layer continues from."""
+        return self._streams
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Raises ValueError where the checkpoint lacks a tensor."""
@@ -101,6 +111,8 @@ class DeepseekV4ForCausalLM(nn.Module):
             assert intermediate_tensors is not None
             h = intermediate_tensors[STREAMS][:n]
         h = self.model.run(h, ids, step, caches)
+        if self.drafting:
+            self._streams = h.flatten(1)
         if self.model.last:
             return nn.functional.pad(self.model.collapse(h), (0, 0, 0, total - n))
         return IntermediateTensors({STREAMS: nn.functional.pad(h, (0, 0, 0, 0, 0, total - n))})
@@ -143,7 +155,11 @@ class DeepseekV4ForCausalLM(nn.Module):
         return step, caches
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        if hidden_states.device.type == "cpu":
-            hidden_states = hidden_states.float()
+        hidden_states = float32_logits(hidden_states)
         logits: Tensor | None = self.logits_processor(self.model.head, hidden_states)
         return logits
+
+
+def float32_logits(hidden_states: Tensor) -> Tensor:
+    """On CPUs the packed head takes float32."""
+    return hidden_states.float() if hidden_states.device.type == "cpu" else hidden_states

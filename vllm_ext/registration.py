@@ -15,6 +15,9 @@ from vllm_ext._compat import accept_fp4_indexer_option, require_tested_version
 from vllm_ext.choice import choose
 
 MODE = "deepseek_v4"
+DRAFTER_ARCHITECTURE = "DeepSeekV4MTPModel"
+"""vLLM's name for the drafter of method `mtp`."""
+DRAFTER = ("vllm_ext.mtp", "DeepseekV4MTP")
 MODEL = ("vllm_ext.model", "DeepseekV4ForCausalLM")
 TOKENIZER = ("vllm_ext.tokenizer", "DeepseekV4Tokenizer")
 RENDERER = ("vllm_ext.chat_renderer", "ChatRenderer")
@@ -30,6 +33,7 @@ def register_all() -> None:
 
         accept_fp4_indexer_option()
         ModelRegistry.register_model(ARCHITECTURE, ":".join(MODEL))
+        ModelRegistry.register_model(DRAFTER_ARCHITECTURE, ":".join(DRAFTER))
         MODELS_CONFIG_MAP[ARCHITECTURE] = PluginConfig
     if env.CHAT.read() == "plugin":
         TokenizerRegistry.tokenizers[MODE] = TOKENIZER

@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dsv4_plugin.cli import checkpoint, parse, render
+from dsv4_plugin.cli import checkpoint, parse, plan, render
 
 COMMANDS = {
     "checkpoint": (checkpoint, "make checkpoints"),
+    "plan": (plan, "what fits on which GPUs"),
     "render": (render, "messages to prompt text and ids"),
     "parse": (parse, "model output to a message"),
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.step import Step
-from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.config import SWA, ModelConfig
 from dsv4_plugin.model.block import Block
 from dsv4_plugin.model.hyper_connection import HyperHead
 from dsv4_plugin.model.norm import RMSNorm
@@ -38,7 +38,7 @@ class MTP(Network):
 
     def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ratios = config, [SWA]
         self.mtp = nn.ModuleList([MTPBlock(config, quantised(config, parallel), "mtp.0")])
 
     @property

@@ -1,0 +1,122 @@
+"""The drafter vLLM loads for `--speculative-config '{"method": "mtp", ...}'`.
+
+vLLM drives it as it drives its own: the first pass takes all tokens of a step, shifted by one, with
+the streams that the target left; further passes take single drafts with the drafter's own streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_pp_group
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+from dsv4_plugin.cache.layer import LayerCache
+from dsv4_plugin.cache.step import BlockTables, Step, StepBuilder
+from dsv4_plugin.checkpoint.files import MTP as PREFIX
+from dsv4_plugin.checkpoint.load import load_weights
+from dsv4_plugin.checkpoint.names import mtp_tensors
+from dsv4_plugin.config import SWA
+from dsv4_plugin.engine import Batch
+from dsv4_plugin.model.mtp import MTP
+from vllm_ext.cache import CacheBlocks
+from vllm_ext.config import cache_layout, model_config_of
+from vllm_ext.model import float32_logits
+from vllm_ext.parallel import VllmParallel
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class Drafter(nn.Module):
+    """What vLLM reaches for as `model`: it puts the target's embedding here."""
+
+    def __init__(self, network: MTP) -> None:
+        super().__init__()
+        self.network = network
+
+
+class DeepseekV4MTP(nn.Module):
+    supports_pp: ClassVar[Literal[True]] = True
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = model_config_of(vllm_config)
+        self.config = config
+        self.parallel = VllmParallel(
+            config,
+            vllm_config.model_config.dtype,
+            vllm_config.parallel_config.enable_expert_parallel,
+        )
+        self.model = Drafter(MTP(config, self.parallel))
+        if get_pp_group().world_size > 1:
+            self.model.embed_tokens = self.parallel.embedding("embed")
+        self.layout = replace(cache_layout(config, vllm_config), page={}, ring={})
+        window = self.layout.window
+        spec = {"block_size": self.layout.window_block, "window": config.sliding_window}
+        self.cache = CacheBlocks("draft", [window], window.words, spec)
+        self.steps = StepBuilder(config, self.layout)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Raises ValueError where the checkpoint lacks a tensor."""
+        rest = {}
+
+        def mine() -> Iterable[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                if name.startswith(PREFIX):
+                    yield name, tensor
+                elif name == "embed.weight" and hasattr(self.model, "embed_tokens"):
+                    rest[name] = self.model.embed_tokens.weight
+                    rest[name].weight_loader(rest[name], tensor)
+
+        missing = mtp_tensors(self.config).keys() - load_weights(
+            self.model.network, mine(), self.parallel.rank
+        )
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} tensors, {min(missing)} among them"
+            )
+        return {name for name, _ in self.named_parameters()}
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        out: Tensor = self.model.embed_tokens(input_ids)
+        return out
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        hidden_states: Tensor,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The next token of each position [T], the streams there [T, R * D] -> streams."""
+        step, cache = self._step(len(input_ids))
+        n = len(step.window_write)
+        ids = input_ids[:n].long()
+        h = hidden_states[:n].unflatten(1, (self.config.hc_mult, -1))
+        h = self.model.network(h, self.embed_input_ids(ids), ids, step, cache).flatten(1)
+        return nn.functional.pad(h, (0, 0, 0, len(input_ids) - n))
+
+    def _step(self, n_tokens: int) -> tuple[Step, LayerCache]:
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:
+            batch = Batch(self.model.network, self.layout, [n_tokens], n_tokens)
+            step = batch.step(torch.tensor([0]), torch.tensor([n_tokens]))
+            return step, batch.caches[0]
+        group = metadata[self.cache.prefix]
+        none = group.table[:, 0]
+        tables = BlockTables(group.table, group.table, none, self.cache.stride, 0, 0)
+        step = self.steps.build(tables, group.query_start, group.seq_lens)
+        return step, LayerCache.bind(self.layout, SWA, self.cache.layer(0), None, None)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        streams = hidden_states.unflatten(1, (self.config.hc_mult, -1))
+        hidden = float32_logits(self.model.network.collapse(streams))
+        logits: Tensor | None = self.logits_processor(self.lm_head, hidden)
+        return logits
