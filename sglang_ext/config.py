@@ -49,7 +49,6 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "dtype": ("auto", "float32", "bfloat16"),
     "kv_cache_dtype": tuple(KV_DTYPES),
     "pp_size": (1,),
-    "ep_size": (1,),
     "dcp_size": (1,),
     "attn_dp_size": (1,),
     "attn_cp_size": (1,),
@@ -77,6 +76,12 @@ def server_defaults(server_args: ServerArgs, hf_config: Any) -> dict[str, Any]:
     refuse_unsupported(server_args)
     config = ModelConfig.from_hf(hf_config.dsv4_json)
     config.require_tensor_parallel(server_args.tp_size)
+    if server_args.ep_size not in (1, server_args.tp_size):
+        raise NotImplementedError(
+            f"ep_size is {server_args.ep_size}; dsv4-plugin supports 1 and tp_size "
+            f"({server_args.tp_size})"
+        )
+    config.require_expert_parallel(server_args.ep_size)
     page_size = server_args.page_size or PAGE_SIZE
     dtype = config.torch_dtype if server_args.dtype == "auto" else server_args.dtype
     cache_layout(config, dtype, server_args.kv_cache_dtype, page_size)

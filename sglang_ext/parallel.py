@@ -14,7 +14,8 @@ from dsv4_plugin.model.parallel import Head, RankParallel
 class SglangParallel(RankParallel):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         rank, size = get_parallel().tp_rank, get_parallel().tp_size
-        super().__init__(config, dtype, rank, size, tensor_model_parallel_all_reduce)
+        own = get_parallel().moe_ep_size > 1
+        super().__init__(config, dtype, rank, size, tensor_model_parallel_all_reduce, own)
         if config.vocab_size % self.size:
             raise ValueError(
                 f"tp_size is {self.size}; it must divide vocab_size ({config.vocab_size})"

@@ -212,6 +212,7 @@ class PagedCaches:
             self.page = entry("page", pages, block_size=layout.page_size)
             self.ring = entry("ring", rings, block_size=layout.page_size)
         self._layers: list[LayerCache] | None = None
+        self.allocated: Callable[[], None] = _nothing
         self._entries = [blocks for blocks in (self.window, self.page, self.ring) if blocks]
         for blocks in self._entries:
             blocks.bound = self._bound
@@ -220,6 +221,7 @@ class PagedCaches:
         """vLLM has allocated an entry; report when it was the last one."""
         if all(blocks.storage is not None for blocks in self._entries):
             self._report()
+            self.allocated()
 
     def layers(self) -> list[LayerCache]:
         """One LayerCache per layer; made on first use after allocation."""

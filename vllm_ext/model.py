@@ -22,6 +22,7 @@ from dsv4_plugin.engine import Batch, allocate
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import DeviceStep
 from dsv4_plugin.model.transformer import Transformer
+from dsv4_plugin.plan import GIB, workspace_bytes
 from vllm_ext.cache import GroupMetadata, PagedCaches
 from vllm_ext.config import SERVED_TYPE, cache_layout, model_config_of
 from vllm_ext.parallel import VllmParallel
@@ -63,6 +64,8 @@ class DeepseekV4ForCausalLM(nn.Module):
             most = vllm_config.scheduler_config.max_num_batched_tokens
             self.device_steps = DeviceStepBuilder(config, self.layout, most, self.device)
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.caches.allocated = self._report
+        self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.drafting = vllm_config.speculative_config is not None
         self._streams: Tensor | None = None
         if self.model.first:  # where vLLM looks for what a drafter shares with its target
@@ -85,6 +88,23 @@ class DeepseekV4ForCausalLM(nn.Module):
             )
         log.info("%s.", self.model.weight_bytes)
         return {name for name, _ in self.named_parameters()}
+
+    def _report(self) -> None:
+        """One line per rank, when vLLM has allocated the cache."""
+        storage = self.caches.window.storage
+        assert storage is not None
+        log.info(
+            "Rank %d of %d: layers %d-%d; %s; %.2f GiB of KV cache; workspace of about %.2f GiB "
+            "for %d tokens.",
+            torch.distributed.get_rank(),
+            torch.distributed.get_world_size(),
+            self.parallel.stages[self.parallel.stage].start,
+            self.parallel.stages[self.parallel.stage].stop - 1,
+            self.model.weight_bytes,
+            storage.untyped_storage().nbytes() / GIB,
+            workspace_bytes(self.config, self.parallel.size, self.max_tokens) / GIB,
+            self.max_tokens,
+        )
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         out: Tensor = self.model.embed(input_ids)

@@ -68,8 +68,9 @@ def test_packed_weights_and_fp4_indexer_keys(tmp_path_factory):
 
 
 @thorough
-def test_two_ranks_without_radix_cache(serve, judge: Reference):
-    options = (*FLOAT32, *SIZES[:2], "--tp-size=2", "--disable-radix-cache")
+@pytest.mark.parametrize("experts", [(), ("--ep-size=2",)])
+def test_two_ranks_without_radix_cache(serve, judge: Reference, experts: tuple[str, ...]):
+    options = (*FLOAT32, *SIZES[:2], "--tp-size=2", "--disable-radix-cache", *experts)
     with serve(*options, environ={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}) as server:
         judge.check(server.generate_all(prompts(700, seed=50), N, at_once=8))
         judge.check([server.generate([0, *ids(300, 51)], N)])

@@ -1,0 +1,153 @@
+"""MTP through the real engine: drafts as they come, always right and always wrong, in company,
+with chunks, prefix hits and preemption, against transformers."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from dsv4_plugin.checkpoint.make import make_checkpoint
+from tests.conftest import SMALL, random_ids
+from tests.vllm.test_engine import NEW, check, counters, poison
+from tests.vllm.test_options import configure
+
+DRAFTS = 3
+POOL = 100
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory):
+    """The weights of `small`, and an MTP layer."""
+    directory = tmp_path_factory.mktemp("mtp") / "checkpoint"
+    overrides = SMALL | {"num_nextn_predict_layers": 1}
+    make_checkpoint(directory, "tiny", seed=1, overrides=overrides, tokenizer=False)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def llm(drafting):
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from vllm import LLM
+
+    engine = LLM(
+        str(drafting),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=1024,
+        max_num_batched_tokens=96,
+        max_num_seqs=16,
+        kv_cache_memory_bytes=200 << 20,
+        num_gpu_blocks_override=POOL,
+        enforce_eager=True,
+        disable_log_stats=False,
+        speculative_config={"method": "mtp", "num_speculative_tokens": DRAFTS},
+    )
+    engine.apply_model(poison)
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    shared = random_ids(520, seed=20).tolist()
+    alone = [random_ids(n, seed=n).tolist() for n in (3, 40, 127, 128, 129, 255, 256, 257, 700)]
+    return alone + [
+        shared[:n] + random_ids(7 + n % 13, seed=n).tolist()
+        for n in (300, 301, 512, 513, 520, 256, 40)
+    ]
+
+
+def generate(llm, prompts):
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=NEW, logprobs=0, ignore_eos=True, detokenize=False
+    )
+    return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+
+
+def drafted(llm) -> tuple[float, float]:
+    """Drafts proposed and accepted so far."""
+    found = {m.name.removeprefix("vllm:spec_decode_"): m for m in llm.get_metrics()}
+    return found["num_draft_tokens"].value, found["num_accepted_tokens"].value
+
+
+def runner(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+@pytest.fixture
+def oracle(llm, monkeypatch):
+    """oracle(texts, wrong): the drafter proposes each text's true continuation, or never does."""
+    run, propose = runner(llm), runner(llm).drafter.propose
+
+    def set_up(texts: list[list[int]], wrong: bool) -> None:
+        def drafts(*args, **kwargs):
+            found = propose(*args, **kwargs)
+            lengths = kwargs["common_attn_metadata"].seq_lens.tolist()
+            rejected = kwargs["num_rejected_tokens_gpu"]
+            late = rejected.tolist() if rejected is not None else [0] * len(lengths)
+            if found.shape[1] > 1 and rejected is not None:
+                late = [0] * len(lengths)  # vLLM has taken them off already
+            steps = found.shape[1] - 1  # and gone ahead by the further drafts
+            rows = []
+            for i in range(len(found)):
+                n = lengths[i] - late[i] - steps
+                known = run.requests[run.input_batch.req_ids[i]].prompt_token_ids
+                text = next(t for t in texts if t[: len(known)] == list(known))
+                after = (text[n + 1 :] + [0] * DRAFTS)[: found.shape[1]]
+                rows.append([(t + wrong) % 512 for t in after])
+            return torch.tensor(rows, dtype=found.dtype)
+
+        monkeypatch.setattr(run.drafter, "propose", drafts)
+
+    return set_up
+
+
+def test_sixteen_at_once_in_a_small_pool(llm, small, reference, prompts):
+    before = counters(llm)
+    outputs = generate(llm, prompts)
+    assert counters(llm)["num_preemptions"] > before["num_preemptions"]
+    assert drafted(llm)[0] > 1000
+    for prompt, output in zip(prompts, outputs, strict=True):
+        check(reference, small, prompt, output)
+
+
+def test_prefix_hits(llm, small, reference, prompts):
+    """vLLM computes the last page of a hit again for the drafter."""
+    generate(llm, prompts[12:13])
+    before = counters(llm)
+    output = generate(llm, prompts[13:14])[0]
+    assert counters(llm)["prefix_cache_hits"] > before["prefix_cache_hits"]
+    check(reference, small, prompts[13], output)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_drafts_that_are_always_right_or_wrong(llm, small, reference, prompts, oracle, wrong):
+    asked = [p for p in prompts if len(p) < 500][:8]
+    truth = [list(p) + list(o.outputs[0].token_ids) for p, o in zip(asked, generate(llm, asked))]
+    oracle(truth, wrong)
+    before = drafted(llm)
+    outputs = generate(llm, asked)
+    proposed, accepted = (a - b for a, b in zip(drafted(llm), before, strict=True))
+    for prompt, output in zip(asked, outputs, strict=True):
+        check(reference, small, prompt, output)
+    assert proposed > 8 * NEW / (DRAFTS + 1) / 2
+    assert accepted / proposed < 0.02 if wrong else accepted / proposed > 0.8
+
+
+@pytest.mark.parametrize(
+    ("change", "method", "sentence"),
+    [
+        ({"num_nextn_predict_layers": 0}, "mtp", "MTP needs a checkpoint that has 1"),
+        ({"dspark_block_size": 5}, "mtp", "drafts with DSpark, which is not supported"),
+        ({}, "ngram", "speculative_config.method is 'ngram'; dsv4-plugin drafts with 'mtp' only"),
+    ],
+)
+def test_refusals(drafting, change, method, sentence):
+    speculative = {"method": method, "num_speculative_tokens": 1}
+    with pytest.raises((ValueError, NotImplementedError), match=sentence):
+        configure(drafting, speculative_config=speculative, hf_overrides=change)
