@@ -128,7 +128,8 @@ def test_prefix_hits(llm, small, reference, prompts):
 @pytest.mark.parametrize("wrong", [False, True])
 def test_drafts_that_are_always_right_or_wrong(llm, small, reference, prompts, oracle, wrong):
     asked = [p for p in prompts if len(p) < 500][:8]
-    truth = [list(p) + list(o.outputs[0].token_ids) for p, o in zip(asked, generate(llm, asked))]
+    answers = [list(output.outputs[0].token_ids) for output in generate(llm, asked)]
+    truth = [prompt + answer for prompt, answer in zip(asked, answers, strict=True)]
     oracle(truth, wrong)
     before = drafted(llm)
     outputs = generate(llm, asked)
