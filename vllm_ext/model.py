@@ -60,13 +60,13 @@ class DeepseekV4ForCausalLM(nn.Module):
         self.steps = StepBuilder(config, self.layout)
         self.device = vllm_config.device_config.device
         self.device_steps = None
-        if use_triton(self.device):
+        self.drafting = vllm_config.speculative_config is not None
+        if use_triton(self.device) and not self.drafting:
             most = vllm_config.scheduler_config.max_num_batched_tokens
             self.device_steps = DeviceStepBuilder(config, self.layout, most, self.device)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.caches.allocated = self._report
         self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self.drafting = vllm_config.speculative_config is not None
         self._streams: Tensor | None = None
         if self.model.first:  # where vLLM looks for what a drafter shares with its target
             self.model.embed_tokens = self.model.embed

@@ -20,7 +20,7 @@ from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.step import BlockTables, Step, StepBuilder
 from dsv4_plugin.checkpoint.files import MTP as PREFIX
 from dsv4_plugin.checkpoint.load import load_weights
-from dsv4_plugin.checkpoint.names import mtp_tensors
+from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.config import SWA
 from dsv4_plugin.engine import Batch
 from dsv4_plugin.model.mtp import MTP
@@ -75,9 +75,9 @@ class DeepseekV4MTP(nn.Module):
                     rest[name] = self.model.embed_tokens.weight
                     rest[name].weight_loader(rest[name], tensor)
 
-        missing = mtp_tensors(self.config).keys() - load_weights(
-            self.model.network, mine(), self.parallel.rank
-        )
+        taken = load_weights(self.model.network, mine(), self.parallel.rank)
+        needed = {name for name in stored_tensors(self.config, True) if name.startswith(PREFIX)}
+        missing = needed - taken
         if missing:
             raise ValueError(
                 f"the checkpoint lacks {len(missing)} tensors, {min(missing)} among them"
