@@ -14,7 +14,7 @@ SGLANG_STAMP := $(SGLANG)/.built-$(PINS)
 TORCH = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --group torch-cpu
 CHECKPOINTS := .cache/checkpoints
 
-.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton bench bench-slice bench-kv bench-chat compare-engines kernels-report fuzz clean
+.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton mutants bench bench-slice bench-kv bench-chat compare-engines kernels-report fuzz clean
 
 env: $(STAMP)
 
@@ -67,6 +67,10 @@ TRITON_TESTS = OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/triton
 unit-triton: $(STAMP)
 	TRITON_INTERPRET=1 $(TRITON_TESTS)
 	DSV4_TEST_GPU=sm80,sm86,sm89,sm90,sm120 $(TRITON_TESTS)
+
+# Mistakes put into kernels, each of which the tests have to notice (10 minutes).
+mutants: $(STAMP)
+	$(VLLM)/bin/python -m tests.triton.mutants
 
 unit-sglang: $(SGLANG_STAMP)
 	$(SGLANG)/bin/python -m pytest tests/sglang

@@ -98,9 +98,9 @@ def _attention(attention: Attention, x: Tensor, step: DeviceStep, cache: LayerCa
         _compress(a, x, step, cache)
         entries = _paged(cache, ratio, "kv", step)
     if ratio == CSA and step.longest // CSA > a.topk:
-        i = a.indexer
+        i = a.indexer  # its scale is left out: a positive factor of all scores changes no choice
         chosen = choose(
-            i.wq_b(qr).view(-1, i.heads, i.dim), i.weights_proj(x).float() * i.scale, cis,
+            i.wq_b(qr).view(-1, i.heads, i.dim), i.weights_proj(x), cis,
             _paged(cache, ratio, "key", step), step.position, step.request, ratio, step.longest,
             a.topk, tiles, i.reduce,
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,11 @@ def angles(tokens: int, rope: int) -> Tensor:
 def poisoned(words: int) -> Tensor:
     """A cache of NaN that nobody wrote."""
     return torch.full((words,), 0x7FC0BEEF, dtype=torch.int32)
+
+
+def untouched(words: int) -> Tensor:
+    """A cache of zeros that takes memory only where it is written."""
+    return torch.from_numpy(np.zeros(words, np.int32))
 
 
 def step_of(

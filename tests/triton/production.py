@@ -20,6 +20,7 @@ from dsv4_plugin.kernels.paged_attention import Queries
 from dsv4_plugin.kernels.paged_attention.kernel import paged_attention
 from dsv4_plugin.kernels.paged_index import kernel as index
 from tests.triton.cases import key_codec, kv_codec
+from tests.triton.production_layer import CASES as LAYER_CASES
 
 MILLION = 1 << 20
 PAGE = 256
@@ -93,4 +94,4 @@ CASES: dict[str, Callable[[], None]] = {
     "indexer scores, prefill": partial(index_scores, 8192, 64, MILLION),
     "indexer top-512 of 16,384": partial(index_topk, 1, 1 << 16, 512),
     "indexer top-1024 of 262,144": partial(index_topk, 64, MILLION, 1024),
-}
+} | LAYER_CASES

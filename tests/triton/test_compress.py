@@ -13,7 +13,7 @@ from dsv4_plugin.config import CSA, HCA
 from dsv4_plugin.kernels import compress
 from dsv4_plugin.kernels.compress import State, Target, kernel
 from tests.core.test_cache import flash
-from tests.triton.inputs import Caches, step_of
+from tests.triton.inputs import Caches, step_of, untouched
 
 EPS = 1e-6
 FLASH = flash([CSA, HCA])
@@ -141,3 +141,26 @@ def test_entries_do_not_depend_on_chunks():
     for other in pages[1:]:
         assert torch.equal(other.page, pages[0].page)
         assert torch.equal(other.ring, pages[0].ring)
+
+
+def test_pages_and_rings_beyond_two_gigabytes(gpu):
+    """What a request writes there is what it writes nearby."""
+    near = Layer(SMALL, CSA, "fp8", 1, 2, 32)
+    far = near.copy()
+    stride = (1 << 29) + 2
+    tables = replace(
+        near.caches.tables,
+        page=torch.tensor([[5, 1]]).int(), page_stride=stride,
+        ring=torch.tensor([5]).int(), ring_stride=stride,
+    )  # fmt: skip
+    # Zeros that take memory only where they are written.
+    page, ring = untouched(6 * stride), untouched(6 * stride)
+    far.caches = replace(near.caches, tables=tables, page=page, ring=ring)
+    y = near.products(33)
+    near.run(compress.reference, y, [33], [0])
+    far.run(kernel.compress, y, [33], [0])
+    words = near.layout.page[CSA].words
+    first = int(near.caches.tables.page[0, 0]) * near.caches.tables.page_stride
+    assert torch.equal(page[5 * stride :][:words], near.caches.page[first:][:words])
+    words = near.layout.ring[CSA].words
+    assert torch.equal(ring[5 * stride :][:words], near.caches.ring[:words])

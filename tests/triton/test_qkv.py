@@ -8,7 +8,7 @@ import torch
 from dsv4_plugin.cache.rows import BFloat16Rows, Float32Rows, FP8KVRows, RowPool
 from dsv4_plugin.kernels import qkv
 from dsv4_plugin.kernels.qkv import kernel
-from tests.triton.inputs import angles, poisoned
+from tests.triton.inputs import angles, poisoned, untouched
 
 EPS = 1e-6
 
@@ -49,3 +49,16 @@ def test_other_sizes(gpu, tokens, heads, d, rope):
     codec = FP8KVRows(d, rope)
     inputs, storage = case(tokens, heads, d, rope, codec, torch.bfloat16)
     check(inputs, storage, codec)
+
+
+def test_rows_beyond_two_gigabytes(gpu):
+    codec = FP8KVRows(512, 64)
+    inputs, _ = case(2, 1, 512, 64, codec, torch.bfloat16)
+    address = torch.tensor([(1 << 29) + 10, (1 << 31) + 6])
+    storage = untouched(int(address.max()) + codec.words)
+    kernel.qkv(*inputs[:-1], address, RowPool(storage, codec))
+    near = RowPool(poisoned(2 * codec.words), codec)
+    qkv.reference(*inputs[:-1], torch.tensor([0, codec.words]), near)
+    for i, a in enumerate(address.tolist()):
+        mine = near.storage[i * codec.words :][: codec.words]
+        assert torch.equal(storage[a : a + codec.words], mine)

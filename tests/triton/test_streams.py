@@ -39,7 +39,8 @@ def close(found, expected, dtype):
 )
 def test_streams(gpu, tokens, r, d, dtype, place):
     out, h, by = case(tokens, r, d, dtype)
-    mixer = mixer_of(r, d, r if place == "head" else (2 + r) * r)
+    iters = 3 if d == 72 else 20  # few enough that one more or less shows
+    mixer = mixer_of(r, d, r if place == "head" else (2 + r) * r, iters)
     given = (None, h, None) if place == "first" else (out, h, by)
     expected = streams.reference(*given, mixer)
     found = kernel.streams(*given, mixer)

@@ -293,5 +293,5 @@ def compress(
             step.seq_lens, step.tables.ring, step.tables.page,
             state.ring.storage.view(torch.float32), kv.pool.storage,
             step.tables.page.stride(0), step.tables.ring_stride, step.tables.page_stride, eps,
-            **sizes, AFTER_CARRY=after_carry, num_warps=4, enable_fp_fusion=False,
+            **sizes, AFTER_CARRY=after_carry, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip

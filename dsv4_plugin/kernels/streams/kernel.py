@@ -53,7 +53,7 @@ def mix(
         if SPREAD:
             given = tl.load(out + t[:, None] * D + d[None, :], mask=inside, other=0.0)
             given = given.to(tl.float32)
-        for k in tl.static_range(R):
+        for k in range(R):
             at = (t[:, None] * R + k) * D + d[None, :]
             if SPREAD:
                 weight = tl.load(post + t * R + k, mask=real, other=0.0)
@@ -167,7 +167,7 @@ def streams(
     mix[(triton.cdiv(tokens, tile), chunks)](
         out if spreading else h, h, by.post if by else partial, by.mixing if by else partial,
         mixer.fn, h_out, partial, tokens, d, chunks,
-        R=r, N=len(mixer.fn), SPREAD=spreading, TILE=tile, CHUNK=CHUNK, BLOCK=64, WIDTH=WIDTH,
+        R=r, N=len(mixer.fn), SPREAD=spreading, TILE=tile, CHUNK=CHUNK, BLOCK=32, WIDTH=WIDTH,
         num_warps=4, num_stages=1,
     )  # fmt: skip
     post = partial if head else h.new_empty((tokens, r), dtype=torch.float32)

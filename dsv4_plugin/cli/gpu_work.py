@@ -1,0 +1,352 @@
+"""What `dsv4 gpu-check` runs: every kernel, on inputs of a given size.
+
+Shapes are Flash's: 64 heads of 512, 4 streams of 4,096, 256 experts, pages of 256 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dsv4_plugin.cache.layer import LayerCache
+from dsv4_plugin.cache.layout import BlockLayout, CacheLayout
+from dsv4_plugin.cache.rows import RowPool
+from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
+from dsv4_plugin.kernels import (
+    compress,
+    gate,
+    norm,
+    paged_attention,
+    paged_index,
+    qkv,
+    step,
+    streams,
+)
+from dsv4_plugin.kernels.compress import State, Target
+from dsv4_plugin.kernels.paged import Paged
+from dsv4_plugin.kernels.paged_attention import Queries
+from dsv4_plugin.kernels.step import BlockTables, DeviceStep, Rows
+from dsv4_plugin.kernels.streams import Mixer, Spread
+
+Outputs = list[Tensor]
+HEADS, D, ROPE, HIDDEN, STREAMS, EXPERTS, INDEX_HEADS, INDEX_D = 64, 512, 64, 4096, 4, 256, 64, 128
+EPS = 1e-6
+TOPK = 512
+
+
+@dataclass(frozen=True)
+class Work:
+    """launch and expect return the same outputs, of the kernel and of plain torch; words of a cache
+    (int32) have to be equal, others close. nbytes: the least that has to be moved."""
+
+    launch: Callable[[], Outputs]
+    expect: Callable[[], Outputs]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class World:
+    """One layer of each kind with its caches, `requests` requests of `length` tokens each, which
+    bring `tokens` tokens each in this step."""
+
+    device: torch.device
+    config: ModelConfig
+    layout: CacheLayout
+    requests: int
+    tokens: int
+    length: int
+
+    @classmethod
+    def of(
+        cls, device: torch.device, requests: int, tokens: int, length: int, kv_dtype: str = "fp8"
+    ) -> World:
+        config = ModelConfig(
+            vocab_size=129280, hidden_size=HIDDEN, num_hidden_layers=3, num_attention_heads=HEADS,
+            head_dim=D, qk_rope_head_dim=ROPE, q_lora_rank=1024, o_groups=8, o_lora_rank=1024,
+            sliding_window=128, compress_ratios=(SWA, CSA, HCA), index_n_heads=INDEX_HEADS,
+            index_head_dim=INDEX_D, index_topk=TOPK, n_routed_experts=EXPERTS,
+            num_experts_per_tok=6, moe_intermediate_size=2048, num_hash_layers=0,
+            max_position_embeddings=1 << 20, yarn=None,
+        )  # fmt: skip
+        layout = CacheLayout.of(config, kv_dtype)
+        return cls(device, config, layout, requests, tokens, length)
+
+    @property
+    def rows(self) -> int:
+        return self.requests * self.tokens
+
+    def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(len(shape) + sum(shape))
+        return torch.randn(shape, device=self.device, generator=generator).to(dtype)
+
+    def blocks(self, tokens: int) -> Tensor:
+        """Block numbers int32 [B, n], the last block first."""
+        n = -(-self.length // tokens)
+        total = self.requests * n
+        order = torch.arange(total - 1, -1, -1, dtype=torch.int32, device=self.device)
+        return order.view(self.requests, n)
+
+    def tables(self, ratio: int) -> BlockTables:
+        page = self.layout.page[ratio].words if ratio else 0
+        ring = self.layout.ring[ratio].words if ratio else 0
+        numbers = torch.arange(self.requests, dtype=torch.int32, device=self.device)
+        window = self.blocks(self.layout.window_block)
+        pages = self.blocks(self.layout.page_size)
+        return BlockTables(window, pages, numbers, self.layout.window.words, page, ring)
+
+    def start(self) -> Tensor:
+        return torch.arange(self.requests + 1, dtype=torch.int32, device=self.device) * self.tokens
+
+    def lengths(self) -> Tensor:
+        return torch.full((self.requests,), self.length, dtype=torch.int32, device=self.device)
+
+    def places(self) -> Rows:
+        int32 = partial(torch.empty, dtype=torch.int32, device=self.device)
+        address = torch.empty(self.rows, dtype=torch.int64, device=self.device)
+        return Rows(int32(self.rows), int32(self.rows), address, int32(4, self.rows))
+
+    def step(self, ratio: int) -> DeviceStep:
+        rows, tables = self.places(), self.tables(ratio)
+        words, block = self.layout.window.parts["kv"].codec.words, self.layout.window_block
+        step.reference(tables, self.start(), self.lengths(), block, words, (1, 1, 4, 128), rows)
+        angle = self.random(self.rows, ROPE // 2)
+        cis = torch.stack([angle.cos(), angle.sin()], -1).flatten(1)
+        return DeviceStep(
+            rows.position, rows.request, rows.window_write, self.start(), self.lengths(),
+            {SWA: cis, CSA: cis, HCA: cis}, {CSA: cis, HCA: cis}, tables, self.tokens, self.length,
+        )  # fmt: skip
+
+    def window(self) -> Tensor:
+        return self._filled(self.layout.window, self.layout.window_block)
+
+    def cache(self, ratio: int) -> LayerCache:
+        """A layer's caches, every row written."""
+        page = ring = None
+        if ratio:
+            page = self._filled(self.layout.page[ratio], self.layout.page_size)
+            ring = self._filled(self.layout.ring[ratio], self.length)
+        return LayerCache.bind(self.layout, ratio, self.window(), page, ring)
+
+    def _filled(self, layout: BlockLayout, tokens: int) -> Tensor:
+        """Blocks of `tokens` tokens, their rows random."""
+        blocks = self.requests * -(-self.length // tokens)
+        storage = torch.zeros(blocks * layout.words, dtype=torch.int32, device=self.device)
+        first = torch.arange(blocks, device=self.device)[:, None] * layout.words
+        for part in layout.parts.values():
+            inside = torch.arange(part.rows, device=self.device) * part.codec.words
+            pool = RowPool(storage, part.codec)
+            for address in (first + part.offset + inside).flatten().split(1 << 16):
+                x = self.random(len(address), part.codec.width)
+                # States hold sums of exponentials, which are positive.
+                pool.write(address, x.abs() + 0.1 if part.codec.kind == "float32" else x)
+        return storage
+
+
+def place(world: World) -> Work:
+    from dsv4_plugin.kernels.step import kernel
+
+    words, block = world.layout.window.parts["kv"].codec.words, world.layout.window_block
+    grains = (1, 1, 4, 128)
+    on_device = torch.tensor(grains, dtype=torch.int32, device=world.device)
+    tables, start, lengths = world.tables(SWA), world.start(), world.lengths()
+
+    def run(fill: Callable[[Rows], None]) -> Outputs:
+        rows = world.places()
+        fill(rows)
+        return [rows.position, rows.request, rows.window_write, rows.angles_at]
+
+    return Work(
+        lambda: run(lambda r: kernel.place(tables, start, lengths, block, words, on_device, r)),
+        lambda: run(lambda r: step.reference(tables, start, lengths, block, words, grains, r)),
+        36 * world.rows,
+    )
+
+
+def latent_norm(world: World) -> Work:
+    from dsv4_plugin.kernels.norm import kernel
+
+    x = world.random(world.rows, 1024, dtype=torch.bfloat16)
+    weight = world.random(1024)
+    return Work(
+        lambda: [kernel.rms_norm(x, weight, EPS)],
+        lambda: [norm.reference(x, weight, EPS)],
+        2 * x.nbytes,
+    )
+
+
+def queries_and_window(world: World) -> Work:
+    from dsv4_plugin.kernels.qkv import kernel
+
+    s = world.step(SWA)
+    q = world.random(world.rows, HEADS, D, dtype=torch.bfloat16)
+    kv = world.random(world.rows, D, dtype=torch.bfloat16)
+    weight = world.random(D)
+    empty = world.window()
+    codec = world.layout.window.parts["kv"].codec
+
+    def run(op: Callable[..., Tensor]) -> Outputs:
+        pool = RowPool(empty.clone(), codec)
+        return [op(q, kv, weight, EPS, s.cis[SWA], s.window_write, pool), pool.storage]
+
+    nbytes = 2 * q.nbytes + kv.nbytes + 4 * codec.words * world.rows
+    return Work(lambda: run(kernel.qkv), lambda: run(qkv.reference), nbytes)
+
+
+def compressor(world: World, ratio: int) -> Work:
+    from dsv4_plugin.kernels.compress import kernel
+
+    s, cache = world.step(ratio), world.cache(ratio)
+    assert cache.kv is not None
+    assert cache.sums is not None
+    parts = world.layout.page[ratio].parts
+    halves, channels = (2, D + INDEX_D) if ratio == CSA else (1, D)
+    y = world.random(world.rows, 2, halves, channels)
+    ape = world.random(ratio, halves, channels)
+    weights = world.random(D), world.random(INDEX_D)
+    page, ring = cache.kv.storage, cache.sums.storage
+
+    def run(op: Callable[..., None]) -> Outputs:
+        fresh = LayerCache.bind(
+            world.layout, ratio, cache.window.storage, page.clone(), ring.clone()
+        )
+        assert fresh.kv is not None
+        assert fresh.sums is not None
+        targets = [Target(fresh.kv, parts["kv"].offset, weights[0])]
+        carry = 0
+        if ratio == CSA:
+            assert fresh.key is not None
+            targets.append(Target(fresh.key, parts["key"].offset, weights[1], rotate=True))
+            carry = parts["carry"].offset
+        state = State(fresh.sums, world.layout.ring_rows, fresh.carry, carry)
+        size = world.layout.page_size
+        op(y, ape, EPS, s, ratio, size, targets, state, torch.bfloat16)
+        return [fresh.kv.storage, fresh.sums.storage]
+
+    nbytes = y.nbytes + 8 * cache.sums.codec.words * world.requests
+    return Work(lambda: run(kernel.compress), lambda: run(compress.reference), nbytes)
+
+
+def residual_streams(world: World) -> Work:
+    from dsv4_plugin.kernels.streams import kernel
+
+    n, r = world.rows, STREAMS
+    outputs = (2 + r) * r
+    fn = world.random(outputs, r * HIDDEN) * (r * HIDDEN) ** -0.5
+    base, weight = world.random(outputs), world.random(HIDDEN)
+    mixer = Mixer(fn, base, torch.ones_like(base), weight, 20, EPS, EPS)
+    out = world.random(n, HIDDEN, dtype=torch.bfloat16)
+    h = world.random(n, r, HIDDEN, dtype=torch.bfloat16)
+    by = Spread(world.random(n, r).sigmoid(), world.random(n, r, r).sigmoid())
+
+    def run(op: Callable[..., tuple[Tensor, Tensor, Spread | None]]) -> Outputs:
+        streams_, x, spread = op(out, h, by, mixer)
+        assert spread is not None
+        return [streams_, x, spread.post, spread.mixing]
+
+    nbytes = 2 * h.nbytes + 2 * out.nbytes + fn.nbytes
+    return Work(lambda: run(kernel.streams), lambda: run(streams.reference), nbytes)
+
+
+def router(world: World) -> Work:
+    from dsv4_plugin.kernels.gate import kernel
+
+    logits, bias = 3 * world.random(world.rows, EXPERTS), world.random(EXPERTS)
+    ids = torch.zeros(world.rows, dtype=torch.int64, device=world.device)
+    args = (logits, 6, 1.5, bias, None, ids)
+    return Work(
+        lambda: list(kernel.gate(*args)), lambda: list(gate.reference(*args)), logits.nbytes
+    )
+
+
+def _paged(world: World, pool: RowPool | None, name: str, ratio: int) -> Paged:
+    assert pool is not None
+    tables = world.tables(ratio)
+    if name == "window":
+        block = world.layout.window_block
+        return Paged(pool, tables.window, tables.window_stride, 0, block)
+    part = world.layout.page[ratio].parts[name]
+    return Paged(pool, tables.page, tables.page_stride, part.offset, part.rows)
+
+
+def _entries(world: World, ratio: int) -> int:
+    """Compressed entries that all rows see together, about."""
+    return world.rows * (world.length // ratio)
+
+
+def index(world: World) -> Work:
+    """Scores and their top-k, from given queries."""
+    from dsv4_plugin.kernels.paged_index import kernel
+
+    s, cache = world.step(CSA), world.cache(CSA)
+    q = world.random(world.rows, INDEX_HEADS, INDEX_D, dtype=torch.bfloat16)
+    weight = world.random(world.rows, INDEX_HEADS)
+    keys = _paged(world, cache.key, "key", CSA)
+    n, tiles = world.length // CSA, world.tokens >= 16
+    kind = keys.pool.codec.kind
+    turned = kernel.queries(q, weight, s.cis[CSA], kind)
+    at = s.position, s.request
+
+    def launch() -> Outputs:
+        score = kernel.scores(*turned, keys, *at, CSA, n, tiles)
+        return [kernel.topk(score, s.position, CSA, TOPK)]
+
+    def expect() -> Outputs:
+        # By the kernel's scores: sums of another order may choose another entry.
+        score = kernel.scores(*turned, keys, *at, CSA, n, tiles)
+        plain_queries = paged_index.reference_queries(q, weight, s.cis[CSA], kind)
+        plain = paged_index.reference_scores(*plain_queries, keys, *at, CSA, n)
+        seen = ~plain.isnan()
+        close = 1e-3 * float(plain[seen].abs().max())
+        torch.testing.assert_close(score[seen], plain[seen], rtol=0, atol=close)
+        return [paged_index.reference_topk(score, s.position, CSA, TOPK)]
+
+    row = 4 * keys.pool.codec.words
+    nbytes = _entries(world, CSA) // world.tokens * row + q.nbytes
+    return Work(launch, expect, nbytes)
+
+
+def attention(world: World, ratio: int) -> Work:
+    from dsv4_plugin.kernels.paged_attention import kernel
+
+    s, cache = world.step(ratio), world.cache(ratio)
+    q = world.random(world.rows, HEADS, D, dtype=torch.bfloat16)
+    sink = world.random(HEADS)
+    queries = Queries(s.position, s.request, s.cis[ratio], world.length)
+    window = _paged(world, cache.window, "window", ratio)
+    entries = _paged(world, cache.kv, "kv", ratio) if ratio else None
+    chosen = None
+    read = min(128, world.length)
+    if ratio == CSA:
+        n = max(1, world.length // CSA)
+        pick = torch.arange(TOPK, device=world.device) * max(1, n // TOPK)
+        chosen = pick.where(pick < n, -1).int().repeat(world.rows, 1)
+        read += min(TOPK, n)
+    elif ratio == HCA:
+        read += world.length // HCA
+    args = (q, sink, queries, window, 128, entries, ratio, chosen)
+    row = 4 * window.pool.codec.words
+    nbytes = read * row * (world.rows if ratio == CSA else world.requests) + 2 * q.nbytes
+    return Work(
+        lambda: [kernel.paged_attention(*args, tiles=world.tokens >= 16)],
+        lambda: [paged_attention.reference(*args)],
+        nbytes,
+    )
+
+
+WORK: dict[str, Callable[[World], Work]] = {
+    "step metadata": place,
+    "latent norm": latent_norm,
+    "queries and window rows": queries_and_window,
+    "compressor, CSA": partial(compressor, ratio=CSA),
+    "compressor, HCA": partial(compressor, ratio=HCA),
+    "residual streams": residual_streams,
+    "router": router,
+    "indexer": index,
+    "attention, SWA": partial(attention, ratio=SWA),
+    "attention, CSA": partial(attention, ratio=CSA),
+    "attention, HCA": partial(attention, ratio=HCA),
+}
