@@ -80,8 +80,8 @@ def test_two_hundred_prompts(model):
     for start in range(0, 200, 50):
         part = prompts[start : start + 50]
         speculator = Speculator(model, 1 + start // 50 % 3)
-        expected = model.generate(part, NEW, ignore_eos=True)
-        assert greedy(speculator, part) == expected
+        expected = model.generate(part, 8, ignore_eos=True)
+        assert greedy(speculator, part, 8) == expected
         accepted, drafted = accepted + speculator.accepted, drafted + speculator.drafted
     assert 0 < accepted < drafted
     print(f"accepted {accepted} of {drafted}")

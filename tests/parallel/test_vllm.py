@@ -83,7 +83,6 @@ def whole(tiny: Path) -> LocalModel:
 
 
 LAYOUTS = [
-    "--tensor-parallel-size 2 --enable-expert-parallel",
     "--pipeline-parallel-size 2",
     "--data-parallel-size 2 --enable-expert-parallel",
     pytest.param("--tensor-parallel-size 2", marks=thorough),
@@ -99,9 +98,13 @@ LAYOUTS = [
 @pytest.mark.parametrize("options", LAYOUTS)
 def test_sixteen_requests_with_prefix_hits(tiny, whole, tmp_path, options):
     with serve(tiny, tmp_path / "server.log", options) as server:
-        asked = prompts()
-        cold = complete_all(server, asked)
-        warm = complete_all(server, asked)
+        check_sixteen(server, whole)
+
+
+def check_sixteen(server: Server, whole: LocalModel) -> None:
+    asked = prompts()
+    cold = complete_all(server, asked)
+    warm = complete_all(server, asked)
     for prompt, (answer, logprobs, _) in zip(asked * 2, cold + warm, strict=True):
         check(whole, prompt, answer, logprobs)
     assert sum(cached for _, _, cached in warm) > 1000
@@ -109,10 +112,12 @@ def test_sixteen_requests_with_prefix_hits(tiny, whole, tmp_path, options):
 
 def test_a_killed_rank_ends_the_server(tiny, whole, tmp_path):
     """With a clear message and nothing left behind; a restart serves again."""
-    options = "--tensor-parallel-size 2"
+    options = "--tensor-parallel-size 2 --enable-expert-parallel"
     prompt = ids(300, 1)
     with serve(tiny, tmp_path / "killed.log", options) as server:
-        complete(server, prompt)
+        check_sixteen(server, whole)
+        for rank in (0, 1):
+            assert f"Rank {rank} of 2: layers 0-4; " in server.read_log()
         family = psutil.Process(server.process.pid).children(recursive=True)
         ranks = [p for p in family if "Worker" in " ".join(p.cmdline())]
         assert len(ranks) == 2
