@@ -7,8 +7,10 @@ CPU; and the chips' data sheets. Nothing here was measured on a GPU.
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.launches import per_kind
 from dsv4_plugin.kernels.paged import Paged
 from dsv4_plugin.kernels.paged_attention import Queries
 from dsv4_plugin.kernels.paged_attention import kernel as attention
@@ -98,8 +101,10 @@ def count(name: str, least: int, run: Callable[[], Iterable[Tensor]]) -> Work:
     return Work(name, gpu.counted, least, scratch)
 
 
-def attention_work(context: int, ratio: int, batch: int, heads: int = 64) -> Work:
-    """One decode step's attention of a layer, every request `context` tokens long."""
+def attention_work(context: int, ratio: int, many: bool, heads: int = 64) -> Work:
+    """One decode step's attention of a layer, for one request `context` tokens long; many: by the
+    launch that serves it in company, which keeps no partial sums."""
+    batch = 1
     codec, k = kv_codec("fp8"), 512 if ratio == 4 else 0
     seen = min(k, context // ratio) if k else context // ratio
     position = torch.full((batch,), context - 1, dtype=torch.int32)
@@ -124,15 +129,19 @@ def attention_work(context: int, ratio: int, batch: int, heads: int = 64) -> Wor
             return made
 
         torch.empty = empty  # type: ignore[assignment]
+        launch = attention.LAUNCH["any"]
+        attention.LAUNCH["any"] = replace(launch, split=0) if many else launch
         try:
             sink = torch.zeros(heads)
             attention.paged_attention(q, sink, queries, window, 128, entries, ratio, chosen)
         finally:
             torch.empty = stock
+            attention.LAUNCH["any"] = launch
         return scratch
 
     kind = "CSA" if k else "HCA"
-    return count(f"{kind} attention, {context >> 10}K, batch {batch}", least, run)
+    how = "in company" if many else "alone"
+    return count(f"{kind} attention, {context >> 10}K, {how}", least, run)
 
 
 def index_work(context: int, kind: str = "fp8", heads: int = 64) -> Work:
@@ -148,18 +157,18 @@ def index_work(context: int, kind: str = "fp8", heads: int = 64) -> Work:
         return []
 
     least = n * 4 * codec.words + 2 * heads * 128
-    return count(f"indexer, {kind} keys, {context >> 10}K, batch 1", least, run)
+    return count(f"indexer, {kind} keys, {context >> 10}K", least, run)
 
 
 def works() -> list[Work]:
     long, million = 1 << 16, 1 << 20
     return [
-        attention_work(long, 4, 1),
-        attention_work(long, 4, 64),
-        attention_work(long, 128, 1),
-        attention_work(long, 128, 64),
-        attention_work(million, 128, 1),
-        attention_work(million, 128, 54),
+        attention_work(long, 4, many=False),
+        attention_work(long, 4, many=True),
+        attention_work(long, 128, many=False),
+        attention_work(long, 128, many=True),
+        attention_work(million, 128, many=False),
+        attention_work(million, 128, many=True),
         index_work(long),
         index_work(million),
         index_work(million, "fp4"),
@@ -207,6 +216,19 @@ def roofline(found: list[Work]) -> list[str]:
     return table(head, rows())
 
 
+def launches() -> list[str]:
+    def row(name: str, kernels: Counter[str], operations: Counter[str]) -> list[object]:
+        named = ", ".join(f"{k} {n}" if n > 1 else k for k, n in kernels.items())
+        others = ", ".join(f"{k} {n}" if n > 1 else k for k, n in operations.items())
+        return [name, kernels.total(), AIM.get(name, ""), named, operations.total(), others]
+
+    head = ["layer kind", "kernels", "aim", "which", "torch operations", "which"]
+    return table(head, (row(name, *found) for name, found in per_kind().items()))
+
+
+AIM = {"SWA": 6, "CSA": 10, "HCA": 7}
+
+
 def resources(built: list[Built]) -> list[str]:
     lines = []
     for kernel in dict.fromkeys(b.kernel for b in built):
@@ -247,7 +269,17 @@ memory and instructions are the compiler's. Bytes and instructions executed are 
 compiled sm_80 code as it runs in the emulator (`tests/kit`): "moved" are distinct 32-byte sectors
 per launch, the least a perfect cache would leave; "scratch" are partial sums between the launches
 of a split, a few MB that stay in L2; "L1 requests" know no cache at all. The bounds take data-sheet
-peaks: no kernel is faster than the largest of them, every real one is slower.
+peaks: no kernel is faster than the largest of them, every real one is slower. A single request
+keeps few SMs busy: its bound is the instructions of the busy ones. "In company" is one request's
+share of the launch that serves many; there the bounds of issue fall with the SMs that work.
+"""
+
+
+LAUNCHES = """## Launches of a decode step, per layer
+
+Besides products and experts; counted by running models of the tiny preset in the emulator. What
+the host does for a step (one launch and the angles) does not depend on the number of layers; it
+launches each layer's kernels, as long as no graph is captured.
 """
 
 
@@ -257,12 +289,17 @@ def main() -> None:
     parser.add_argument("--targets", default=",".join(TARGETS))
     args = parser.parse_args()
     torch.manual_seed(0)
-    found = works()
+    with ThreadPoolExecutor(1) as beside:
+        compiling = beside.submit(build, "tests.triton.production", args.targets.split(","))
+        found = works()
+        counted = launches()
+        built = compiling.result()
     lines = [HEAD, "## Bytes of a decode step, 64 heads, fp8 rows", "", *traffic(found)]
+    lines += [LAUNCHES, *counted]
     lines += ["## Lower bounds (modelled)", "", *roofline(found)]
     lines += ["## What the compiler made", ""]
     lines += [f"{len(CASES)} production launches; equal compiled code is listed once per chip.", ""]
-    lines += resources(build("tests.triton.production", args.targets.split(",")))
+    lines += resources(built)
     args.out.write_text("\n".join(lines).rstrip() + "\n")
 
 

@@ -257,6 +257,12 @@ class PagedCaches:
             max(0, self.window.blocks - 1 - fixed // block) * self.layout.page_size,
         )
 
+    def nothing(self, device: torch.device) -> BlockTables:
+        """Tables of a request without rows, with the strides of all others."""
+        one = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        strides = (e.stride if e is not None else 0 for e in (self.window, self.page, self.ring))
+        return BlockTables(one, one, one[0], *strides)
+
     def tables(self, metadata: dict[str, GroupMetadata]) -> BlockTables:
         """The step's block tables, from vLLM's metadata by cache entry."""
         window = metadata[self.window.prefix].table
@@ -265,7 +271,7 @@ class PagedCaches:
         return BlockTables(
             window=window,
             page=metadata[self.page.prefix].table,
-            ring=metadata[self.ring.prefix].table[:, 0],
+            ring=metadata[self.ring.prefix].table[:, 0].contiguous(),
             window_stride=self.window.stride,
             page_stride=self.page.stride,
             ring_stride=self.ring.stride,

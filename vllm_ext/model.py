@@ -14,15 +14,16 @@ from vllm.sequence import IntermediateTensors
 
 from dsv4_plugin.cache.device_step import DeviceStepBuilder
 from dsv4_plugin.cache.layer import LayerCache
-from dsv4_plugin.cache.step import BlockTables, Step, StepBuilder
+from dsv4_plugin.cache.step import Step, StepBuilder
 from dsv4_plugin.checkpoint.files import MTP
 from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.names import stored_tensors
-from dsv4_plugin.engine import Batch, allocate
+from dsv4_plugin.engine import Batch
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import DeviceStep
 from dsv4_plugin.model.transformer import Transformer
 from dsv4_plugin.plan import GIB, workspace_bytes
+from dsv4_plugin.warmup import nothing, warm_up
 from vllm_ext.cache import GroupMetadata, PagedCaches
 from vllm_ext.config import SERVED_TYPE, cache_layout, model_config_of
 from vllm_ext.parallel import VllmParallel
@@ -60,12 +61,14 @@ class DeepseekV4ForCausalLM(nn.Module):
         self.steps = StepBuilder(config, self.layout)
         self.device = vllm_config.device_config.device
         self.device_steps = None
+        scheduler = vllm_config.scheduler_config
+        rows, longest = scheduler.max_num_batched_tokens, vllm_config.model_config.max_model_len
+        self.limits = rows, scheduler.max_num_seqs, longest
         self.drafting = vllm_config.speculative_config is not None
         if use_triton(self.device) and not self.drafting:
-            most = vllm_config.scheduler_config.max_num_batched_tokens
-            self.device_steps = DeviceStepBuilder(config, self.layout, most, self.device)
+            self.device_steps = DeviceStepBuilder(config, self.layout, rows, self.device)
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        self.caches.allocated = self._report
+        self.caches.allocated = self._allocated
         self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._streams: Tensor | None = None
         if self.model.first:  # where vLLM looks for what a drafter shares with its target
@@ -89,8 +92,15 @@ class DeepseekV4ForCausalLM(nn.Module):
         log.info("%s.", self.model.weight_bytes)
         return {name for name, _ in self.named_parameters()}
 
+    def _allocated(self) -> None:
+        """vLLM has allocated the caches: report, and compile, so that nothing is while serving."""
+        self._report()
+        if self.device_steps is not None:
+            tables = self.caches.nothing(self.device)
+            warm_up(self.model, self.device_steps, self.caches.layers(), tables, *self.limits)
+
     def _report(self) -> None:
-        """One line per rank, when vLLM has allocated the cache."""
+        """One line per rank."""
         storage = self.caches.window.storage
         assert storage is not None
         log.info(
@@ -121,7 +131,7 @@ class DeepseekV4ForCausalLM(nn.Module):
         All pipeline stages but the last return the streams [T, R, D] instead."""
         step, caches = self._step(len(input_ids))
         if isinstance(step, DeviceStep) and self.model.first and self.model.last:
-            out: Tensor = self.model(input_ids, step, caches)
+            out: Tensor = self.model(input_ids.int(), step, caches)
             return out
         n, total = len(step.window_write), len(input_ids)
         ids = input_ids[:n].long()
@@ -149,7 +159,11 @@ class DeepseekV4ForCausalLM(nn.Module):
             # A run before caches exist, or one that keeps data-parallel ranks in step: one
             # request, in caches of its own; or, on a device, nothing but padding.
             if self.device_steps is not None:
-                return self._padding(self.device_steps, n_tokens)
+                caches, tables, ends = nothing(self.model, self.layout, self.device)
+                padding = self.device_steps.build(
+                    tables, ends, ends[:1], n_tokens, n_tokens, n_tokens
+                )
+                return padding, caches
             batch = Batch(self.model, self.layout, [n_tokens], n_tokens)
             return batch.step(torch.tensor([0]), torch.tensor([n_tokens])), batch.caches
         group: GroupMetadata = metadata[self.caches.window.prefix]
@@ -162,17 +176,6 @@ class DeepseekV4ForCausalLM(nn.Module):
             return on_device, self.caches.layers()
         step = self.steps.build(tables, group.query_start, group.seq_lens)
         return step, self.caches.layers()
-
-    def _padding(
-        self, steps: DeviceStepBuilder, n_tokens: int
-    ) -> tuple[DeviceStep, list[LayerCache]]:
-        """Rows that belong to no request: every launch of a step, and caches of one block."""
-        caches, strides = allocate(self.model.ratios, self.layout, 1, 1, 1, False, self.device)
-        one = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
-        tables = BlockTables(one, one, one[0], *strides)
-        ends = torch.zeros(2, dtype=torch.int32, device=self.device)
-        step = steps.build(tables, ends, ends[:1], n_tokens, n_tokens, n_tokens)
-        return step, caches
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         hidden_states = float32_logits(hidden_states)

@@ -135,6 +135,9 @@ def arithmetic(m: Blocks, i: Instruction, mask: Mask) -> None:
     if i.op[-1] in ("bf16x2", "f16x2", "f32x2"):
         packed(m, i, mask)
         return
+    if i.op[-2] == "f32":
+        mixed(m, i, mask)
+        return
     t, wide = type_of(i.op[-1]), "wide" in i.op
     double = Type(t.kind, 2 * t.width)
     result_type = double if wide else t
@@ -148,6 +151,16 @@ def arithmetic(m: Blocks, i: Instruction, mask: Mask) -> None:
     if "sat" in i.op and t.kind == "f":
         v = np.clip(v, 0, 1)
     m.write(i.operands[0], v, result_type, mask)
+
+
+def mixed(m: Blocks, i: Instruction, mask: Mask) -> None:
+    """Narrow factors, or a narrow first term, and float32 for the rest (from sm_100 on)."""
+    narrow, wide = type_of(i.op[-1]), Type("f", 32)
+    sources = i.operands[1:]
+    kinds = [narrow] * (len(sources) - 1) + [wide]
+    values = [m.read(o, t).astype(np.float32) for o, t in zip(sources, kinds, strict=True)]
+    result = _float(i.op[0], values[0], values[1], values[2] if len(values) > 2 else None)
+    m.write(i.operands[0], result, wide, mask)
 
 
 def _float(name: str, x: Array, y: Array, z: Array | None) -> Array:

@@ -103,4 +103,6 @@ class EmulatedGPU(FakeGPU):
             self._known[key] = [s.numpy().tobytes() for s in flat.values()]
         else:
             for storage, data in zip(flat.values(), self._known[key], strict=True):
+                if not data:
+                    continue
                 storage.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))

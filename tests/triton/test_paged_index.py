@@ -139,7 +139,7 @@ def test_topk(gpu, lengths, n, k):
 @pytest.mark.parametrize("few", [True, False])
 def test_topk_of_many_blocks(gpu, monkeypatch, few):
     """In rounds, as for contexts of a million tokens."""
-    monkeypatch.setattr(kernel, "BLOCK", 512)
+    monkeypatch.setattr(kernel, "BLOCKS", (512,))
     n, k = 3000, 64
     score = torch.stack([tied(n, 1), normal(n, seed=2).cpu()]).to(mode.DEVICE)
     position = ints(4 * 2990 - 1, 4 * 40 - 1 if few else 4 * n - 1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsv4_plugin import load
+from dsv4_plugin.warmup import compiled
 from tests.conftest import random_ids
 from tests.kit import mode
 
@@ -29,9 +30,12 @@ def test_the_engine_gives_torch_s_tokens(gpu, small, monkeypatch):
     )  # fmt: skip
     try:
         params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
-        found = engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        asked = [{"prompt_token_ids": p} for p in prompts]
+        with compiled() as late:
+            found = engine.generate(asked, params, use_tqdm=False)
     finally:
         engine.llm_engine.engine_core.shutdown()
+    assert not late  # the warm-up compiled whatever these need
     monkeypatch.setenv("DSV4_KERNELS", "torch")
     model = load(small, dtype="bfloat16", kv_dtype="fp8")
     clear = 0

@@ -174,7 +174,7 @@ def _segment(
             tl.store(carry + C, tl.div_rn(shared_value, safe), mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def pool_and_write(
     y,
     ape,

@@ -41,8 +41,7 @@ class Launch:
 
 
 LAUNCH = {
-    "a100": Launch(heads=16, keys=32, warps=8, tile_rows=16, split=216),
-    "consumer": Launch(heads=16, keys=32, warps=8, tile_rows=16, split=216),
+    "cdna": Launch(heads=16, keys=16, warps=8, tile_rows=16, split=216),  # keys=32 spills
     "any": Launch(heads=16, keys=32, warps=8, tile_rows=16, split=216),
 }
 PIECE = {0: 128, 4: 128, 128: 256}
@@ -205,7 +204,9 @@ def _store_parts(
     tl.store(to[:, None] + (NOPE + tl.arange(0, R))[None, :], ar, mask=some)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["window_last", "window_tables", "entry_last", "entry_tables", "rows"]
+)
 def attend(
     q,
     sink,
@@ -361,7 +362,7 @@ def attend(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def combine(
     sink,
     cis,

@@ -17,8 +17,8 @@ from torch import Tensor
 from dsv4_plugin.kernels.launch import pick
 from dsv4_plugin.kernels.paged import Paged
 
-BLOCK = 16384
-"""Most scores that one program of the top-k looks at."""
+BLOCKS = (1024, 4096, 16384)
+"""How many scores a program of the top-k looks at: the least that holds a row, or the most."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _keys(row, ok, C: tl.constexpr, P: tl.constexpr):
     return k0, k1, k2, k3, scale * 256.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["last", "table_stride", "rows", "out_stride"])
 def index_scores(
     q,
     weight,
@@ -277,7 +277,7 @@ def _nibbles(words, factor, N: tl.constexpr, P: tl.constexpr):
     return tl.reshape(x * factor[:, :, None], (N, P)).to(tl.float16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["score_stride", "n"])
 def choose(
     score,
     entry_in,
@@ -390,12 +390,12 @@ def scores(
 
 
 def topk(score: Tensor, position: Tensor, ratio: int, k: int) -> Tensor:
-    """As `reference_topk`: the best of every BLOCK scores, then of those."""
+    """As `reference_topk`: the best of every block of scores, then of those."""
     t, n = score.shape
     entries = score.view(torch.int32)  # unread in the first round
     listed = False
     while True:
-        block = min(BLOCK, max(triton.next_power_of_2(n), 256))
+        block = next((b for b in BLOCKS if b >= n), BLOCKS[-1])
         parts = triton.cdiv(n, block)
         best = torch.empty((t, parts * k), dtype=torch.int32, device=score.device)
         value = torch.empty(best.shape if parts > 1 else 0, device=score.device)

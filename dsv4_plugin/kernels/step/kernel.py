@@ -9,9 +9,11 @@ from torch import Tensor
 from dsv4_plugin.kernels.step import BlockTables, Rows
 
 BLOCK = 128
+SEARCH = 16
+"""Halvings that find a row's request among 65,535."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "requests", "table_stride"])
 def place_rows(
     query_start,
     seq_lens,
@@ -71,7 +73,7 @@ def place(
         query_start, seq_lens, tables.window,
         rows.position, rows.request, rows.window_write, rows.angles_at, grains,
         n, requests, tables.window.stride(0), tables.window_stride,
-        SEARCH=max(1, requests.bit_length()),
+        SEARCH=SEARCH,
         WINDOW_BLOCK=window_block, ROW_WORDS=row_words, KINDS=len(grains), BLOCK=BLOCK,
         num_warps=4,
     )  # fmt: skip

@@ -21,7 +21,7 @@ WIDTH = 32
 """Columns of the partial products: N outputs, padding, and last the sum of squares."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "chunks"])
 def mix(
     out,
     h,
@@ -101,7 +101,7 @@ def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def finish(
     h,
     partial,
