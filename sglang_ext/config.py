@@ -113,6 +113,20 @@ def fill_defaults(server_args: ServerArgs, previous: Callable[[ServerArgs], None
         )
 
 
+def allow_fp4_indexer(server_args: ServerArgs, previous: Callable[[ServerArgs], None]) -> None:
+    """Resolution hook around the step that refuses --enable-deepseek-v4-fp4-indexer on chips that
+    SGLang's own kernels for it are not made for."""
+    config = model_config_of(server_args).hf_config
+    name = "enable_deepseek_v4_fp4_indexer"
+    asked = getattr(resolving_view(server_args), name)
+    if not asked or config.architectures != [SERVED_ARCHITECTURE]:
+        previous(server_args)
+        return
+    declare_resolution(server_args, "dsv4-plugin", **{name: False})
+    previous(server_args)
+    declare_resolution(server_args, "dsv4-plugin", **{name: True})
+
+
 def refuse_unsupported(server_args: ServerArgs) -> None:
     for name, allowed in SUPPORTED.items():
         value = getattr(server_args, name)

@@ -88,19 +88,6 @@ def kv_cache_dtype(original: Callable, **kwargs: Any) -> Any:
     return kwargs["server_args_kv_cache_dtype"], torch.int32
 
 
-def fp4_indexer_anywhere(original: Callable, server_args: Any) -> Any:
-    """AROUND handle_environment_variables, which refuses --enable-deepseek-v4-fp4-indexer on chips
-    that SGLang's own kernels for it are not made for."""
-    name = "enable_deepseek_v4_fp4_indexer"
-    if not getattr(server_args, name) or not choose(server_args.device or "").plugin:
-        return original(server_args)
-    setattr(server_args, name, False)
-    try:
-        return original(server_args)
-    finally:
-        setattr(server_args, name, True)
-
-
 def chat_adapter(context: Any) -> Any:
     """SGLang's builder of the chat encoding `dsv4`."""
     from sglang_ext.chat import build_adapter

@@ -19,6 +19,7 @@ log = logging.getLogger("sglang.srt.dsv4")
 MODELS = "sglang_ext.models"
 EXTERNAL = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 ADJUSTMENTS = "handle_model_specific_adjustments"
+ENVIRONMENT = "handle_environment_variables"
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 HOOKS = (
     (
@@ -40,11 +41,6 @@ HOOKS = (
     (
         "sglang.srt.mem_cache.kv_cache_dtype.configure_kv_cache_dtype",
         hooks.kv_cache_dtype,
-        HookType.AROUND,
-    ),
-    (
-        "sglang.srt.arg_groups.serving_hook.handle_environment_variables",
-        hooks.fp4_indexer_anywhere,
         HookType.AROUND,
     ),
 )
@@ -97,10 +93,16 @@ def _register_defaults() -> None:
     )
     from sglang.srt.arg_groups.resolution_hooks import _HOOKS, register_resolution_hook
 
-    from sglang_ext.config import SERVED_ARCHITECTURE, fill_defaults, server_defaults
+    from sglang_ext.config import (
+        SERVED_ARCHITECTURE,
+        allow_fp4_indexer,
+        fill_defaults,
+        server_defaults,
+    )
 
-    if fill_defaults not in _HOOKS.get(ADJUSTMENTS, ()):
-        register_resolution_hook(ADJUSTMENTS)(fill_defaults)
+    for step, hook in ((ADJUSTMENTS, fill_defaults), (ENVIRONMENT, allow_fp4_indexer)):
+        if hook not in _HOOKS.get(step, ()):
+            register_resolution_hook(step)(hook)
     for architecture, provider in (
         (SERVED_ARCHITECTURE, server_defaults),
         (ARCHITECTURE, left_to_sglang),
