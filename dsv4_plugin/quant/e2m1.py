@@ -104,21 +104,29 @@ def decode_nvfp4(data: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
     return out * global_scale
 
 
-def look_up(data: Tensor) -> Tensor:
+def look_up(data: Tensor, words: Tensor | None = None, quads: Tensor | None = None) -> Tensor:
     """bfloat16 values / 2^62 of bytes uint8 [..., D / 2], D a multiple of 4 -> [..., D].
 
     One table access per 16 bits: 5 billion values a second on 2 cores.
+
+    Args:
+        words, quads: int32 and int64 scratch, an element per two bytes; the result is in quads.
     """
-    words = data.view(torch.uint16).to(torch.int32)
-    quads = _quads(data.device).index_select(0, words.reshape(-1))
+    pairs = data.view(torch.uint16).reshape(-1)
+    words = pairs.to(torch.int32) if words is None else words.copy_(pairs)
+    if quads is None:
+        quads = torch.empty_like(words, dtype=torch.int64)
+    torch.index_select(_quads(data.device), 0, words, out=quads)
     return quads.view(torch.bfloat16).view(*data.shape[:-1], -1)
 
 
-def look_up_mxfp4(data: Tensor, scales: Tensor) -> Tensor:
+def look_up_mxfp4(
+    data: Tensor, scales: Tensor, words: Tensor | None = None, quads: Tensor | None = None
+) -> Tensor:
     """`decode_mxfp4` for products: exact bfloat16 but for zeros (see LOOKED_UP), and for scales
     below 2^-62, which count as 2^-62."""
     exponent = scales.to(torch.int16).sub_(UE8M0_BIAS - LOOKED_UP).clamp_(0, 186)
-    bits = look_up(data).view(torch.int16).unflatten(-1, (-1, MX_BLOCK))
+    bits = look_up(data, words, quads).view(torch.int16).unflatten(-1, (-1, MX_BLOCK))
     bits.add_(exponent.bitwise_left_shift_(7)[..., None])
     out: Tensor = bits.flatten(-2).view(torch.bfloat16)
     return out

@@ -9,7 +9,10 @@ Shapes: T tokens, rows are the weight's output dim.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import torch
@@ -36,7 +39,7 @@ class Matrix(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows start .. stop-1, dequantised: [stop - start, in]."""
+        """Rows start .. stop-1, dequantised: [stop - start, in], valid until the next call."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class FP8Matrix:
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         n_in = self.shape[1]
-        bits = self.codes[start:stop].view(torch.int8).to(torch.int32)
+        codes = self.codes[start:stop].view(torch.int8)
+        bits = _scratch(codes.shape, torch.int32, codes.device).copy_(codes)
         bits.bitwise_left_shift_(FP8_SHIFT).bitwise_and_(FP8_MASK)
         tile = bits.view(torch.float32)
         height = self.height
@@ -65,7 +69,7 @@ class FP8Matrix:
             row = torch.arange(start, stop, device=tile.device) // height
             wide = (self.scale * FP8_UNIT).repeat_interleave(FP8_BLOCK, 1)[:, :n_in]
             tile.mul_(wide[row])
-        return tile.to(dtype)
+        return _cast(tile, dtype)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,9 @@ class FP4Matrix:
         return self.data.shape[0], 2 * self.data.shape[1]
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        return look_up_mxfp4(self.data[start:stop], self.scale[start:stop]).to(dtype)
+        data = self.data[start:stop]
+        tile = look_up_mxfp4(data, self.scale[start:stop], *_buffers(data))
+        return _cast(tile, dtype)
 
 
 @dataclass(frozen=True)
@@ -98,9 +104,39 @@ class NVFP4Matrix:
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         top = (self.top * 2.0**LOOKED_UP).expand(stop - start, 1)
         scale = decode_e4m3(self.scale[start:stop], top, self.scale.shape[1])
-        tile = look_up(self.data[start:stop]).float()
+        data = self.data[start:stop]
+        tile = _cast(look_up(data, *_buffers(data)), torch.float32)
         tile.unflatten(-1, (-1, NV_BLOCK)).mul_(scale[..., None])
-        return tile.to(dtype)
+        return _cast(tile, dtype)
+
+
+class _Memory(threading.local):
+    """Each thread's scratch: a fresh tile costs several times its arithmetic in page faults."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+_memory = _Memory()
+
+
+def _scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """This thread's buffer of that dtype, uninitialised; it grows to the largest asked for."""
+    known, n, key = _memory.buffers, prod(shape), (dtype, device)
+    if key not in known or known[key].numel() < n:
+        with torch.inference_mode(False):
+            known[key] = torch.empty(n, dtype=dtype, device=device)
+    return known[key][:n].view(*shape)
+
+
+def _cast(tile: Tensor, dtype: torch.dtype) -> Tensor:
+    return tile if tile.dtype == dtype else _scratch(tile.shape, dtype, tile.device).copy_(tile)
+
+
+def _buffers(data: Tensor) -> tuple[Tensor, Tensor]:
+    """For `look_up`: words int32 and quads int64, one per two bytes."""
+    shape = (data.numel() // 2,)
+    return _scratch(shape, torch.int32, data.device), _scratch(shape, torch.int64, data.device)
 
 
 def reference(x: Tensor, weight: Tensor) -> Tensor:
