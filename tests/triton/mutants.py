@@ -79,7 +79,7 @@ MUTANTS = [
     Mutant("multiply-adds are fused", QKV, "enable_fp_fusion=False", "enable_fp_fusion=True", "qkv", "real", compiled=True),
     Mutant("a carry is not packed", COMPRESS, "top = tl.where(stored, lse, top + log(safe))", "top = tl.where(stored, lse, top)", "compress", "csa"),
     Mutant("segments after a carry do not wait", COMPRESS, "begin + deferred.to(tl.int32), window", "begin, window", "compress", "filled"),
-    Mutant("the weights' low part is dropped", STREAMS, "                total = tl.dot(x, low, total)\n", "", "streams", "4096 or 264"),
+    Mutant("the weights' middle part is dropped", STREAMS, "                total = tl.dot(x, middle, total)\n", "", "streams", "4096 or 264"),
     Mutant("the sink is left out", ATTENTION, "total = tl.full((M,), 1.0, tl.float32)", "total = tl.full((M,), 0.0, tl.float32)", "paged_attention", "prefill"),
     # Addresses
     Mutant("int32 page addresses", COMPRESS, "number = tl.load(page_table + begin // PAGE).to(tl.int64)", "number = tl.load(page_table + begin // PAGE)", "compress", "gigabytes"),
