@@ -17,7 +17,7 @@ from typing import Any
 
 LIFETIME = 900
 """Most seconds a test server lives, whatever becomes of the test."""
-START = 180
+START = 300
 """Seconds it may take to become healthy."""
 
 

@@ -84,7 +84,7 @@ def whole(tiny: Path) -> LocalModel:
 
 LAYOUTS = [
     "--pipeline-parallel-size 2",
-    "--data-parallel-size 2 --enable-expert-parallel",
+    "--data-parallel-size 2 --enable-expert-parallel --api-server-count 1",
     pytest.param("--tensor-parallel-size 2", marks=thorough),
     pytest.param("--tensor-parallel-size 4", marks=thorough),
     pytest.param("--data-parallel-size 2", marks=thorough),
