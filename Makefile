@@ -1,6 +1,6 @@
 # make env     the vLLM environment, built once per set of pins (see pyproject.toml);
 #              make env-sglang builds SGLang's
-# make demo    checkpoint, `vllm serve`, one streamed chat; make demo-sglang: the same in SGLang
+# make demo    checkpoint, `vllm serve`, conversations; make demo-sglang: the same in SGLang
 # make test    linters, types, tests
 # TORCH_INDEX  optional: a wheel index that has CPU builds of torch, where PyPI's is a CUDA build
 
@@ -14,7 +14,7 @@ SGLANG_STAMP := $(SGLANG)/.built-$(PINS)
 TORCH = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --group torch-cpu
 CHECKPOINTS := .cache/checkpoints
 
-.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton unit-triton-all mutants bench bench-slice bench-kv bench-chat compare-engines kernels-report fuzz clean
+.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton unit-triton-all mutants bench bench-slice bench-kv bench-chat eval train-mini compare-engines kernels-report fuzz clean
 
 env: $(STAMP)
 
@@ -45,10 +45,15 @@ $(SGLANG_STAMP):
 $(CHECKPOINTS)/%: $(STAMP)
 	$(VLLM)/bin/dsv4 checkpoint make --preset $* --out $@
 
-demo: $(CHECKPOINTS)/tiny
+# Made anew when the trained weights change.
+$(CHECKPOINTS)/mini: training/mini/compact.safetensors training/mini/config.json | $(STAMP)
+	rm -rf $@
+	$(VLLM)/bin/dsv4 checkpoint make --preset mini --out $@
+
+demo: $(CHECKPOINTS)/mini
 	$(VLLM)/bin/python -m benchmarks.demo $<
 
-demo-sglang: $(CHECKPOINTS)/tiny $(SGLANG_STAMP)
+demo-sglang: $(CHECKPOINTS)/mini $(SGLANG_STAMP)
 	$(SGLANG)/bin/python -m benchmarks.demo --engine sglang $<
 
 test: lint unit unit-triton unit-sglang
@@ -94,6 +99,13 @@ bench-slice: $(CHECKPOINTS)/slice-fp8-fp4
 
 bench-kv: $(CHECKPOINTS)/bench
 	$(VLLM)/bin/python -m benchmarks.kv_formats $<
+
+# dsv4-mini: accuracy per skill and format; training (goes on where it stopped).
+eval: $(CHECKPOINTS)/mini
+	$(VLLM)/bin/python -m benchmarks.accuracy $<
+
+train-mini: $(STAMP)
+	$(VLLM)/bin/python -m training.train --out .cache/mini
 
 bench-chat: $(STAMP)
 	$(VLLM)/bin/python -m benchmarks.chat

@@ -1,8 +1,9 @@
-"""A server on a checkpoint, one streamed chat with the openai client, and a clean stop."""
+"""A server on a checkpoint, conversations with the openai client, and a clean stop."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import socket
@@ -14,10 +15,13 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from openai import OpenAI
 
-QUESTION = "In one sentence: what does a sliding window see?"
+TOKENS = 128
+"""Most tokens of an answer."""
+_BOLD, _DIM, _CALL, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[36m", "\x1b[0m"
 START_LIMIT = 300.0
 """Seconds a server may take to become healthy."""
 VLLM_FLAGS = (
@@ -87,40 +91,104 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     raise SystemExit(f"the server was not healthy after {START_LIMIT:.0f} s; see {log}")
 
 
-def chat(url: str, question: str, tokens: int) -> None:
-    """Ask once, print the answer as it streams, then tokens per second."""
-    client = OpenAI(base_url=url, api_key="none")
-    print(f"\nYou: {question}\nDeepSeek-V4 (random weights): ", end="", flush=True)
-    start, first, used = time.perf_counter(), 0.0, 0
-    stream = client.chat.completions.create(
-        model="deepseek-v4",
-        messages=[{"role": "user", "content": question}],
-        max_tokens=tokens,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body={"chat_template_kwargs": {"thinking": False}},
-    )
-    for chunk in stream:
-        if chunk.usage is not None:
-            used = chunk.usage.completion_tokens
-        for choice in chunk.choices:
-            first = first or time.perf_counter() - start
-            print(choice.delta.content or "", end="", flush=True)
-    seconds = time.perf_counter() - start - first
-    print(f"\n\nfirst token after {first:.2f} s, then {(used - 1) / seconds:.1f} tokens/s")
+class Chat:
+    """A conversation that prints itself as it streams: reasoning dimmed, calls as they are."""
+
+    def __init__(self, url: str, thinking: bool, tools: list[dict[str, Any]] | None = None) -> None:
+        self.client = OpenAI(base_url=url, api_key="none")
+        self.messages: list[dict[str, Any]] = []
+        self.options: dict[str, Any] = {
+            "extra_body": {"chat_template_kwargs": {"thinking": thinking}}
+        }
+        if tools:
+            self.options["tools"] = tools
+
+    def say(self, text: str) -> list[dict[str, Any]]:
+        """Ask, print the answer, and return the calls it makes."""
+        print(f"\n{_BOLD}You:{_PLAIN} {text}")
+        self.messages.append({"role": "user", "content": text})
+        return self._answer()
+
+    def give(self, call: dict[str, Any], result: dict[str, Any]) -> list[dict[str, Any]]:
+        """Answer a call."""
+        content = json.dumps(result)
+        print(f"{_BOLD}Tool:{_PLAIN} {content}")
+        self.messages.append({"role": "tool", "tool_call_id": call["id"], "content": content})
+        return self._answer()
+
+    def _answer(self) -> list[dict[str, Any]]:
+        message: dict[str, Any] = {"role": "assistant", "content": ""}
+        reasoning, calls = "", []
+        print(f"{_BOLD}dsv4-mini:{_PLAIN} ", end="", flush=True)
+        for chunk in self.client.chat.completions.create(
+            model="deepseek-v4",
+            messages=self.messages,
+            max_tokens=TOKENS,
+            temperature=0,
+            stream=True,
+            **self.options,
+        ):
+            for choice in chunk.choices:
+                delta = choice.delta
+                thought = getattr(delta, "reasoning_content", None)
+                thought = thought or getattr(delta, "reasoning", None)
+                if thought:
+                    print(f"{_DIM}{thought}{_PLAIN}", end="", flush=True)
+                    reasoning += thought
+                if delta.content:
+                    if reasoning and not message["content"]:
+                        print(" ", end="")
+                    print(delta.content, end="", flush=True)
+                    message["content"] += delta.content
+                for piece in delta.tool_calls or ():
+                    _add(calls, piece)
+        for call in calls:
+            function = call["function"]
+            print(f" {_CALL}{function['name']}({function['arguments']}){_PLAIN}", end="")
+        print()
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = calls
+        self.messages.append(message)
+        return calls
+
+
+def _add(calls: list[dict[str, Any]], piece: Any) -> None:
+    """A streamed piece of a call: its id and name, then parts of its arguments."""
+    if piece.id:
+        function = {"name": piece.function.name, "arguments": ""}
+        calls.append({"id": piece.id, "type": "function", "function": function})
+    calls[-1]["function"]["arguments"] += piece.function.arguments or ""
+
+
+def converse(url: str) -> None:
+    """The scripted conversations."""
+    chat = Chat(url, thinking=False)
+    chat.say("Hello, I am Anna.")
+    chat.say("Who are you?")
+    chat.say("What is my name?")
+    Chat(url, thinking=True).say("What is 47 + 38?")
+    city = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tools = [
+        {"name": "get_weather", "description": "Weather in a city", "parameters": city},
+        {"name": "get_time", "description": "Time in a city", "parameters": city},
+    ]
+    chat = Chat(url, True, [{"type": "function", "function": tool} for tool in tools])
+    for call in chat.say("What is the weather in Paris?"):
+        chat.give(call, {"degrees": 21, "sky": "clear"})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--engine", choices=("vllm", "sglang"), default="vllm")
-    parser.add_argument("--tokens", type=int, default=48)
     args = parser.parse_args()
     log = args.checkpoint.resolve().parent / f"demo-{args.engine}.log"
     print(f"starting {args.engine} on {args.checkpoint} (log: {log}) ...", flush=True)
     with server(args.engine, args.checkpoint, log) as url:
         print("\n".join(line for line in log.read_text().splitlines() if "dsv4-plugin" in line))
-        chat(url, QUESTION, args.tokens)
+        converse(url)
     print("server stopped")
 
 

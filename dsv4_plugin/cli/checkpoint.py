@@ -1,4 +1,4 @@
-"""Checkpoints: make random ones in any published format, convert, inspect."""
+"""Checkpoints: make random ones in any published format or the trained mini, convert, inspect."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dsv4_plugin.checkpoint.convert import CONVERSIONS, convert_checkpoint
 from dsv4_plugin.checkpoint.formats import FORMATS
 from dsv4_plugin.checkpoint.inspect import describe
 from dsv4_plugin.checkpoint.make import PRESETS, make_checkpoint
+from dsv4_plugin.checkpoint.mini import make_mini
 from dsv4_plugin.config import ModelConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    make = actions.add_parser("make", help="write random weights with the real V4 tokenizer")
-    make.add_argument("--preset", choices=sorted(PRESETS), required=True)
+    make = actions.add_parser("make", help="random weights (mini: trained), real tokenizer")
+    make.add_argument("--preset", choices=sorted([*PRESETS, "mini"]), required=True)
     make.add_argument("--format", choices=FORMATS, default="bf16", dest="fmt")
     make.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     make.add_argument("--seed", type=int, default=0)
@@ -35,6 +36,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make(args: argparse.Namespace) -> int:
+    if args.preset == "mini":
+        if args.fmt != "bf16" or args.experts is not None:
+            raise ValueError("preset mini is trained in bf16: make it, then `checkpoint convert`")
+        return _done(args.out, make_mini(args.out))
     overrides = {} if args.experts is None else {"n_routed_experts": args.experts}
     config = make_checkpoint(args.out, args.preset, args.seed, overrides, fmt=args.fmt)
     return _done(args.out, config)

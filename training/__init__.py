@@ -1,0 +1,1 @@
+"""dsv4-mini: training data, trainer, export. Nothing here is in the installed package."""
