@@ -21,7 +21,8 @@ from openai import OpenAI
 
 TOKENS = 128
 """Most tokens of an answer."""
-_BOLD, _DIM, _CALL, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[36m", "\x1b[0m"
+_COLOURS = ("\x1b[1m", "\x1b[2m", "\x1b[36m", "\x1b[0m")
+_BOLD, _DIM, _CALL, _PLAIN = _COLOURS if sys.stdout.isatty() else ("", "", "", "")
 START_LIMIT = 300.0
 """Seconds a server may take to become healthy."""
 VLLM_FLAGS = (
@@ -118,7 +119,7 @@ class Chat:
 
     def _answer(self) -> list[dict[str, Any]]:
         message: dict[str, Any] = {"role": "assistant", "content": ""}
-        reasoning, calls = "", []
+        reasoning, is_open, calls = "", True, []
         print(f"{_BOLD}dsv4-mini:{_PLAIN} ", end="", flush=True)
         for chunk in self.client.chat.completions.create(
             model="deepseek-v4",
@@ -133,11 +134,12 @@ class Chat:
                 thought = getattr(delta, "reasoning_content", None)
                 thought = thought or getattr(delta, "reasoning", None)
                 if thought:
-                    print(f"{_DIM}{thought}{_PLAIN}", end="", flush=True)
+                    print(thought if reasoning else _DIM + thought, end="", flush=True)
                     reasoning += thought
+                if reasoning and is_open and (delta.content or delta.tool_calls):
+                    print(_PLAIN, end=" ")
+                    is_open = False
                 if delta.content:
-                    if reasoning and not message["content"]:
-                        print(" ", end="")
                     print(delta.content, end="", flush=True)
                     message["content"] += delta.content
                 for piece in delta.tool_calls or ():
@@ -188,6 +190,7 @@ def main() -> None:
     print(f"starting {args.engine} on {args.checkpoint} (log: {log}) ...", flush=True)
     with server(args.engine, args.checkpoint, log) as url:
         print("\n".join(line for line in log.read_text().splitlines() if "dsv4-plugin" in line))
+        print("dsv4-mini knows a few skills; docs/mini.md says which, and how well.")
         converse(url)
     print("server stopped")
 
