@@ -143,6 +143,11 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             f"speculative_config.method is {speculative.method!r}; "
             "dsv4-plugin drafts with 'mtp' only"
         )
+    if speculative is not None and parallel.pipeline_parallel_size > 1:
+        raise NotImplementedError(
+            f"pipeline_parallel_size is {parallel.pipeline_parallel_size} and speculative_config "
+            "is set; vLLM's model runner fails without a drafter on every stage"
+        )
     unsupported = {
         "kv_transfer_config": vllm_config.kv_transfer_config is not None,
         "enable_eplb": parallel.enable_eplb,

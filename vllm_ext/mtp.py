@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_pp_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
@@ -42,8 +41,6 @@ class Drafter(nn.Module):
 
 
 class DeepseekV4MTP(nn.Module):
-    supports_pp: ClassVar[Literal[True]] = True
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = model_config_of(vllm_config)
@@ -54,8 +51,6 @@ class DeepseekV4MTP(nn.Module):
             vllm_config.parallel_config.enable_expert_parallel,
         )
         self.model = Drafter(MTP(config, self.parallel))
-        if get_pp_group().world_size > 1:
-            self.model.embed_tokens = self.parallel.embedding("embed")
         self.layout = replace(cache_layout(config, vllm_config), page={}, ring={})
         window = self.layout.window
         spec = {"block_size": self.layout.window_block, "window": config.sliding_window}
@@ -65,17 +60,8 @@ class DeepseekV4MTP(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Raises ValueError where the checkpoint lacks a tensor."""
-        rest = {}
-
-        def mine() -> Iterable[tuple[str, Tensor]]:
-            for name, tensor in weights:
-                if name.startswith(PREFIX):
-                    yield name, tensor
-                elif name == "embed.weight" and hasattr(self.model, "embed_tokens"):
-                    rest[name] = self.model.embed_tokens.weight
-                    rest[name].weight_loader(rest[name], tensor)
-
-        taken = load_weights(self.model.network, mine(), self.parallel.rank)
+        mine = ((name, tensor) for name, tensor in weights if name.startswith(PREFIX))
+        taken = load_weights(self.model.network, mine, self.parallel.rank)
         needed = {name for name in stored_tensors(self.config, True) if name.startswith(PREFIX)}
         missing = needed - taken
         if missing:

@@ -152,3 +152,9 @@ def test_refusals(drafting, change, method, sentence):
     speculative = {"method": method, "num_speculative_tokens": 1}
     with pytest.raises((ValueError, NotImplementedError), match=sentence):
         configure(drafting, speculative_config=speculative, hf_overrides=change)
+
+
+def test_stages_and_drafts_are_refused_together(drafting):
+    speculative = {"method": "mtp", "num_speculative_tokens": 1}
+    with pytest.raises(NotImplementedError, match="pipeline_parallel_size is 2 and speculative_c"):
+        configure(drafting, speculative_config=speculative, pipeline_parallel_size=2)
