@@ -24,12 +24,18 @@ def serving_device() -> str:
 
 
 def remember_device(original: Callable, server_args: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND ModelConfig.from_server_args, which reads config.json without knowing the device."""
+    """AROUND ModelConfig.from_server_args, which reads config.json without knowing the device, and
+    finds hf_quant_config.json by itself: the core's layers take packed weights, not SGLang's."""
     token = _device.set(server_args.device)
     try:
-        return original(server_args, *args, **kwargs)
+        config = original(server_args, *args, **kwargs)
     finally:
         _device.reset(token)
+    from sglang_ext.config import SERVED_ARCHITECTURE
+
+    if config.hf_config.architectures == [SERVED_ARCHITECTURE]:
+        config.quantization = None
+    return config
 
 
 def take_over_config(

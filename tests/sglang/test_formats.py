@@ -51,10 +51,14 @@ def test_bfloat16(serve, tiny: Path, option: str, kv_dtype: str):
     assert sum(output.cached for output in warm) > 0
 
 
-def test_packed_weights_and_fp4_indexer_keys(tmp_path_factory):
-    """FP8 + FP4 weights, and an option that SGLang itself refuses on a CPU."""
+@pytest.mark.parametrize(
+    "fmt",
+    ["fp8-fp4", "nvfp4", *(pytest.param(f, marks=thorough) for f in ("base", "0731"))],
+)
+def test_packed_weights_and_fp4_indexer_keys(tmp_path_factory, fmt: str):
+    """Quantised weights, and an option that SGLang itself refuses on a CPU."""
     folder = tmp_path_factory.mktemp("packed")
-    make_checkpoint(folder / "tiny", "tiny", fmt="fp8-fp4")
+    make_checkpoint(folder / "tiny", "tiny", fmt=fmt)
     options = ("--dtype=float32", "--enable-deepseek-v4-fp4-indexer", *SIZES)
     with Server(folder / "tiny", *options, log=folder / "log") as server:
         output = server.generate([0, *ids(350, 61)], N)
