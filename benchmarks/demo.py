@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from openai import OpenAI
 
@@ -93,7 +93,12 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 class Chat:
-    """A conversation that prints itself as it streams: reasoning dimmed, calls as they are."""
+    """A conversation that prints itself as it streams: reasoning dimmed, calls as they are.
+
+    timings: completion tokens and seconds after the first of them, of every answer.
+    """
+
+    timings: ClassVar[list[tuple[int, float]]] = []
 
     def __init__(self, url: str, thinking: bool, tools: list[dict[str, Any]] | None = None) -> None:
         self.client = OpenAI(base_url=url, api_key="none")
@@ -120,6 +125,7 @@ class Chat:
     def _answer(self) -> list[dict[str, Any]]:
         message: dict[str, Any] = {"role": "assistant", "content": ""}
         reasoning, is_open, calls = "", True, []
+        first, used = 0.0, 0
         print(f"{_BOLD}dsv4-mini:{_PLAIN} ", end="", flush=True)
         for chunk in self.client.chat.completions.create(
             model="deepseek-v4",
@@ -127,10 +133,13 @@ class Chat:
             max_tokens=TOKENS,
             temperature=0,
             stream=True,
+            stream_options={"include_usage": True},
             **self.options,
         ):
+            used = chunk.usage.completion_tokens if chunk.usage else used
             for choice in chunk.choices:
                 delta = choice.delta
+                first = first or time.perf_counter()
                 thought = getattr(delta, "reasoning_content", None)
                 thought = thought or getattr(delta, "reasoning", None)
                 if thought:
@@ -144,6 +153,7 @@ class Chat:
                     message["content"] += delta.content
                 for piece in delta.tool_calls or ():
                     _add(calls, piece)
+        self.timings.append((used - 1, time.perf_counter() - first))
         for call in calls:
             function = call["function"]
             print(f" {_CALL}{function['name']}({function['arguments']}){_PLAIN}", end="")
@@ -192,6 +202,8 @@ def main() -> None:
         print("\n".join(line for line in log.read_text().splitlines() if "dsv4-plugin" in line))
         print("dsv4-mini knows a few skills; docs/mini.md says which, and how well.")
         converse(url)
+        tokens, seconds = map(sum, zip(*Chat.timings, strict=True))
+        print(f"\n{tokens / seconds:.0f} tokens/s after each answer's first token")
     print("server stopped")
 
 
