@@ -12,13 +12,20 @@ from dsv4_plugin.model.parallel import take_shard
 from dsv4_plugin.model.transformer import Network, WeightBytes
 
 
-def load_weights(model: Network, tensors: Iterable[tuple[str, Tensor]], rank: int = 0) -> set[str]:
-    """Copy each (name, full tensor) into the network and finalize it; return the names seen.
+def load_weights(
+    model: Network,
+    tensors: Iterable[tuple[str, Tensor]],
+    rank: int = 0,
+    needed: Iterable[str] = (),
+) -> None:
+    """Copy each (name, full tensor) into the network and finalize it.
 
     Tensors of other pipeline stages are passed over. A parameter with a `weight_loader(param,
     tensor)` splits the tensor itself (engines' layers); one with a `shard_dim` takes this rank's
     part along it; others take all. Tensors of a checkpoint file are mapped, not read: only the
     parts that are taken come into memory.
+
+    Raises ValueError where one of the names `needed` did not come.
     """
     parameters = dict(model.named_parameters())
     modules = dict(model.named_modules())
@@ -46,11 +53,13 @@ def load_weights(model: Network, tensors: Iterable[tuple[str, Tensor]], rank: in
             loader(param, tensor)
         else:
             take_shard(param, tensor, rank, getattr(param, "shard_dim", None))
+    missing = set(needed) - taken
+    if missing:
+        raise ValueError(f"the checkpoint lacks {len(missing)} tensors, {min(missing)} among them")
     model.weight_bytes = _weight_bytes(model)
     unfilled = {n for n in parameters if ".experts." not in n} - filled
     assert not unfilled, f"{min(unfilled)} was not loaded"
     model.finalize_weights()
-    return taken
 
 
 def _weight_bytes(model: Network) -> WeightBytes:

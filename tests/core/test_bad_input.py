@@ -7,13 +7,18 @@ import re
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from dsv4_plugin import load
-from dsv4_plugin.checkpoint.files import INDEX
+from dsv4_plugin.checkpoint.files import INDEX, check_checkpoint, read_tensors
+from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.make import make_checkpoint
+from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.cli import main
 from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.model.parallel import LocalParallel
+from dsv4_plugin.model.transformer import Transformer
 from tests.paths import SHARED, needs_shared
 
 
@@ -153,3 +158,13 @@ def test_published_configs_are_read(path):
     config = ModelConfig.from_hf(json.loads(path.read_text()))
     assert config.generation == ("0731" if "0731" in path.name else "april")
     assert len(config.compress_ratios) == config.num_hidden_layers
+
+
+def test_a_tensor_that_an_engine_does_not_hand_over(small):
+    """Engines read the files themselves: what they leave out is named, before it is used."""
+    config = ModelConfig.from_pretrained(small)
+    model = Transformer(config, LocalParallel(config, torch.float32))
+    tensors = read_tensors(check_checkpoint(config, small), progress=False)
+    handed = ((name, tensor) for name, tensor in tensors if name != "norm.weight")
+    with pytest.raises(ValueError, match=r"lacks 1 tensors, norm\.weight among them"):
+        load_weights(model, handed, needed=stored_tensors(config))
