@@ -150,7 +150,7 @@ class Writer:
         """A name or a code said, `distance` filler sentences (about 9 tokens each), a question."""
         c = Conversation("memory")
         if distance is None:
-            distance = self.random.choice((0, 2, 5, 10, 15, 25))
+            distance = self.random.choice((0, 2, 5, 5, 10, 10, 15, 15, 25, 25, 25, 40, 70, 100))
         about_code = self.random.random() < 0.6
         if about_code:
             code = self._code(c)
@@ -259,7 +259,7 @@ class Writer:
         c = Conversation(skill, thinking=self.random.random() < 0.5)
         offered = self.random.sample(list(TOOLS), self.random.randint(1, 4))
         c.tools = [TOOLS[name].schema(name) for name in offered]
-        before = 0 if self.held_out else self.random.choice((0, 0, 1, 1, 2))
+        before = 0 if self.held_out else self.random.choice((0, 1, 1, 2, 3))
         for _ in range(before):
             if self.random.random() < 0.12:
                 self._without_tool(c, offered)

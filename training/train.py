@@ -39,7 +39,7 @@ MIX = (
     ("call", "calls", "result", "call"),
 )
 """Skills of the three groups of rows of a step: short, middle, with tools."""
-ROWS = (20, 12, 4)
+ROWS = (14, 12, 6)
 WARM_UP = 40
 DECAY = 0.25
 AVERAGE = 0.98
