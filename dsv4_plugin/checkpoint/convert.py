@@ -1,4 +1,4 @@
-"""From a bfloat16 checkpoint to the published FP8 forms."""
+"""From a bfloat16 checkpoint to the published FP8 and FP4 forms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensor
+from dsv4_plugin.checkpoint.files import MTP, check_checkpoint, read_headers, read_tensor
 from dsv4_plugin.checkpoint.formats import exported_files, format_fields, pack
 from dsv4_plugin.checkpoint.make import new_folder, plan, write_shards
 from dsv4_plugin.checkpoint.names import expected_tensors
@@ -19,10 +19,12 @@ from dsv4_plugin.config import ModelConfig
 def convert_checkpoint(source: str | Path, directory: str | Path, fmt: str) -> ModelConfig:
     """Round an unquantised checkpoint into another format, shard by shard.
 
-    Files beside the weights (tokenizer, generation_config.json) are copied.
+    An MTP layer is rounded too, where there is one. Files beside the weights (tokenizer,
+    generation_config.json) are copied.
 
     Raises:
-        ValueError: `source` is quantised or damaged, or `fmt` is not one of CONVERSIONS.
+        ValueError: `source` is quantised or damaged, drafts otherwise than with MTP, or `fmt` is
+            not one of CONVERSIONS.
         FileExistsError: `directory` exists and is not empty.
     """
     source = Path(source)
@@ -33,7 +35,8 @@ def convert_checkpoint(source: str | Path, directory: str | Path, fmt: str) -> M
         )
     if fmt not in CONVERSIONS:
         raise ValueError(f"format is {fmt!r}; allowed are {', '.join(CONVERSIONS)}")
-    headers = check_checkpoint(plain, source)
+    mtp = any(name.startswith(MTP) for name in read_headers(source))
+    headers = check_checkpoint(plain, source, mtp)
     hf: dict[str, Any] = json.loads((source / "config.json").read_text())
     hf |= format_fields(fmt, hf | {"num_hidden_layers": plain.num_hidden_layers})
     config = ModelConfig.from_hf(hf)
@@ -45,10 +48,10 @@ def convert_checkpoint(source: str | Path, directory: str | Path, fmt: str) -> M
         for file in source.iterdir():
             if file.is_file() and ".safetensors" not in file.name and file.name != "config.json":
                 copyfile(file, folder / file.name)
-        write_shards(folder, plan(config, expected_tensors(config)), packed)
+        write_shards(folder, plan(config, expected_tensors(config, mtp)), packed)
         for name, content in {"config.json": hf, **exported_files(hf)}.items():
             (folder / name).write_text(json.dumps(content, indent=2))
     return config
 
 
-CONVERSIONS = ("fp8-fp4", "base")
+CONVERSIONS = ("fp8-fp4", "base", "nvfp4")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4_plugin.checkpoint.names import EXPERT, Shape, stored_as
 from dsv4_plugin.config import FP8_BLOCK, HF_QUANT, Experts, ModelConfig
-from dsv4_plugin.quant.e2m1 import quantise_mxfp4
+from dsv4_plugin.quant.e2m1 import nvfp4_global_scale, quantise_mxfp4, quantise_nvfp4
 from dsv4_plugin.quant.e4m3 import decode_ue8m0, quantise_e4m3_blocks
 
 FP8: dict[str, Any] = {
@@ -90,9 +90,15 @@ def as_stored(dtype: str, tensor: Tensor) -> Tensor:
     return tensor.view(TORCH_DTYPES[dtype])
 
 
+def _nvfp4(weight: Tensor) -> tuple[Tensor, ...]:
+    top = nvfp4_global_scale(weight)
+    return *quantise_nvfp4(weight, top), top, torch.ones(())  # activations: needs calibration
+
+
 _PACK: dict[Experts, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "fp8": quantise_e4m3_blocks,
     "fp4": quantise_mxfp4,
+    "nvfp4": _nvfp4,
 }
 """Weight [out, in] -> its tensors in the order of `stored_as`."""
 

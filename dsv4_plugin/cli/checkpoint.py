@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument("--seed", type=int, default=0)
     make.add_argument("--experts", type=int, help="routed experts per layer, if not the preset's")
     make.set_defaults(action=_make)
-    convert = actions.add_parser("convert", help="round a bfloat16 checkpoint to FP8 and FP4")
+    convert = actions.add_parser("convert", help="round a bfloat16 checkpoint to FP8, FP4 or NVFP4")
     convert.add_argument("source", metavar="DIR")
     convert.add_argument("--format", choices=CONVERSIONS, default="fp8-fp4", dest="fmt")
     convert.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv4_plugin import load
-from dsv4_plugin.checkpoint.convert import convert_checkpoint
+from dsv4_plugin.checkpoint.convert import CONVERSIONS, convert_checkpoint
 from dsv4_plugin.checkpoint.files import INDEX, read_headers
 from dsv4_plugin.checkpoint.formats import FORMATS, format_fields
+from dsv4_plugin.checkpoint.inspect import VARIANTS
 from dsv4_plugin.checkpoint.make import PRESETS, made_tensors, make_checkpoint
 from dsv4_plugin.checkpoint.names import EXPERT, stored_as, stored_tensors
 from dsv4_plugin.cli import main
@@ -22,7 +23,7 @@ from dsv4_plugin.kernels.experts import reference as experts_reference
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, NVFP4Matrix, product
 from dsv4_plugin.kernels.packed.experts import packed_experts
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
-from dsv4_plugin.quant.e4m3 import decode_ue8m0, e4m3_values
+from dsv4_plugin.quant.e4m3 import e4m3_values
 from tests.conftest import SMALL, random_ids
 from tests.paths import SHARED, needs_shared
 from tests.tolerances import BF16_SUM, OP_FP32
@@ -213,34 +214,57 @@ def test_packed_experts():
     assert (found - without).abs().max() < OP_FP32 * without.abs().max()
 
 
-def test_conversion_round_trip(made, tmp_path):
-    """Every packed weight is within its format's step of the original, what is not packed is
-    unchanged, and the converted checkpoint loads and answers."""
-    config = convert_checkpoint(made / "bf16", tmp_path / "out", "fp8-fp4")
-    before = load_file(next((made / "bf16").glob("*.safetensors")))
-    after = load_file(next((tmp_path / "out").glob("*.safetensors")))
+@pytest.mark.parametrize("fmt", CONVERSIONS)
+def test_conversion_round_trip(tmp_path, fmt, capsys):
+    """Every packed weight, dequantised plainly, is within its format's step of the original, what
+    is not packed is unchanged, and the result is whole, loads and drafts."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    drafting = SMALL | {"num_nextn_predict_layers": 1}
+    make_checkpoint(source, "tiny", 1, drafting, tokenizer=False)
+    config = convert_checkpoint(source, out, fmt)
+    assert config.experts == {"fp8-fp4": "fp4", "base": "fp8", "nvfp4": "nvfp4"}[fmt]
+    assert (out / HF_QUANT).exists() == (fmt == "nvfp4")
+    before = load_file(next(source.glob("*.safetensors")))
+    after = load_file(next(out.glob("*.safetensors")))
     for name, weight in before.items():
-        parts = stored_as(config, name, tuple(weight.shape))
-        if len(parts) == 1:
-            assert torch.equal(after[name], weight)
+        stored = [after.pop(part) for part in stored_as(config, name, tuple(weight.shape))]
+        if len(stored) == 1:
+            assert torch.equal(stored[0], weight)
             continue
-        data, scale = (after[part].view(torch.uint8) for part in parts)
-        if config.experts_of(name) == "fp4" and EXPERT.fullmatch(name):
-            found, steps = decode_mxfp4(data, scale), decode_ue8m0(scale).repeat_interleave(32, 1)
-            assert ((found - weight.float()).abs() <= steps).all()
-        else:
-            wide = decode_ue8m0(scale).repeat_interleave(128, 0).repeat_interleave(128, 1)
-            wide = wide[: weight.shape[0], : weight.shape[1]]
-            found = e4m3_values(data) * wide
-            error = (found - weight.float()).abs()
-            assert (error <= weight.float().abs() / 16 + wide * 2.0**-10).all()
-    assert len(load(tmp_path / "out").generate([[1, 2]], 3, ignore_eos=True)[0]) == 3
+        values, steps = dequantised(*stored)
+        assert ((values - weight.float()).abs() <= steps).all(), name
+    assert not after
+    assert main(["checkpoint", "inspect", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert VARIANTS[config.experts] in text
+    assert "complete" in text
+    model = load(out, mtp=True)
+    plain = model.generate([[1, 2]], 6, ignore_eos=True)
+    assert model.generate([[1, 2]], 6, ignore_eos=True, num_speculative_tokens=1) == plain
+
+
+def dequantised(data, scale, top=None, activations=None):
+    """A packed weight's float32 values [out, in], and how far rounding may have moved each."""
+    if data.dtype == torch.float8_e4m3fn:
+        wide = scale.float().repeat_interleave(128, 0).repeat_interleave(128, 1)
+        wide = wide[: data.shape[0], : data.shape[1]]
+        values = data.float() * wide
+        return values, values.abs() / 15 + wide * 2.0**-10
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    pairs = data.view(torch.uint8).long()
+    values = torch.cat([magnitudes, -magnitudes])[torch.stack([pairs % 16, pairs // 16], -1)]
+    step = scale.float().repeat_interleave(data.shape[1] * 2 // scale.shape[1], 1)
+    if top is not None:
+        assert top.shape == activations.shape == ()
+        assert activations == 1
+        step *= top
+    return values.flatten(-2) * step, step * (1 + 1e-6)  # half of the widest gap, from 4 to 6
 
 
 def test_only_plain_checkpoints_are_converted(made, tmp_path):
     with pytest.raises(ValueError, match=r"is quantised \(fp4 experts\)"):
         convert_checkpoint(made / "fp8-fp4", tmp_path / "out", "fp8-fp4")
-    with pytest.raises(ValueError, match="format is '0731'; allowed are fp8-fp4, base"):
+    with pytest.raises(ValueError, match="format is '0731'; allowed are fp8-fp4, base, nvfp4"):
         convert_checkpoint(made / "bf16", tmp_path / "out", "0731")
     with pytest.raises(ValueError, match="format is 'int4'; allowed are bf16"):
         make_checkpoint(tmp_path / "out", "tiny", fmt="int4")
