@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dsv4_plugin.checkpoint.mini import COMPACT, CONFIG, UNUSED, VOCABULARY, WEIGHTS
 from training.data import Vocabulary
+from training.indexer import FILE as INDEXER_FILE
 from training.mtp import FILE as MTP_FILE
 from training.network import build
 
@@ -88,7 +89,10 @@ def main() -> None:
     vocabulary = Vocabulary.load(args.run / "vocabulary.json")
     torch.manual_seed(0)
     fresh = build(vocabulary).state_dict()  # for what the run leaves out
-    tensors = compact_tensors(fresh | state["model"] | state["average"])
+    found = fresh | state["model"] | state["average"]
+    if (args.run / INDEXER_FILE).is_file():
+        found |= torch.load(args.run / INDEXER_FILE)["indexers"]
+    tensors = compact_tensors(found)
     hf = json.loads((COMPACT / CONFIG).read_text())
     drafter = args.run / MTP_FILE
     hf["num_nextn_predict_layers"] = int(drafter.is_file())

@@ -34,19 +34,31 @@ class Attend(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         """q [B, S, H, D], kv [B, K, D], mask [B, S, K], sinks [H], cos and sin [S, D'] -> as q."""
         b, s, h, d = q.shape
+        q = q.clone()
+        p, scale, sink = Attend.shares(q, kv, mask, sinks, cos, sin, eps)
+        ctx.save_for_backward(q, kv, p, scale, sink, cos, sin)
+        out = torch.bmm(p.view(b, s * h, -1), kv).view(b, s, h, d)
+        return _rotate(out, cos, -sin)
+
+    @staticmethod
+    def shares(
+        q: Tensor, kv: Tensor, mask: Tensor, sinks: Tensor, cos: Tensor, sin: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> each key's share [B, S, H, K], the factor of q [B, S, H] and the sink's share.
+
+        Rotates q in place.
+        """
+        b, s, h, d = q.shape
         norm = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32)
         scale = (norm.square() / d + eps).rsqrt() * d**-0.5
-        q = _rotate(q.clone(), cos, sin)
+        q = _rotate(q, cos, sin)
         p = torch.bmm(q.view(b, s * h, d), kv.mT).view(b, s, h, -1).float()
         p.mul_(scale[..., None]).add_(mask[:, :, None])
         top = torch.maximum(p.amax(-1), sinks)
         p.sub_(top[..., None]).exp_()
         sink = (sinks - top).exp_()
         total = p.sum(-1) + sink
-        p = p.div_(total[..., None]).to(q.dtype)
-        ctx.save_for_backward(q, kv, p, scale, sink / total, cos, sin)
-        out = torch.bmm(p.view(b, s * h, -1), kv).view(b, s, h, d)
-        return _rotate(out, cos, -sin)
+        return p.div_(total[..., None]).to(q.dtype), scale, sink / total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -75,7 +87,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x
 
 
-def attention(
+def queries_and_keys(
     self: v4.DeepseekV4Attention,
     hidden_states: Tensor,
     position_embeddings: dict[str, tuple[Tensor, Tensor]],
@@ -83,8 +95,10 @@ def attention(
     attention_mask: Tensor,
     past_key_values: Any = None,
     **_: Any,
-) -> tuple[Tensor, None]:
-    """`DeepseekV4Attention.forward` over `Attend`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of a block's input [B, S, D]: what `Attend` takes as q, kv, mask, cos and sin. The window's
+    keys come first, the compressor's entries last.
+    """
     b, s, _d = hidden_states.shape
     cos, sin = position_embeddings[self.rope_layer_type]
     q_residual = self.q_a_norm(self.q_a_proj(hidden_states))
@@ -101,9 +115,16 @@ def attention(
         kv = torch.cat([kv, entries], 2)
         if bias is not None:
             mask = torch.cat([mask, bias[:, 0]], -1)
-    eps = self.q_b_norm.eps
-    out = Attend.apply(q, kv[:, 0].to(q.dtype), mask, self.sinks, cos[0], sin[0], eps)
-    out = self.o_a_proj(out.view(b, s, self.config.o_groups, -1))
+    return q, kv[:, 0].to(q.dtype), mask, cos[0], sin[0]
+
+
+def attention(
+    self: v4.DeepseekV4Attention, hidden_states: Tensor, **inputs: Any
+) -> tuple[Tensor, None]:
+    """`DeepseekV4Attention.forward` over `Attend`."""
+    q, kv, mask, cos, sin = queries_and_keys(self, hidden_states, **inputs)
+    out = Attend.apply(q, kv, mask, self.sinks, cos, sin, self.q_b_norm.eps)
+    out = self.o_a_proj(out.view(*q.shape[:2], self.config.o_groups, -1))
     return self.o_b_proj(out.flatten(2)), None
 
 

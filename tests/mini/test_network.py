@@ -1,5 +1,6 @@
 """The trainer's network is transformers', its checkpoint is the native layout's."""
 
+import copy
 import math
 
 import pytest
@@ -10,8 +11,9 @@ from dsv4_plugin.checkpoint.mini import COMPACT, make_mini
 from dsv4_plugin.engine import load
 from tests.conftest import random_ids
 from training.data import Renderer, Vocabulary
+from training.indexer import Watch
 from training.muon import orthogonal
-from training.network import build, hidden_states
+from training.network import build, hidden_states, leave_out_indexer
 from training.skills import SKILLS, held_out
 from training.train import Trainer
 
@@ -66,6 +68,39 @@ def test_a_shared_prefix_changes_nothing(twins):
     with torch.no_grad():
         whole, split = hidden_states(ours, ids), hidden_states(ours, ids, prefix=204)
     torch.testing.assert_close(split, whole[:, 204:], atol=2e-5, rtol=1e-4)
+
+
+def test_an_indexer_in_training_scores_as_transformers(twins):
+    ours, theirs = twins
+    model = copy.deepcopy(ours)
+    ids = random_ids(2 * 150, seed=4).view(2, 150)
+    expected = []
+    hooks = [
+        layer.self_attn.compressor.indexer.scorer.register_forward_hook(
+            lambda _m, _i, out: expected.append(out)
+        )
+        for layer in theirs.model.layers
+        if hasattr(layer.self_attn.compressor, "indexer")
+    ]
+    indexers = leave_out_indexer(model)
+    watches = [
+        Watch(model.get_submodule(n.split(".compressor")[0]), m) for n, m in indexers.items()
+    ]
+    for watch in watches:
+        watch.positions = torch.tensor([3, 77, 149])
+    with torch.no_grad():
+        theirs.model(ids, use_cache=False)
+        hidden_states(model, ids)
+        for watch, scores in zip(watches, expected, strict=True):
+            found = watch.scores()
+            visible = found > -torch.inf
+            assert visible.sum(-1).tolist() == [[1, 19, 37]] * 2
+            wanted = scores[:, watch.positions]
+            torch.testing.assert_close(found[visible], wanted[visible], atol=1e-5, rtol=1e-4)
+            assert (watch.shares[~visible] == 0).all()
+            assert watch.shares.sum(-1).max() < 1  # the window and the sink have the rest
+    for hook in hooks:
+        hook.remove()
 
 
 def test_orthogonal():
