@@ -27,9 +27,9 @@ from dsv4_plugin.cache.rows import (
     FP4IndexRows,
     FP8IndexRows,
     FP8KVRows,
-    RowCodec,
 )
 from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
+from dsv4_plugin.kernels.formats import RowCodec
 
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 INDEX_DTYPES = ("auto", "bfloat16", "fp8", "fp4")

@@ -8,33 +8,17 @@ engine puts around it. (Words, not bytes: torch's row gather is 10 times slower 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from dsv4_plugin.kernels.formats import RowCodec
 from dsv4_plugin.quant.e2m1 import MX_BLOCK, look_up_mxfp4, quantise_mxfp4
 from dsv4_plugin.quant.e4m3 import decode_e4m3, decode_ue8m0, quantise_e4m3
 
 FP8_BLOCK = 64
 """Dims that share one scale in an fp8 KV row."""
-
-
-class RowCodec(Protocol):
-    """Turns [N, width] values into [N, words] int32 rows and back."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def words(self) -> int: ...
-
-    def encode(self, x: Tensor) -> Tensor: ...
-
-    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ FORMATS = {"float32": 0, "bfloat16": 1, "fp8": 2, "fp4": 3}
 """A codec's kind to the constants of `device`."""
 
 
-class Codec(Protocol):
+class RowCodec(Protocol):
+    """Turns [N, width] values into [N, words] int32 rows and back."""
+
     @property
     def kind(self) -> str: ...
 
@@ -29,7 +31,7 @@ class Codec(Protocol):
 class Pool(Protocol):
     """Rows of a codec in int32 `storage`, at int64 addresses that count words."""
 
-    codec: Codec
+    codec: RowCodec
     storage: Tensor
 
     def write(self, address: Tensor, x: Tensor) -> None: ...

@@ -13,9 +13,9 @@ from dsv4_plugin.cache.rows import (
     FP4IndexRows,
     FP8IndexRows,
     FP8KVRows,
-    RowCodec,
     RowPool,
 )
+from dsv4_plugin.kernels.formats import RowCodec
 from dsv4_plugin.kernels.paged import Paged
 from tests.kit import mode
 
