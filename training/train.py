@@ -33,13 +33,19 @@ from training.skills import SKILLS, Writer, held_out
 
 SHARE = 204
 """Tokens of the tool preamble that begin every conversation with tools."""
-MIX = (
-    ("sum", "sum", "sum", "effort"),
-    ("json", "memory", "json", "greet", "json", "memory"),
-    ("call", "calls", "result", "call"),
-)
-"""Skills of the three groups of rows of a step: short, middle, with tools."""
-ROWS = (14, 12, 6)
+MIX = {
+    0: (
+        (14, ("sum", "sum", "sum", "effort")),
+        (12, ("json", "memory", "json", "greet", "json", "memory")),
+        (6, ("call", "calls", "result", "call")),
+    ),
+    800: (
+        (8, ("sum", "effort")),
+        (10, ("json", "memory", "memory", "greet", "memory")),
+        (7, ("call", "calls", "result", "result")),
+    ),
+}
+"""From a step on: rows and skills of the three groups of a step, short, middle, with tools."""
 WARM_UP = 40
 DECAY = 0.25
 AVERAGE = 0.98
@@ -64,7 +70,8 @@ class Data:
 
     def step(self, step: int) -> Iterator[Batch]:
         writer = Writer(hash((self.seed, step)))
-        for group, (skills, rows) in enumerate(zip(MIX, ROWS, strict=True)):
+        mix = MIX[max(first for first in MIX if first <= step)]
+        for group, (rows, skills) in enumerate(mix):
             found = [
                 self.renderer.row(writer.conversation(skills[i % len(skills)])) for i in range(rows)
             ]

@@ -15,7 +15,7 @@ from training.indexer import Watch
 from training.muon import orthogonal
 from training.network import build, hidden_states, leave_out_indexer
 from training.skills import SKILLS, held_out
-from training.train import Trainer
+from training.train import MIX, Trainer
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,8 @@ def test_orthogonal():
 
 
 def test_training_goes_on_where_it_stopped(tmp_path, vocabulary, monkeypatch):
-    monkeypatch.setattr("training.train.ROWS", (2, 1, 1))
+    few = tuple((rows, skills) for rows, (_, skills) in zip((2, 1, 1), MIX[0], strict=True))
+    monkeypatch.setattr("training.train.MIX", {0: few})
     vocabulary.save(tmp_path / "vocabulary.json")
     first = Trainer(tmp_path, 3, 0, 0.02, bf16=False)
     losses = [first._step({skill: [] for skill in SKILLS}) for _ in range(2)]
