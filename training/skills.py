@@ -147,7 +147,10 @@ class Writer:
         return str(name)
 
     def memory(self, distance: int | None = None) -> Conversation:
-        """A name or a code said, `distance` filler sentences (about 9 tokens each), a question."""
+        """A name or a code said, `distance` filler sentences (about 9 tokens each), a question.
+
+        The four digits of a code are two tokens of the tokenizer's: 47-31.
+        """
         c = Conversation("memory")
         if distance is None:
             distance = self.random.choice((0, 2, 5, 5, 10, 10, 15, 15, 25, 25, 25, 40, 70, 100))
@@ -170,7 +173,7 @@ class Writer:
 
     def _code(self, c: Conversation) -> str:
         def draw() -> tuple[str, str]:
-            code = f"{self.random.randrange(1000, 10000)}"
+            code = f"{self.random.randrange(10, 100)}-{self.random.randrange(10, 100)}"
             return f"code/{code}", code
 
         code = str(self.pick(c, draw))
