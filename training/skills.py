@@ -400,7 +400,7 @@ def _price(w: Writer) -> Request:
 def _note(w: Writer) -> Request:
     verb, thing = w.one(VERBS), w.one(THINGS)
     text = f"{verb} the {thing}"
-    return Request(f"Note: {text}.", {"text": text}, {"ok": True}, f"I noted: {text}.")
+    return Request(f"Note: {text}.", {"text": text}, {"ok": True}, "I noted it.")
 
 
 TOOLS = {

@@ -40,7 +40,7 @@ MIX = {
         (6, ("call", "calls", "result", "call")),
     ),
     800: (
-        (8, ("sum", "effort")),
+        (12, ("sum", "sum", "effort")),
         (10, ("json", "memory", "memory", "greet", "memory")),
         (7, ("call", "calls", "result", "result")),
     ),
