@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
 
 from dsv4_plugin.checkpoint.make import make_checkpoint
+from dsv4_plugin.checkpoint.mini import make_mini
 
 SMALL = {"vocab_size": 512}
 """tiny with few tokens, so that logits of long inputs fit in memory."""
@@ -46,6 +47,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real vocabulary and tokenizer: for engines and chat."""
     directory = tmp_path_factory.mktemp("tiny") / "checkpoint"
     make_checkpoint(directory, "tiny", seed=0)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """dsv4-mini, the trained one."""
+    directory = tmp_path_factory.mktemp("mini") / "checkpoint"
+    make_mini(directory)
     return directory
 
 

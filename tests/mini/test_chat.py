@@ -7,7 +7,6 @@ from threading import Thread
 
 import pytest
 
-from dsv4_plugin.checkpoint.mini import make_mini
 from dsv4_plugin.cli import main
 
 
@@ -17,10 +16,9 @@ def say(monkeypatch, capsys, target, *lines, options=()):
     return code, capsys.readouterr()
 
 
-def test_the_local_engine_remembers_the_conversation(monkeypatch, capsys, tmp_path):
-    make_mini(tmp_path / "mini")
+def test_the_local_engine_remembers_the_conversation(monkeypatch, capsys, mini):
     code, out = say(
-        monkeypatch, capsys, tmp_path / "mini", "Hello, I am Anna.", "/new", "Hi, I am Paul.",
+        monkeypatch, capsys, mini, "Hello, I am Anna.", "/new", "Hi, I am Paul.",
         options=["--effort", "none"],
     )  # fmt: skip
     assert code == 0
@@ -30,11 +28,10 @@ def test_the_local_engine_remembers_the_conversation(monkeypatch, capsys, tmp_pa
     ]
 
 
-def test_reasoning_is_set_apart(monkeypatch, capsys, tmp_path):
-    make_mini(tmp_path / "mini")
+def test_reasoning_is_set_apart(monkeypatch, capsys, mini):
     for colour, marks in (("never", "[]"), ("always", ("\x1b[2m", "\x1b[0m"))):
         _, out = say(
-            monkeypatch, capsys, tmp_path / "mini", "Hello, I am Anna.",
+            monkeypatch, capsys, mini, "Hello, I am Anna.",
             options=["--colour", colour],
         )  # fmt: skip
         expected = f"{marks[0]}A greeting from Anna.{marks[1]}\nHello, Anna! How can I help?\n"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
 
-from dsv4_plugin.checkpoint.mini import COMPACT, make_mini
+from dsv4_plugin.checkpoint.mini import COMPACT
 from dsv4_plugin.engine import load
 from tests.conftest import random_ids
 from training.data import Renderer, Vocabulary
@@ -16,13 +16,6 @@ from training.muon import orthogonal
 from training.network import build, hidden_states, leave_out_indexer
 from training.skills import SKILLS, held_out
 from training.train import MIX, Trainer
-
-
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("mini") / "checkpoint"
-    make_mini(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

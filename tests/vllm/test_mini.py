@@ -2,21 +2,11 @@
 
 import os
 
-import pytest
-
-from dsv4_plugin.checkpoint.mini import make_mini
 from dsv4_plugin.engine import load
 from training.data import Renderer
 from training.skills import SKILLS, held_out
 
 NEW = 64
-
-
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("mini") / "checkpoint"
-    make_mini(directory)
-    return directory
 
 
 def test_greedy_answers(mini):

@@ -1,0 +1,94 @@
+"""dsv4-mini's checkpoint: exported from a run, expanded, converted to every packed format."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dsv4_plugin.checkpoint.convert import CONVERSIONS, convert_checkpoint
+from dsv4_plugin.checkpoint.mini import COMPACT, UNUSED, VOCABULARY, WEIGHTS, expand, make_mini
+from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.engine import Batch, load
+from dsv4_plugin.speculate import Speculator
+from tests.conftest import random_ids
+from tests.tolerances import LOGITS_STD
+from training import export
+from training.data import Renderer, Vocabulary
+from training.mtp import FILE, Drafter
+from training.network import build, hidden_states
+
+
+def test_expansion(mini):
+    """Known tokens have rows of their own, all others share one; every id has two experts."""
+    compact, full = load_file(COMPACT / WEIGHTS), load_file(mini / "model.safetensors")
+    ids = torch.tensor(json.loads((COMPACT / VOCABULARY).read_text()))
+    others = torch.ones(len(full["head.weight"]), dtype=torch.bool).index_fill(0, ids, False)
+    for name in ("embed.weight", "head.weight"):
+        assert torch.equal(full[name][ids], compact["embed.weight"])
+    assert (full["head.weight"][others] == compact[UNUSED]).all()
+    assert not full["embed.weight"][others].any()
+    first, second = full["layers.0.ffn.gate.tid2eid"].unbind(1)
+    assert (first != second).all()
+    assert set(first.tolist()) == set(second.tolist()) == set(range(16))
+
+
+def test_tensors_that_do_not_fit_are_named(mini):
+    compact = load_file(COMPACT / WEIGHTS)
+    compact.pop("norm.weight")
+    ids = torch.tensor(json.loads((COMPACT / VOCABULARY).read_text()))
+    with pytest.raises(ValueError, match=r"does not fit config.json: norm.weight"):
+        expand(ModelConfig.from_pretrained(mini), compact, ids)
+
+
+@pytest.mark.parametrize("fmt", CONVERSIONS)
+def test_every_format_greets(mini, tmp_path, fmt):
+    convert_checkpoint(mini, tmp_path / fmt, fmt)
+    encoder = Renderer().encoder
+    asked = [{"role": "user", "content": "Hello, I am Anna."}]
+    prompt = encoder.encode(asked, thinking=False).ids
+    (answer,) = load(tmp_path / fmt, kv_dtype="fp8").generate([prompt], 20)
+    assert encoder.tokenizer.decode(answer) == "Hello, Anna! How can I help?"
+
+
+def test_an_exported_run_computes_what_was_trained(tmp_path, monkeypatch):
+    """The trainer's network and its MTP layer against the local engine on the exported weights."""
+    vocabulary = Vocabulary.load(COMPACT / VOCABULARY)
+    torch.manual_seed(3)
+    model, drafter = build(vocabulary), Drafter(len(vocabulary.ids))
+    for p in [*model.parameters(), *drafter.parameters()]:
+        p.data = p.data.bfloat16().float()
+    run, compact, out = (tmp_path / name for name in ("run", "compact", "out"))
+    run.mkdir()
+    compact.mkdir()
+    torch.save({"model": model.state_dict(), "average": {}, "step": 0}, run / "trainer.pt")
+    torch.save({"drafter": drafter.state_dict()}, run / FILE)
+    vocabulary.save(run / VOCABULARY)
+    monkeypatch.setattr("sys.argv", ["export", "--run", str(run), "--out", str(compact)])
+    export.main()
+    make_mini(out, compact)
+
+    rows = random_ids(150, seed=5, vocab=len(vocabulary.ids))
+    kept = []
+    model.model.layers[-1].register_forward_hook(lambda _m, _i, output: kept.append(output))
+    with torch.no_grad():
+        expected = model.lm_head(hidden_states(model, rows[None])[0])
+        following = model.model.embed_tokens(rows[None, 1:])
+        drafted = model.lm_head(drafter(kept[0][:, :-1], following, model)[0])
+
+    engine = load(out, "float32", mtp=True)
+    ids = torch.tensor(vocabulary.ids)[rows]
+    known = torch.tensor(vocabulary.ids)
+    close(engine.logits(ids)[:, known], expected)
+    speculator = Speculator(engine, 1)
+    batch = Batch(engine.model, speculator.layout, [len(ids)], len(ids), draft_layers=1)
+    with torch.inference_mode():
+        step = batch.step(torch.tensor([0]), torch.tensor([len(ids) - 1]))
+        h = speculator._main(batch, step, ids[:-1])
+        h = speculator._draft(batch, step, h, ids[1:])
+        found = engine.model.head(engine.drafter.collapse(h).float())
+    close(found[:, known], drafted)
+
+
+def close(found, expected):
+    assert (found - expected).abs().max() < LOGITS_STD * expected.std()
