@@ -14,7 +14,7 @@ SGLANG_STAMP := $(SGLANG)/.built-$(PINS)
 TORCH = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --group torch-cpu
 CHECKPOINTS := .cache/checkpoints
 
-.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton unit-triton-all mutants bench bench-slice bench-kv bench-chat eval train-mini compare-engines kernels-report fuzz clean
+.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton unit-triton-all mutants bench bench-slice bench-kv bench-chat eval train-mini compare-engines compare-mini kernels-report fuzz clean
 
 env: $(STAMP)
 
@@ -100,9 +100,9 @@ bench-slice: $(CHECKPOINTS)/slice-fp8-fp4
 bench-kv: $(CHECKPOINTS)/bench
 	$(VLLM)/bin/python -m benchmarks.kv_formats $<
 
-# dsv4-mini: accuracy per skill and format; training (goes on where it stopped).
-eval: $(CHECKPOINTS)/mini
-	$(VLLM)/bin/python -m benchmarks.accuracy $<
+# dsv4-mini: accuracy per skill, engine and format; training (goes on where it stopped).
+eval: $(CHECKPOINTS)/mini $(SGLANG_STAMP)
+	$(VLLM)/bin/python -m benchmarks.accuracy $< --sglang $(SGLANG)/bin/python
 
 train-mini: $(STAMP)
 	$(VLLM)/bin/python -m training.train --out .cache/mini
@@ -114,6 +114,10 @@ bench-chat: $(STAMP)
 compare-engines: $(CHECKPOINTS)/tiny $(SGLANG_STAMP)
 	$(VLLM)/bin/python -m tests.compare_engines $< \
 		--vllm $(VLLM)/bin/python --sglang $(SGLANG)/bin/python
+
+# 100 held-out conversations in float32: transformers' ids from every engine.
+compare-mini: $(CHECKPOINTS)/mini $(SGLANG_STAMP)
+	$(VLLM)/bin/python -m tests.compare_mini $< --sglang $(SGLANG)/bin/python
 
 fuzz: $(STAMP)
 	$(VLLM)/bin/python -m tests.chat.fuzz --cases 100000

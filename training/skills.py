@@ -69,6 +69,25 @@ class Conversation:
         self.messages.append(message)
 
 
+def accepts(right: dict[str, Any], content: str, calls: Sequence[tuple[str, str]]) -> bool:
+    """Does an answer say what the `right` message says? Reasoning may differ.
+
+    Args:
+        calls: name and arguments (JSON text) of each.
+    """
+    functions = [call["function"] for call in right.get("tool_calls", ())]
+    wanted = _decoded([(function["name"], function["arguments"]) for function in functions])
+    return content.strip() == right["content"] and _decoded(calls) == wanted
+
+
+def _decoded(calls: Sequence[tuple[str, str]]) -> list[tuple[str, Any]] | None:
+    """Calls with their arguments decoded; None where one is not JSON."""
+    try:
+        return [(name, json.loads(arguments)) for name, arguments in calls]
+    except json.JSONDecodeError:
+        return None
+
+
 def is_held_out(key: str) -> bool:
     return zlib.crc32(key.encode()) % HELD_OUT == 0
 
