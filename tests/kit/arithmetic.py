@@ -39,7 +39,14 @@ FUNCTION: dict[str, Callable[[Array], Array]] = {
 }  # fmt: skip
 
 
-@handles("bar", "barrier", "membar", "fence", "griddepcontrol", "prefetch", "nanosleep")
+@handles("bar", "barrier")
+def barrier(m: Blocks, i: Instruction, mask: Mask) -> None:
+    """Lock step needs none; noted for `Blocks.release`."""
+    if "warp" not in i.op:
+        m.stored[m.indices(mask)] = False
+
+
+@handles("membar", "fence", "griddepcontrol", "prefetch", "nanosleep")
 def nothing(m: Blocks, i: Instruction, mask: Mask) -> None:
     """Lock step needs no synchronisation."""
 

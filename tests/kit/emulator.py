@@ -1,7 +1,8 @@
 """Executes PTX on the CPU, as Triton emits it for sm_80 .. sm_120 without wgmma and tcgen05.
 
 Every thread of every block is a numpy lane; lanes go in lock step, lowest program counter first, so
-that diverged threads meet again and barriers need nothing. Global addresses are the host's, checked
+that diverged threads meet again and barriers need nothing. Blocks run in a random order, and where
+they meet in atomics some run after others have ended. Global addresses are the host's, checked
 against the tensors of the launch. Not modelled: time, races, asynchronous copies still in flight,
 flushing of denormals, the order of sums in tensor cores, the last bits of approximate functions.
 """
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tests.kit import order
 from tests.kit.memory import Counters, GlobalMemory, SharedMemory
 from tests.kit.ptx import (
     Immediate,
@@ -88,9 +90,9 @@ class Emulator:
         }
         n, per = grid[0] * grid[1] * grid[2], max(1, CHUNK // self.threads)
         with np.errstate(all="ignore"):
-            for first in range(0, n, per):
-                blocks = np.arange(first, min(n, first + per))
-                Blocks(self, memory, params, blocks, grid).run()
+            for wave in order.waves(n) if self.program.atomics else [order.programs(n)]:
+                for first in range(0, len(wave), per):
+                    Blocks(self, memory, params, wave[first : first + per], grid).run()
 
 
 def _param_bits(kind: str, value: float) -> int:
@@ -120,6 +122,7 @@ class Blocks:
         self.warp_start = self.lane - self.lane % 32
         self.shared_base = np.repeat(np.arange(len(blocks)) * emulator.shared, threads)
         self.registers: dict[str, Array] = {}
+        self.stored = np.zeros(self.lanes, bool)  # to global memory, since the last barrier
         self._block, self._grid, self._threads = np.repeat(blocks, threads), grid, threads
 
     @cached_property
@@ -244,6 +247,13 @@ class Blocks:
     def shared_address(self, o: Operand) -> Array:
         assert isinstance(o, Memory)
         return self.read(o.base, U32).astype(np.int64) + o.offset + self.shared_base
+
+    def release(self, lanes: NDArray[np.int64], text: str) -> None:
+        """Each of `lanes` makes its block's stores visible to other blocks."""
+        block = np.zeros(self.lanes // self._threads, np.int64)
+        np.add.at(block, np.nonzero(self.stored)[0] // self._threads, 1)
+        if (block[lanes // self._threads] > self.stored[lanes]).any():
+            raise RuntimeError(f"race: no barrier between other threads' stores and {text}")
 
     def indices(self, mask: Mask) -> NDArray[np.int64]:
         return self.lane if mask is None else np.nonzero(mask)[0]

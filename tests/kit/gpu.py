@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 import triton
 
-from tests.kit import arithmetic, transfers  # noqa: F401  (instructions of the emulator)
+from tests.kit import arithmetic, order, transfers  # noqa: F401  (instructions of the emulator)
 from tests.kit.emulator import Emulator
 from tests.kit.memory import Counters
 from tests.kit.targets import FakeGPU
@@ -94,7 +94,7 @@ class EmulatedGPU(FakeGPU):
                 if (isinstance(a, torch.Tensor))
                 else a
             )
-            digest.update(repr((place, grid)).encode())
+            digest.update(repr((place, grid, order.seed())).encode())
         for storage in flat.values():
             digest.update(storage.numpy().tobytes())
         key = digest.digest()

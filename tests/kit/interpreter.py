@@ -5,7 +5,8 @@ rounds fp8 wrongly, in silence. `apply` repairs that, and with strict=True every
 
 - must stay inside the tensors passed to it,
 - finds NaN (or 0xA5) in masked-off lanes of loads without `other`,
-- raises where two programs touch a byte that one of them writes, or one store writes a byte twice,
+- raises where two programs touch a byte that one of them writes and no atomic orders them (see
+  `races`), or one store writes a byte twice,
 - runs its programs in a random order.
 
 Only in a process that interprets; call once, before the first launch.
@@ -23,6 +24,9 @@ import triton.language as tl
 import triton.runtime.interpreter as interp
 from triton._C.libtriton import ir
 
+from tests.kit import order
+from tests.kit.races import History, Region
+
 Builder = interp.InterpreterBuilder
 Handle = interp.TensorHandle
 F8 = {
@@ -32,17 +36,19 @@ F8 = {
     tl.float8e5b16: (torch.float8_e5m2fnuz, 57344.0),
 }
 SMALL = {tl.bfloat16, tl.float8e4b15, *F8}
+ACQUIRES = (ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
+RELEASES = (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
 POISON = {1: 0xA5, 2: 0x7FC1, 4: 0x7FC00001, 8: 0x7FF8000000000001}
 
 
-def apply(strict: bool = False, order: int | None = None, overflow: bool = False) -> None:
-    """order: seed of the programs' order. overflow: raise where an int32 wraps around."""
+def apply(strict: bool = False, shuffle: bool = False, overflow: bool = False) -> None:
+    """shuffle: run programs in the order of `order`. overflow: raise where an int32 wraps."""
     _repair_conversions()
     _repair_arithmetic()
     _repair_reductions()
     _patch_once(overflow)
-    if order is not None:
-        _shuffle(order)
+    if shuffle:
+        _shuffle()
     if strict:
         _check_memory()
 
@@ -200,52 +206,22 @@ def _patch_once(overflow: bool) -> None:
     interp.InterpretedFunction.__call__ = lambda self, *a, **k: self.rewrite()(*a, **k)
 
 
-def _shuffle(seed: int) -> None:
+def _shuffle() -> None:
     stock = Builder.set_grid_idx
 
     def set_grid_idx(self: Any, x: int, y: int, z: int) -> None:
         grid = nx, ny, nz = self.grid_dim
-        if getattr(self, "_order_of", None) != grid:
-            self._order_of = grid
-            self._order = np.random.default_rng(seed).permutation(nx * ny * nz)
+        if getattr(self, "_order_of", None) != (grid, order.seed()):
+            self._order_of = grid, order.seed()
+            self._order = order.programs(nx * ny * nz)
         i = int(self._order[(x * ny + y) * nz + z])
         stock(self, i // (ny * nz), (i // nz) % ny, i % nz)
 
     Builder.set_grid_idx = set_grid_idx
 
 
-class Region:
-    """A tensor's storage during a launch: which program wrote and read each byte last.
-
-    Kept for tensors up to 64 MiB; larger ones are only bounds-checked.
-    """
-
-    def __init__(self, low: int, high: int) -> None:
-        self.low, self.high = low, high
-        small = high - low <= 1 << 26
-        self.writer = np.full(high - low, -1, np.int32) if small else None
-        self.reader = np.full(high - low, -1, np.int32) if small else None
-
-    def touch(self, address: np.ndarray, nbytes: int, kind: str, program: int) -> None:
-        if self.writer is None or self.reader is None or kind == "atomic":
-            return
-        at = (address - np.uint64(self.low)).astype(np.int64)
-        at = (at[:, None] + np.arange(nbytes)).reshape(-1)
-        written = self.writer[at]
-        if ((written >= 0) & (written != program)).any():
-            raise RuntimeError(f"race: program {program}'s {kind} meets another's store")
-        if kind == "load":
-            self.reader[at] = program
-            return
-        read = self.reader[at]
-        if ((read >= 0) & (read != program)).any():
-            raise RuntimeError(f"race: program {program} stores what another reads")
-        if len(np.unique(at)) != len(at):
-            raise RuntimeError("race: two lanes of one store write the same byte")
-        self.writer[at] = program
-
-
 _regions: list[Region] = []
+_history = History()
 """Of the launch that runs."""
 
 
@@ -262,23 +238,28 @@ def _register(value: Any, seen: set[int]) -> None:
             _regions.append(Region(low, low + storage.nbytes()))
 
 
-def _check(self: Any, pointers: Any, mask: np.ndarray, kind: str) -> None:
+def _enter(self: Any) -> None:
+    _, ny, nz = self.grid_dim
+    x, y, z = self.grid_idx
+    _history.enter((x * ny + y) * nz + z)
+
+
+def _check(self: Any, pointers: Any, mask: np.ndarray, kind: str, past_l1: bool = False) -> None:
     live = pointers.data[np.broadcast_to(mask, pointers.data.shape)]
     if live.size == 0:
         return
+    _enter(self)
     nbytes = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-    _, ny, nz = self.grid_dim
-    x, y, z = self.grid_idx
-    program = (x * ny + y) * nz + z
     left = np.ones(live.shape, bool)
     for region in _regions:
         inside = left & (live >= np.uint64(region.low))
         inside &= live + np.uint64(nbytes) <= np.uint64(region.high)
         if inside.any():
             left &= ~inside
-            region.touch(live[inside], nbytes, kind, program)
+            region.touch(live[inside], nbytes, kind, _history, past_l1)
     if left.any():
         raise RuntimeError(f"out of bounds: {int(left.sum())} of {live.size} lanes of a {kind}")
+    _history.stored |= kind == "store"
 
 
 def _check_memory() -> None:
@@ -288,15 +269,17 @@ def _check_memory() -> None:
 
     def init_args(self: Any, args: Any, kwargs: Any) -> Any:
         a, k = start(self, args, kwargs)
+        global _history
         _regions.clear()
+        _history = History()
         seen: set[int] = set()
         for value in [*a, *k.values()]:
             _register(value, seen)
         return a, k
 
-    def create_load(self: Any, pointers: Any, mask: Any, other: Any, *a: Any, **k: Any) -> Any:
-        _check(self, pointers, mask.data, "load")
-        result = load(self, pointers, mask, other, *a, **k)
+    def create_load(self: Any, pointers: Any, mask: Any, other: Any, policy: Any, *a: Any) -> Any:
+        _check(self, pointers, mask.data, "load", policy == "cg")
+        result = load(self, pointers, mask, other, policy, *a)
         on = np.broadcast_to(mask.data, result.data.shape)
         if other is not None or on.all() or result.data.dtype == np.bool_:
             return result
@@ -308,10 +291,24 @@ def _check_memory() -> None:
         _check(self, pointers, mask.data, "store")
         return store(self, pointers, value, mask, *a, **k)
 
-    def create_rmw(self: Any, op: Any, pointer: Any, value: Any, mask: Any, *a: Any) -> Any:
+    def create_rmw(
+        self: Any, op: Any, pointer: Any, value: Any, mask: Any, sem: Any, scope: Any
+    ) -> Any:
+        _enter(self)
+        wide = scope != ir.MEM_SYNC_SCOPE.CTA
+        at = pointer.data[np.broadcast_to(mask.data, pointer.data.shape)].tolist() if wide else []
+        if sem in ACQUIRES:
+            _history.acquire(at)
         _check(self, pointer, mask.data, "atomic")
-        return rmw(self, op, pointer, value, mask, *a)
+        if sem in RELEASES:
+            _history.release(at)
+        _history.cut()
+        return rmw(self, op, pointer, value, mask, sem, scope)
+
+    def create_barrier(self: Any) -> None:
+        _history.stored = False
 
     interp.GridExecutor._init_args_hst = init_args
     Builder.create_masked_load, Builder.create_masked_store = create_load, create_store
-    Builder.create_atomic_rmw = create_rmw
+    Builder.create_atomic_rmw, Builder.create_barrier = create_rmw, create_barrier
+    Builder.get_cache_policy = lambda self, modifier, eviction: modifier

@@ -20,7 +20,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 if INTERPRET:
     from tests.kit import interpreter
 
-    interpreter.apply(strict=True, order=0)
+    interpreter.apply(strict=True, shuffle=True)
 
 
 def gpu(name: str) -> AbstractContextManager[object]:

@@ -97,6 +97,11 @@ class Program:
         assert stem
         return self.widths[stem[0] + "*"]
 
+    @property
+    def atomics(self) -> bool:
+        """On global memory."""
+        return any(i.op[0] in ("atom", "red") and "shared" not in i.op for i in self.instructions)
+
     def __hash__(self) -> int:
         return id(self)
 

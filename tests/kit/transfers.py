@@ -70,6 +70,7 @@ def st(m: Blocks, i: Instruction, mask: Mask) -> None:
         if m.counters is not None:
             m.counters.note_global("store", address, nbytes, lane)
         m.memory.store(address, data, i.text)
+        m.stored[lane] = True
 
 
 @handles("cp")
@@ -125,6 +126,8 @@ def stmatrix(m: Blocks, i: Instruction, mask: Mask) -> None:
 @handles("atom", "red")
 def atomic(m: Blocks, i: Instruction, mask: Mask) -> None:
     """Lanes one after the other."""
+    if "shared" not in i.op and ("acq_rel" in i.op or "release" in i.op):
+        m.release(m.indices(mask), i.text)
     t, returns, shared = type_of(i.op[-1]), i.op[0] == "atom", "shared" in i.op
     memory, first = i.operands[1 if returns else 0], 2 if returns else 1
     nbytes = t.width // 8

@@ -16,6 +16,7 @@ from dsv4_plugin.kernels.bits import (
 )
 from dsv4_plugin.quant.e4m3 import decode_e4m3, quantise_e4m3
 from tests.kit import mode
+from tests.kit.order import seeded
 
 interpreted = pytest.mark.skipif(not mode.INTERPRET, reason="the interpreter's checks")
 emulated = pytest.mark.skipif(
@@ -85,6 +86,86 @@ def test_a_store_past_the_end_is_found(gpu):
 def test_programs_that_overlap_are_found(gpu):
     with pytest.raises((RuntimeError, InterpreterError), match="race"):
         _run_copy(step=8)
+
+
+@triton.jit
+def _sum(x_ptr, part_ptr, out_ptr, counter, n, N: tl.constexpr, FAULT: tl.constexpr):
+    """The last of n programs adds up what all have stored."""
+    at = tl.arange(0, N)
+    tl.store(part_ptr + tl.program_id(0) * N + at, tl.load(x_ptr + tl.program_id(0) * N + at))
+    if FAULT != "no barrier":
+        tl.debug_barrier()
+    SEM: tl.constexpr = "relaxed" if FAULT == "relaxed" else "acq_rel"
+    SCOPE: tl.constexpr = "cta" if FAULT == "scope" else "gpu"
+    MODIFIER: tl.constexpr = "" if FAULT == "L1" else ".cg"
+    before = tl.atomic_add(counter, 1, sem=SEM, scope=SCOPE)
+    if before == (n - 2 if FAULT == "early" else n - 1):
+        if FAULT != "no reset":
+            tl.store(counter, 0)
+        total = tl.zeros((N,), tl.float32)
+        for i in range(n):
+            total += tl.load(part_ptr + i * N + at, cache_modifier=MODIFIER)
+        tl.store(out_ptr + at, total)
+
+
+def _run_sum(fault, n=6, width=64):
+    """Are both of two launches right?"""
+    x = torch.arange(float(n * width), device=mode.DEVICE).view(n, width)
+    counter = torch.zeros(1, dtype=torch.int32, device=mode.DEVICE)
+    right = True
+    for _ in range(2):
+        part, out = torch.full_like(x, torch.nan), torch.full_like(x[0], torch.nan)
+        _sum[(n,)](x, part, out, counter, n, N=width, FAULT=fault)
+        right &= torch.equal(out, x.sum(0))
+    return right
+
+
+def test_a_sum_by_the_last_program(gpu):
+    for seed in range(4):
+        with seeded(seed):
+            assert _run_sum("")
+
+
+@pytest.mark.parametrize("fault", ["early", "no reset"])
+def test_a_wrong_protocol_between_programs_is_found(gpu, fault):
+    if mode.DEVICE != "cpu":
+        pytest.skip("programs may come in the one order that hides it")
+    for seed in range(4):
+        with seeded(seed):
+            try:
+                assert not _run_sum(fault)
+            except InterpreterError as e:
+                assert "race" in str(e)  # noqa: PT017  (either way is right)
+
+
+@interpreted
+@pytest.mark.parametrize("fault", ["no barrier", "relaxed", "scope", "L1"])
+def test_programs_that_atomics_do_not_order_are_found(gpu, fault):
+    with pytest.raises(InterpreterError, match="race"):
+        _run_sum(fault)
+
+
+@emulated
+def test_a_missing_barrier_is_found_in_compiled_code():
+    """Triton puts one before a releasing atomic itself; here its code is run without."""
+    from tests.kit.emulator import Emulator
+    from tests.kit.targets import FakeGPU
+
+    x, part, out = torch.ones(4, 64), torch.empty(4, 64), torch.empty(64)
+    tensors = [x, part, out, torch.zeros(1, dtype=torch.int32)]
+    with FakeGPU("sm80") as gpu:
+        _sum[(4,)](*tensors, 4, N=64, FAULT="")
+    (kernel, grid) = gpu.compiled()[0]
+    values = [*(t.data_ptr() for t in tensors), 4]
+    ptx = kernel.asm["ptx"]
+    Emulator(ptx, 128, kernel.metadata.shared).launch(grid, values, tensors)
+    assert torch.equal(out, x.sum(0))
+    before, after = ptx.split("atom.global", 1)
+    bare = "\n".join(line for line in before.splitlines() if "bar.sync" not in line)
+    with pytest.raises(RuntimeError, match="no barrier"):
+        Emulator(f"{bare} atom.global{after}", 128, kernel.metadata.shared).launch(
+            grid, values, tensors
+        )
 
 
 @interpreted
