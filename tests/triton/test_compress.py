@@ -97,14 +97,21 @@ def test_hca(gpu, kv_dtype):
         both(layer, layer.products(rows), counts, before, rows)
 
 
-def test_a_page_filled_in_the_same_step(gpu):
-    """The second request starts from the first's page, the third from the second's next one."""
-    layer = Layer(SMALL, CSA, "fp8", 3, 3, 32)
+@pytest.mark.parametrize("decoding", [False, True])
+def test_a_page_filled_in_the_same_step(gpu, decoding, monkeypatch):
+    """Requests that start from a page which another fills: the second and fourth from the first's,
+    the third from the second's; decoding: the third and fourth from the second's."""
+    monkeypatch.setattr(kernel, "SCAN", 2)  # requests are looked through two at a time
+    layer = Layer(SMALL, CSA, "fp8", 4, 3, 32)
     page = layer.caches.tables.page
-    page[1, 0] = page[2, 0] = page[0, 0]
-    page[2, 1] = page[1, 1]
-    layer.run(compress.reference, layer.products(30), [30, 0, 0], [0, 0, 0])
-    both(layer, layer.products(36), [2, 33, 1], [30, 32, 64])
+    page[1:, 0] = page[0, 0]
+    page[2:, 1] = page[1, 1]
+    layer.run(compress.reference, layer.products(30), [30, 0, 0, 0], [0, 0, 0, 0])
+    if not decoding:
+        both(layer, layer.products(38), [2, 33, 1, 2], [30, 32, 64, 32])
+        return
+    layer.run(compress.reference, layer.products(33), [2, 31, 0, 0], [30, 32, 0, 0])
+    both(layer, layer.products(4), [1, 1, 1, 1], [32, 63, 64, 64])
 
 
 @pytest.mark.parametrize("ratio", [CSA, HCA])

@@ -2,7 +2,7 @@
 
 Only a request's first segments start from its ring, and only its last row may overwrite what they
 read. So the program of the last row takes them too; all others find what they need in y.
-For CSA a second launch, a program per request, takes the segments that read a carry.
+A segment that reads a carry written in this launch is taken by the program that writes the carry.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from dsv4_plugin.kernels.device import (
 from dsv4_plugin.kernels.formats import FORMATS
 from dsv4_plugin.kernels.qkv.kernel import blocks_of
 from dsv4_plugin.kernels.step import DeviceStep
+
+SCAN = 256
+"""Requests looked at once, for one that fills a page or starts behind it."""
 
 
 @triton.jit
@@ -174,17 +177,82 @@ def _segment(
             tl.store(carry + C, tl.div_rn(shared_value, safe), mask=used)
 
 
-@triton.jit(do_not_specialize=["table_stride"])
-def pool_and_write(
+@triton.jit
+def _rows_of(who, query_start, seq_lens, some):
+    """The first position, the end and the row of the first of requests `who`; nothing elsewhere."""
+    row = tl.load(query_start + who, mask=some, other=0).to(tl.int32)
+    after = tl.load(query_start + who + 1, mask=some, other=0).to(tl.int32)
+    end = tl.load(seq_lens + who, mask=some, other=0).to(tl.int32)
+    return end - (after - row), end, row
+
+
+@triton.jit
+def _page_of(who, position, page_table, table_stride, some, PAGE: tl.constexpr):
+    """The page of requests `who` at a position."""
+    at = page_table + who.to(tl.int64) * table_stride + position // PAGE
+    return tl.load(at, mask=some, other=-1)
+
+
+@triton.jit
+def _is_filled(
+    page,
+    opens,
+    query_start,
+    seq_lens,
+    page_table,
+    table_stride,
+    requests,
+    PAGE: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    """Does a request fill `page`, the one before position `opens`, in this step?"""
+    found = 0
+    for some in range(0, requests, SCAN):
+        who = some + tl.arange(0, SCAN)
+        first, end, _ = _rows_of(who, query_start, seq_lens, who < requests)
+        fills = (first < opens) & (opens <= end) & (who < requests)
+        number = _page_of(who, opens - 1, page_table, table_stride, fills, PAGE)
+        found += tl.sum((fills & (number == page)).to(tl.int32), 0)
+    return (found > 0) & (page >= 0)
+
+
+@triton.jit
+def _next_behind(
+    after,
+    page,
+    opens,
+    query_start,
+    seq_lens,
+    page_table,
+    table_stride,
+    requests,
+    PAGE: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    """The first request above `after` whose rows begin at position `opens`, right behind `page`;
+    `requests` where there is none or page is -1."""
+    found = requests
+    for some in range(0, tl.where(page >= 0, requests, 0), SCAN):
+        who = some + tl.arange(0, SCAN)
+        first, end, _ = _rows_of(who, query_start, seq_lens, who < requests)
+        begins = (first == opens) & (first < end) & (who < requests) & (who > after)
+        number = _page_of(who, opens - 1, page_table, table_stride, begins, PAGE)
+        found = tl.minimum(found, tl.min(tl.where(begins & (number == page), who, requests), 0))
+    return found
+
+
+@triton.jit
+def _take(
+    window,
+    who,
+    first,
+    end,
+    row_of_first,
     y,
     ape,
     kv_weight,
     key_weight,
     cis,
-    position,
-    request,
-    query_start,
-    seq_lens,
     ring_table,
     page_table,
     ring,
@@ -212,51 +280,110 @@ def pool_and_write(
     RING_ROWS: tl.constexpr,
     RING_WORDS: tl.constexpr,
     DTYPE: tl.constexpr,
-    AFTER_CARRY: tl.constexpr,
 ):
-    if AFTER_CARRY:
-        who = tl.program_id(0)
-    else:
-        here = tl.load(position + tl.program_id(0))
-        who = tl.load(request + tl.program_id(0))
-    row_of_first = tl.load(query_start + who).to(tl.int32)
-    end = tl.load(seq_lens + who).to(tl.int32)
-    first = end - (tl.load(query_start + who + 1).to(tl.int32) - row_of_first)
+    """A window of request `who` through this program's compressor."""
+    own_ring = ring + tl.load(ring_table + who).to(tl.int64) * ring_stride
+    own_table = page_table + who.to(tl.int64) * table_stride
+    row = row_of_first + tl.minimum(window * R + R, end) - 1 - first
+    angles = cis + row.to(tl.int64) * ROPE
+    if tl.program_id(1) == 0:
+        _segment(
+            window, first, row_of_first, end, angles, y, ape, kv_weight,
+            own_ring, page, own_table, page_stride, eps,
+            0, D, ROPE, BLOCKS, 64, False, 0, KV_OFFSET, KV_WORDS, KV_FORMAT,
+            R, HALVES, C, PAGE, CARRY, RING_ROWS, RING_WORDS, DTYPE,
+        )  # fmt: skip
+    elif HALVES == 2:
+        _segment(
+            window, first, row_of_first, end, angles, y, ape, key_weight,
+            own_ring, page, own_table, page_stride, eps,
+            D, KEY_D, ROPE, 1, KEY_D, True, KEY_STAGES, KEY_OFFSET, KEY_WORDS,
+            KEY_FORMAT, R, HALVES, C, PAGE, CARRY, RING_ROWS, RING_WORDS, DTYPE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["table_stride", "requests"])
+def pool_and_write(
+    y,
+    ape,
+    kv_weight,
+    key_weight,
+    cis,
+    position,
+    request,
+    query_start,
+    seq_lens,
+    ring_table,
+    page_table,
+    ring,
+    page,
+    table_stride,
+    ring_stride,
+    page_stride,
+    requests,
+    eps,
+    D: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    KEY_D: tl.constexpr,
+    KEY_STAGES: tl.constexpr,
+    KV_OFFSET: tl.constexpr,
+    KV_WORDS: tl.constexpr,
+    KV_FORMAT: tl.constexpr,
+    KEY_OFFSET: tl.constexpr,
+    KEY_WORDS: tl.constexpr,
+    KEY_FORMAT: tl.constexpr,
+    R: tl.constexpr,
+    HALVES: tl.constexpr,
+    C: tl.constexpr,
+    PAGE: tl.constexpr,
+    CARRY: tl.constexpr,
+    RING_ROWS: tl.constexpr,
+    RING_WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    here = tl.load(position + tl.program_id(0))
+    who = tl.load(request + tl.program_id(0))
+    first, end, _ = _rows_of(who, query_start, seq_lens, here >= 0)
+    # A request's first HALVES windows may start from its ring: its last row takes them too.
+    window = here // R
     begin = first // R
-    deferred = (HALVES == 2) & (first > 0) & (first % PAGE == 0)
-    if AFTER_CARRY:
-        stop = tl.where(deferred & (first < end), begin, -1)
-        window = begin
-    else:
-        # A request's first HALVES windows may start from its ring: its last row takes them too.
-        window = here // R
-        early = begin + HALVES
-        is_last = here == end - 1
-        own = ((here + 1) % R == 0) & (window >= early)
-        stop = tl.where(is_last, tl.minimum(early, window), tl.where(own, window, -1))
-        begin = tl.where(is_last, begin + deferred.to(tl.int32), window)
-        stop = tl.where(here < 0, -1, stop)
-    if begin <= stop:
-        own_ring = ring + tl.load(ring_table + who).to(tl.int64) * ring_stride
-        own_table = page_table + who.to(tl.int64) * table_stride
-        for i in range(begin, stop + 1):
-            at = tl.where(i == stop, window, i)
-            row = row_of_first + tl.minimum(at * R + R, end) - 1 - first
-            angles = cis + row.to(tl.int64) * ROPE
-            if tl.program_id(1) == 0:
-                _segment(
-                    at, first, row_of_first, end, angles, y, ape, kv_weight,
-                    own_ring, page, own_table, page_stride, eps,
-                    0, D, ROPE, BLOCKS, 64, False, 0, KV_OFFSET, KV_WORDS, KV_FORMAT,
-                    R, HALVES, C, PAGE, CARRY, RING_ROWS, RING_WORDS, DTYPE,
-                )  # fmt: skip
-            elif HALVES == 2:
-                _segment(
-                    at, first, row_of_first, end, angles, y, ape, key_weight,
-                    own_ring, page, own_table, page_stride, eps,
-                    D, KEY_D, ROPE, 1, KEY_D, True, KEY_STAGES, KEY_OFFSET, KEY_WORDS,
-                    KEY_FORMAT, R, HALVES, C, PAGE, CARRY, RING_ROWS, RING_WORDS, DTYPE,
-                )  # fmt: skip
+    early = begin + HALVES
+    is_last = here == end - 1
+    own = ((here + 1) % R == 0) & (window >= early)
+    stop = tl.where(is_last, tl.minimum(early, window), tl.where(own, window, -1))
+    stop = tl.where(here < 0, -1, stop)
+    begin = tl.where(is_last, begin, window)
+    if (HALVES == 2) & is_last & (stop >= 0) & (first > 0) & (first % PAGE == 0):
+        before = _page_of(who, first - 1, page_table, table_stride, True, PAGE)
+        left = _is_filled(
+            before, first, query_start, seq_lens, page_table, table_stride, requests, PAGE, SCAN
+        )
+        begin += left.to(tl.int32)
+    for i in range(begin, stop + 1):
+        at = tl.where(i == stop, window, i)
+        opens = at * R + R
+        fills = (HALVES == 2) & (opens % PAGE == 0) & (opens <= end)
+        full = _page_of(who, opens - 1, page_table, table_stride, fills, PAGE)
+        # This segment and, where it fills a page, the first ones of requests that start behind it.
+        taker = who
+        behind = who * 0 - 1
+        while taker < requests:
+            its_first, its_end, its_row = _rows_of(taker, query_start, seq_lens, True)
+            _take(
+                at, taker, its_first, its_end, its_row, y, ape, kv_weight, key_weight, cis,
+                ring_table, page_table, ring, page, table_stride, ring_stride, page_stride, eps,
+                D, ROPE, BLOCKS, KEY_D, KEY_STAGES, KV_OFFSET, KV_WORDS, KV_FORMAT, KEY_OFFSET,
+                KEY_WORDS, KEY_FORMAT, R, HALVES, C, PAGE, CARRY, RING_ROWS, RING_WORDS, DTYPE,
+            )  # fmt: skip
+            tl.debug_barrier()  # every thread has written its part of the carry
+            behind = _next_behind(
+                behind, full, opens, query_start, seq_lens, page_table, table_stride, requests,
+                PAGE, SCAN,
+            )  # fmt: skip
+            taker = behind
+            at = opens // R
 
 
 def compress(
@@ -286,12 +413,10 @@ def compress(
         "RING_ROWS": state.rows, "RING_WORDS": state.ring.codec.words,
         "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
     }  # fmt: skip
-    for after_carry in range(halves):
-        programs = len(step.seq_lens) if after_carry else len(step.position)
-        pool_and_write[(programs, len(targets))](
-            y, ape, kv.weight, key.weight, cis, step.position, step.request, step.query_start,
-            step.seq_lens, step.tables.ring, step.tables.page,
-            state.ring.storage.view(torch.float32), kv.pool.storage,
-            step.tables.page.stride(0), step.tables.ring_stride, step.tables.page_stride, eps,
-            **sizes, AFTER_CARRY=after_carry, num_warps=8, enable_fp_fusion=False,
-        )  # fmt: skip
+    pool_and_write[(len(step.position), len(targets))](
+        y, ape, kv.weight, key.weight, cis, step.position, step.request, step.query_start,
+        step.seq_lens, step.tables.ring, step.tables.page,
+        state.ring.storage.view(torch.float32), kv.pool.storage,
+        step.tables.page.stride(0), step.tables.ring_stride, step.tables.page_stride,
+        len(step.seq_lens), eps, **sizes, SCAN=SCAN, num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip
