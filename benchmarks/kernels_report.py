@@ -220,13 +220,10 @@ def launches() -> list[str]:
     def row(name: str, kernels: Counter[str], operations: Counter[str]) -> list[object]:
         named = ", ".join(f"{k} {n}" if n > 1 else k for k, n in kernels.items())
         others = ", ".join(f"{k} {n}" if n > 1 else k for k, n in operations.items())
-        return [name, kernels.total(), AIM.get(name, ""), named, operations.total(), others]
+        return [name, kernels.total(), named, operations.total(), others]
 
-    head = ["layer kind", "kernels", "aim", "which", "torch operations", "which"]
+    head = ["layer kind", "kernels", "which", "torch operations", "which"]
     return table(head, (row(name, *found) for name, found in per_kind().items()))
-
-
-AIM = {"SWA": 6, "CSA": 10, "HCA": 7}
 
 
 def resources(built: list[Built]) -> list[str]:
@@ -267,7 +264,7 @@ HEAD = """# Kernels, modelled
 Written by `make kernels-report`; nothing in it was measured on a GPU. Registers, spills, shared
 memory and instructions are the compiler's. Bytes and instructions executed are counted in the
 compiled sm_80 code as it runs in the emulator (`tests/kit`): "moved" are distinct 32-byte sectors
-per launch, the least a perfect cache would leave; "scratch" are partial sums between the launches
+per launch, the least a perfect cache would leave; "scratch" are partial sums between the programs
 of a split, a few MB that stay in L2; "L1 requests" know no cache at all. The bounds take data-sheet
 peaks: no kernel is faster than the largest of them, every real one is slower. A single request
 keeps few SMs busy: its bound is the instructions of the busy ones. "In company" is one request's

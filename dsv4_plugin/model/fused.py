@@ -1,8 +1,8 @@
 """The network as a GPU runs it: the same modules, on operations made for steps on the device.
 
-Per layer, besides the products: two launches for each of mHC's two places, one for the query's
-latent norm, one for queries and window rows, the compressor's, the indexer's, attention's, and one
-for the router. Nothing here waits for the device or depends on what is in it.
+Per layer, besides the products: a launch for each of mHC's two places, the query's latent norm,
+queries and window rows, the compressor, attention and the router, and the indexer's three. Nothing
+here waits for the device or depends on what is in it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from dsv4_plugin.cache.rows import (
 from dsv4_plugin.kernels.formats import RowCodec
 from dsv4_plugin.kernels.paged import Paged
 from tests.kit import mode
+from tests.triton.inputs import untouched
 
 NAN = 0x7FC07FC0
 """As an int32 word: two bfloat16 NaN; as bytes, e4m3 codes of 448 and 240."""
@@ -68,12 +68,15 @@ def pairs(n: int, rope: int, seed: int) -> Tensor:
 
 
 def far(rows: Paged) -> Paged:
-    """The same rows, blocks 2^29 words apart: most lie beyond 2^31 bytes."""
+    """The same rows in blocks beyond 2^31 words."""
     words = rows.pool.codec.words * rows.rows
-    stride = (1 << 29) + 2
-    blocks = int(rows.table.max()) + 1
-    memory = torch.from_numpy(np.zeros(blocks * stride + words, np.int32))  # pages come on demand
-    for b in range(blocks):
+    stride, first = (1 << 27) + 2, 16
+    used = rows.table[rows.table >= 0].unique().tolist()
+    memory = untouched((first + len(used)) * stride)
+    table = rows.table.clone()
+    for number, b in enumerate(used, first):
         source = rows.pool.storage[rows.offset + b * rows.stride :][:words]
-        memory[rows.offset + b * stride :][: len(source)] = source
-    return replace(rows, pool=RowPool(memory.to(mode.DEVICE), rows.pool.codec), stride=stride)
+        memory[rows.offset + number * stride :][: len(source)] = source
+        table[rows.table == b] = number
+    pool = RowPool(memory.to(mode.DEVICE), rows.pool.codec)
+    return replace(rows, pool=pool, table=table, stride=stride)

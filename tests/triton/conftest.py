@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from dsv4_plugin.kernels import arrival
 from tests.kit import mode
 
 
@@ -23,9 +24,13 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(params=mode.NAMES)
 def gpu(request: pytest.FixtureRequest) -> Iterator[object]:
-    """Inside the test, Triton's launches run as the mode says; torch.empty holds NaN."""
+    """Inside the test, Triton's launches run as the mode says; torch.empty holds NaN. Every launch
+    has to leave its counters at 0."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
+    arrival._made.cache_clear()
     with mode.gpu(request.param) as context:
         yield context
     torch.use_deterministic_algorithms(deterministic)
+    device = torch.empty(0, device=mode.DEVICE).device
+    assert not [k for k in arrival.KERNELS if arrival.counters(k, device, 0).any()]

@@ -41,6 +41,7 @@ class Mutant:
 DEVICE, STEP, QKV = "device.py", "step/kernel.py", "qkv/kernel.py"
 COMPRESS, STREAMS, GATE = "compress/kernel.py", "streams/kernel.py", "gate/kernel.py"
 ATTENTION, INDEX, BITS = "paged_attention/kernel.py", "paged_index/kernel.py", "bits.py"
+ARRIVAL = "arrival.py"
 
 MUTANTS = [
     # Masks and guards
@@ -54,7 +55,7 @@ MUTANTS = [
     Mutant("experts past the last compete", GATE, "tl.where(e < E, (ordered", "tl.where(e < E + 1, (ordered", "gate"),
     Mutant("no guard for a block that nobody sees", ATTENTION, 'safe = tl.where(top == float("-inf"), 0.0, top)', "safe = top", "paged_attention", "decode"),
     Mutant("entries that do not exist yet are seen", ATTENTION, "sees = i[None, :] < seen[:, None]", "sees = i[None, :] <= seen[:, None]", "paged_attention", "prefill"),
-    Mutant("the last round's entries count", INDEX, "real = i < tl.minimum(seen, n)", "real = i < n", "paged_index", "topk"),
+    Mutant("entries that a row does not see are chosen", INDEX, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "paged_index", "topk"),
     # Off by one
     Mutant("the window is one too long", ATTENTION, "(i[None, :] > pos[:, None] - SPAN)", "(i[None, :] >= pos[:, None] - SPAN)", "paged_attention", "prefill or tiles"),
     Mutant("an entry closes a token late", COMPRESS, "(begin + R <= end)", "(begin + R < end)", "compress", "csa"),
@@ -62,12 +63,12 @@ MUTANTS = [
     Mutant("the ring's row after, not before", COMPRESS, "(first + RING_ROWS - 1) % RING_ROWS", "first % RING_ROWS", "compress", "drafts"),
     Mutant("one choice too few", GATE, "for i in tl.static_range(K):", "for i in tl.static_range(K - 1):", "gate"),
     Mutant("one Sinkhorn turn too few", STREAMS, "for _ in range(1, iters):", "for _ in range(2, iters):", "streams", "2-4-72"),
-    Mutant("a search turn too few", STEP, "SEARCH=max(1, requests.bit_length())", "SEARCH=max(1, requests.bit_length() - 2)", "step"),
+    Mutant("a search turn too few", STEP, "SEARCH = 16", "SEARCH = 3", "step"),
     # Wrong index
     Mutant("scales start a word late", DEVICE, "word = PLAIN // 4 + (D - PLAIN) // 2 + tl", "word = PLAIN // 4 + (D - PLAIN) // 2 + 1 + tl", "qkv"),
     Mutant("scales of the wrong blocks", ATTENTION, "(b % 4) * 8", "(b % 2) * 8", "paged_attention", "decode"),
     Mutant("the angles of the next pair", DEVICE, "cis + even_at - PLAIN + 1", "cis + even_at - PLAIN + 2", "qkv"),
-    Mutant("rows and columns of the mixing change places", STREAMS, "r[None, :] * R + r[:, None], c", "r[:, None] * R + r[None, :], c", "streams", "2-4-72"),
+    Mutant("rows and columns of the mixing change places", STREAMS, "r[None, None, :] * R + r[None, :, None]", "r[None, :, None] * R + r[None, None, :]", "streams", "2-4-72"),
     Mutant("the other half is pooled", COMPRESS, "token += (HALVES - 1) * C", "token += 0 * C", "compress", "csa"),
     Mutant("ties go to the higher entry", GATE, "| (EXPERTS - 1 - e)", "| e", "gate"),
     Mutant("the key's scale is dropped", INDEX, "0) * scale\n", "0) * 256.0\n", "paged_index", "scores"),
@@ -83,9 +84,21 @@ MUTANTS = [
     Mutant("only one segment after a carry is taken", COMPRESS, "& (who > after)", "& (who > 9 * after + 9)", "compress", "filled"),
     Mutant("the weights' middle part is dropped", STREAMS, "                total = tl.dot(x, middle, total)\n", "", "streams", "4096 or 264"),
     Mutant("the sink is left out", ATTENTION, "total = tl.full((M,), 1.0, tl.float32)", "total = tl.full((M,), 0.0, tl.float32)", "paged_attention", "prefill"),
+    # Between programs
+    Mutant("the last but one goes on", ARRIVAL, "== programs - 1", "== tl.maximum(programs - 2, 0)", "streams", "order"),
+    Mutant("counters are not put back", ARRIVAL, "tl.store(counter, 0)", "pass", "streams", "order"),
+    Mutant("no barrier before an arrival", ARRIVAL, "    tl.debug_barrier()", "    # tl.debug_barrier()", "streams", "order"),
+    Mutant("an arrival orders nothing", ARRIVAL, 'sem="acq_rel"', 'sem="relaxed"', "streams", "order"),
+    Mutant("sums are read through L1", STREAMS, 'other=0.0, cache_modifier=".cg")\n    return tl.rsqrt', "other=0.0)\n    return tl.rsqrt", "streams", "order"),
+    Mutant("tiles share a counter", STREAMS, "is_last(counter + tl.program_id(0), chunks)", "is_last(counter, chunks)", "streams", "order"),
+    Mutant("pieces are merged from the last one's on", ATTENTION, "cell = (t * places + piece) * H + h\n        m =", "cell = (t * places + (piece + tl.program_id(2)) % pieces) * H + h\n        m =", "paged_attention", "order"),
+    Mutant("pieces past a row's last are waited for", ATTENTION, "is_last(counter + place, pieces)", "is_last(counter + place, places)", "paged_attention", "order"),
+    Mutant("head blocks share a counter", ATTENTION, "tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)\n                if", "tl.program_id(0)\n                if", "paged_attention", "decode and 64-fp8-4-512"),
+    Mutant("the last program chooses among its own", INDEX, "j < parts * K", "j < K", "paged_index", "many_blocks"),
     # Addresses
     Mutant("int32 page addresses", COMPRESS, "number = tl.load(page_table + begin // PAGE).to(tl.int64)", "number = tl.load(page_table + begin // PAGE)", "compress", "gigabytes"),
     Mutant("int32 window addresses", STEP, "mask=real, other=-1).to(tl.int64)", "mask=real, other=-1)", "step"),
+    Mutant("int32 block addresses", ATTENTION, "mask=ok, other=-1).to(tl.int64)\n    ok", "mask=ok, other=-1)\n    ok", "paged_attention", "gigabytes"),
     Mutant("int32 key addresses", INDEX, "number.to(tl.int64) * block_stride", "number * block_stride", "paged_index", "gigabytes"),
 ]  # fmt: skip
 

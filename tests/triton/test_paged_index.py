@@ -13,6 +13,7 @@ from dsv4_plugin.kernels.paged_index import (
     reference_topk,
 )
 from tests.kit import mode
+from tests.kit.order import seeded
 from tests.tolerances import FP16, OP_FP32
 from tests.triton.cases import far, generator, key_codec, paged, pairs
 
@@ -138,14 +139,21 @@ def test_topk(gpu, lengths, n, k):
 
 @pytest.mark.parametrize("few", [True, False])
 def test_topk_of_many_blocks(gpu, monkeypatch, few):
-    """In rounds, as for contexts of a million tokens."""
+    """As for contexts of a million tokens: the last program of a row chooses among all blocks'."""
     monkeypatch.setattr(kernel, "BLOCKS", (512,))
     n, k = 3000, 64
     score = torch.stack([tied(n, 1), normal(n, seed=2).cpu()]).to(mode.DEVICE)
     position = ints(4 * 2990 - 1, 4 * 40 - 1 if few else 4 * n - 1)
-    assert torch.equal(
-        kernel.topk(score, position, RATIO, k), reference_topk(score, position, RATIO, k)
-    )
+    expected = reference_topk(score, position, RATIO, k)
+    for seed in range(3):
+        with seeded(seed):
+            assert torch.equal(kernel.topk(score, position, RATIO, k), expected)
+
+
+def test_more_entries_than_two_rounds_choose_from(monkeypatch):
+    monkeypatch.setattr(kernel, "BLOCKS", (512,))
+    with pytest.raises(ValueError, match="64 of 5000 entries are too many; at most 4096 entries"):
+        kernel.topk(normal(1, 5000), ints(19_999), RATIO, 64)
 
 
 def test_choices_in_turns(gpu, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 
 from dsv4_plugin.kernels import streams
 from dsv4_plugin.kernels.streams import Mixer, Spread, kernel
+from tests.kit.order import seeded
 
 
 def mixer_of(r, d, n, iters=20):
@@ -64,3 +65,17 @@ def test_a_token_does_not_depend_on_its_batch(gpu, monkeypatch):
     assert torch.equal(alone[0], many[0][3:4])
     assert torch.equal(alone[1], many[1][3:4])
     assert torch.equal(alone[2].mixing, many[2].mixing[3:4])
+
+
+def test_the_order_of_programs_does_not_matter(gpu):
+    """Three chunks of two tiles: whichever program is the last, the bits are the same."""
+    out, h, by = case(5, 4, 600, torch.bfloat16)
+    mixer = mixer_of(4, 600, 24)
+    found = []
+    for seed in range(4):
+        with seeded(seed):
+            h_out, x, after = kernel.streams(out, h, by, mixer)
+        found.append((h_out, x, after.post, after.mixing))
+    close(found[0][1], streams.reference(out, h, by, mixer)[1], torch.bfloat16)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))

@@ -1,7 +1,7 @@
 """Triton: one program takes some heads of one query, or of a tile of queries.
 
 Keys come in pieces: the window, then every `piece` compressed rows. Each piece is a softmax of its
-own, and pieces are merged in order. With few queries every piece is a program and `combine`
+own, and pieces are merged in order. With few queries every piece is a program, the last of which
 merges; with many, one program walks through all pieces. Both do the same arithmetic, blocks of
 keys begin at multiples of their size, and rows that a query does not see leave its sums as they
 are: so a query's result has the same bits whatever the batch, the chunk or the tile.
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_plugin.kernels.arrival import counters, is_last
 from dsv4_plugin.kernels.launch import pick
 from dsv4_plugin.kernels.paged import Paged
 from dsv4_plugin.kernels.paged_attention import Queries
@@ -204,6 +205,52 @@ def _store_parts(
     tl.store(to[:, None] + (NOPE + tl.arange(0, R))[None, :], ar, mask=some)
 
 
+@triton.jit
+def _combine(
+    part_top,
+    part_sum,
+    part_out,
+    sink,
+    cis,
+    out,
+    t,
+    h,
+    ok,
+    pieces,
+    places,
+    H,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Merge the pieces of heads h [M] of row t, in order; there is room for `places` of them."""
+    D: tl.constexpr = NOPE + ROPE
+    i = tl.arange(0, WIDTH)
+    r = NOPE + tl.arange(0, ROPE)
+    plain = ok[:, None] & (i < NOPE)[None, :]
+    top = tl.load(sink + h, mask=ok, other=0.0) * 1.4426950408889634
+    total = tl.full(h.shape, 1.0, tl.float32)
+    x = tl.zeros((h.shape[0], WIDTH), tl.float32)
+    xr = tl.zeros((h.shape[0], ROPE), tl.float32)
+    for piece in range(pieces):
+        cell = (t * places + piece) * H + h
+        m = tl.load(part_top + cell, mask=ok, other=0.0, cache_modifier=".cg")
+        mass = tl.load(part_sum + cell, mask=ok, other=0.0, cache_modifier=".cg")
+        row = part_out + cell[:, None] * D
+        y = tl.load(row + i[None, :], mask=plain, other=0.0, cache_modifier=".cg")
+        yr = tl.load(row + r[None, :], mask=ok[:, None], other=0.0, cache_modifier=".cg")
+        top, keep, add = _weights(top, m)
+        total = _merge(total, mass, keep, add)
+        x = _merge(x, y, keep[:, None], add[:, None])
+        xr = _merge(xr, yr, keep[:, None], add[:, None])
+    share = (1.0 / total)[:, None]
+    xr = _unrotate(xr * share, cis + t * ROPE + h * 0, ok)
+    to = out + (t * H + h[:, None]) * D
+    dtype = out.dtype.element_ty
+    tl.store(to + i[None, :], (x * share).to(dtype), mask=plain)
+    tl.store(to + r[None, :], xr.to(dtype), mask=ok[:, None])
+
+
 @triton.jit(
     do_not_specialize=["window_last", "window_tables", "entry_last", "entry_tables", "rows"]
 )
@@ -231,6 +278,7 @@ def attend(
     part_top,
     part_sum,
     part_out,
+    counter,
     scale,
     rows,
     q_stride,
@@ -238,6 +286,7 @@ def attend(
     NOPE: tl.constexpr,
     ROPE: tl.constexpr,
     P: tl.constexpr,
+    WIDTH: tl.constexpr,
     FP8: tl.constexpr,
     WORDS: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -252,7 +301,7 @@ def attend(
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Program (tile, head block, piece)."""
+    """Program (tile, head block, piece). A row has no more pieces than its own keys fill."""
     D: tl.constexpr = NOPE + ROPE
     M: tl.constexpr = TILE * HEADS
     first = tl.program_id(0) * TILE
@@ -291,12 +340,14 @@ def attend(
         most = (last + 1) // RATIO if RATIO > 0 else 0
         if CHOOSING:
             most = tl.where(last >= 0, choices, 0)
+        pieces = 1 + tl.cdiv(most, PIECE)
         if SPLIT:
+            pieces = tl.minimum(pieces, tl.num_programs(2))
             low_piece = tl.program_id(2)
-            high_piece = low_piece + 1
+            high_piece = tl.minimum(low_piece + 1, pieces)
         else:
             low_piece = 0
-            high_piece = 1 + tl.cdiv(most, PIECE)
+            high_piece = pieces
         for piece in range(low_piece, high_piece):
             top = tl.full((M,), float("-inf"), tl.float32)
             mass = tl.zeros((M,), tl.float32)
@@ -337,12 +388,19 @@ def attend(
                     top, mass, a0, a1, a2, a3, ar,
                 )  # fmt: skip
             if SPLIT:
-                pieces = tl.num_programs(2)
-                cell = (t.to(tl.int64) * pieces + piece) * H + h
-                tl.store(part_top + cell, top, mask=inside & (h < H))
-                tl.store(part_sum + cell, mass, mask=inside & (h < H))
-                to = part_out + cell * D
-                _store_parts(to, inside & (h < H), a0, a1, a2, a3, ar, NOPE, P, FP8)
+                places = tl.num_programs(2)
+                from_row = first.to(tl.int64)
+                some = h < H
+                cell = (from_row * places + piece) * H + h
+                tl.store(part_top + cell, top, mask=some)
+                tl.store(part_sum + cell, mass, mask=some)
+                _store_parts(part_out + cell * D, some, a0, a1, a2, a3, ar, NOPE, P, FP8)
+                place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+                if is_last(counter + place, pieces):
+                    _combine(
+                        part_top, part_sum, part_out, sink, cis, out, from_row, h, some,
+                        pieces, places, H, NOPE, ROPE, WIDTH,
+                    )  # fmt: skip
             else:
                 total_top, keep, add = _weights(total_top, top)
                 total = _merge(total, mass, keep, add)
@@ -360,52 +418,6 @@ def attend(
             to, inside & (h < H), (t0 * share).to(dtype), (t1 * share).to(dtype),
             (t2 * share).to(dtype), (t3 * share).to(dtype), tr.to(dtype), NOPE, P, FP8,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["pieces"])
-def combine(
-    sink,
-    cis,
-    part_top,
-    part_sum,
-    part_out,
-    out,
-    pieces,
-    H,
-    NOPE: tl.constexpr,
-    ROPE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEADS: tl.constexpr,
-):
-    """Merge the pieces of some heads of one row, in order; pieces nobody wrote have no keys."""
-    D: tl.constexpr = NOPE + ROPE
-    t = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    ok = h < H
-    i = tl.arange(0, WIDTH)
-    r = NOPE + tl.arange(0, ROPE)
-    plain = ok[:, None] & (i < NOPE)[None, :]
-    top = tl.load(sink + h, mask=ok, other=0.0) * 1.4426950408889634
-    total = tl.full((HEADS,), 1.0, tl.float32)
-    x = tl.zeros((HEADS, WIDTH), tl.float32)
-    xr = tl.zeros((HEADS, ROPE), tl.float32)
-    for piece in range(pieces):
-        cell = (t * pieces + piece) * H + h
-        m = tl.load(part_top + cell, mask=ok, other=0.0)
-        mass = tl.load(part_sum + cell, mask=ok, other=0.0)
-        row = part_out + cell * D
-        y = tl.load(row[:, None] + i[None, :], mask=plain, other=0.0)
-        yr = tl.load(row[:, None] + r[None, :], mask=ok[:, None], other=0.0)
-        top, keep, add = _weights(top, m)
-        total = _merge(total, mass, keep, add)
-        x = _merge(x, y, keep[:, None], add[:, None])
-        xr = _merge(xr, yr, keep[:, None], add[:, None])
-    share = (1.0 / total)[:, None]
-    xr = _unrotate(xr * share, cis + t * ROPE + h * 0, ok)
-    to = out + (t * H + h) * D
-    dtype = out.dtype.element_ty
-    tl.store(to[:, None] + i[None, :], (x * share).to(dtype), mask=plain)
-    tl.store(to[:, None] + r[None, :], xr.to(dtype), mask=ok[:, None])
 
 
 def paged_attention(
@@ -446,20 +458,15 @@ def paged_attention(
         q, sink, queries.position, queries.request, queries.cis,
         *_arguments(window), *_arguments(entries_or_window),
         chosen if chosen is not None else queries.position, choices,
-        out, part_top, part_sum, part_out, d**-0.5 * LOG2E, n, q.stride(0),
+        out, part_top, part_sum, part_out, counters("attention", q.device, n * head_blocks * split),
+        d**-0.5 * LOG2E, n, q.stride(0),
         heads, NOPE=d - rope, ROPE=rope, P=max(MIN_DOT, triton.next_power_of_2((d - rope) // 4)),
-        FP8=fp8, WORDS=window.pool.codec.words,
+        WIDTH=triton.next_power_of_2(d - rope), FP8=fp8, WORDS=window.pool.codec.words,
         ALIGN=min(_alignment(window), _alignment(entries_or_window)), SPAN=span,
         WINDOW_ROWS=window.rows, ENTRY_ROWS=entries_or_window.rows, RATIO=ratio,
         CHOOSING=chosen is not None, PIECE=PIECE[ratio], SPLIT=split,
         TILE=tile, HEADS=block, KEYS=launch.keys, num_warps=launch.warps, num_stages=1,
     )  # fmt: skip
-    if split:
-        combine[(n, triton.cdiv(heads, COMBINE_HEADS))](
-            sink, queries.cis, part_top, part_sum, part_out, out, pieces,
-            heads, NOPE=d - rope, ROPE=rope, WIDTH=triton.next_power_of_2(d - rope),
-            HEADS=COMBINE_HEADS, num_warps=4,
-        )  # fmt: skip
     return out
 
 
@@ -469,10 +476,6 @@ def _tile(heads: int, launch: Launch, tiles: bool) -> tuple[int, int]:
     if not tiles:
         return 1, max(block, MIN_DOT)
     return max(launch.tile_rows, MIN_DOT) // block, block
-
-
-COMBINE_HEADS = 2
-"""Heads of a program of `combine`."""
 
 
 def _arguments(rows: Paged) -> tuple[Tensor, Tensor, int, int, int, int]:

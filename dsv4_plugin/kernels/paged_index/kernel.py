@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_plugin.kernels.arrival import counters, is_last
 from dsv4_plugin.kernels.launch import pick
 from dsv4_plugin.kernels.paged import Paged
 
@@ -277,38 +278,30 @@ def _nibbles(words, factor, N: tl.constexpr, P: tl.constexpr):
     return tl.reshape(x * factor[:, :, None], (N, P)).to(tl.float16)
 
 
-@triton.jit(do_not_specialize=["score_stride", "n"])
-def choose(
+@triton.jit
+def _best(
     score,
     entry_in,
-    position,
+    i,
+    real,
     out,
     score_out,
-    score_stride,
-    n,
     K: tl.constexpr,
-    RATIO: tl.constexpr,
-    BLOCK: tl.constexpr,
     KP: tl.constexpr,
     LISTED: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """Program (row, block): the K best of a block of scores, in order of entry.
+    """The K best of the scores at places i that are real, in order of entry, -1 last.
 
-    LISTED: scores come with their entries (-1: none), else they are those of 0, 1, ...
-    SCORES: write the chosen scores too, for the next round.
+    LISTED: scores come with their entries (-1: none), as other programs left them; else entries
+    are the places. SCORES: write the chosen scores too.
     """
-    t = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    i = part * BLOCK + tl.arange(0, BLOCK)
-    seen = (tl.load(position + t) + 1) // RATIO
+    past_l1: tl.constexpr = ".cg" if LISTED else ""
+    entry = i
     if LISTED:
-        entry = tl.load(entry_in + t * score_stride + i, mask=i < n, other=-1)
+        entry = tl.load(entry_in + i, mask=real, other=-1, cache_modifier=past_l1)
         real = entry >= 0
-    else:
-        entry = i
-        real = i < tl.minimum(seen, n)
-    x = tl.load(score + t * score_stride + i, mask=real, other=0.0)
+    x = tl.load(score + i, mask=real, other=0.0, cache_modifier=past_l1)
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
     order = tl.where(real, order, 0)
@@ -323,15 +316,54 @@ def choose(
     room = K - tl.sum(above.to(tl.int32), 0)
     take = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
     place = tl.cumsum(take.to(tl.int32), 0) - 1
-    base = (t * tl.num_programs(1) + part) * K
-    tl.store(out + base + place, entry, mask=take)
+    tl.store(out + place, entry, mask=take)
     rest = tl.arange(0, KP)
     empty = (rest >= tl.sum(take.to(tl.int32), 0)) & (rest < K)
-    tl.store(out + base + rest, tl.full((KP,), -1, tl.int32), mask=empty)
+    tl.store(out + rest, tl.full((KP,), -1, tl.int32), mask=empty)
     if SCORES:  # read again: registers are short
-        again = tl.load(score + t * score_stride + i, mask=take, other=0.0)
-        tl.store(score_out + base + place, again, mask=take)
-        tl.store(score_out + base + rest, tl.zeros((KP,), tl.float32), mask=empty)
+        again = tl.load(score + i, mask=take, other=0.0)
+        tl.store(score_out + place, again, mask=take)
+        tl.store(score_out + rest, tl.zeros((KP,), tl.float32), mask=empty)
+
+
+@triton.jit(do_not_specialize=["score_stride", "n"])
+def choose(
+    score,
+    position,
+    out,
+    part_entry,
+    part_score,
+    counter,
+    score_stride,
+    n,
+    K: tl.constexpr,
+    RATIO: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AGAIN: tl.constexpr,
+    KP: tl.constexpr,
+):
+    """Program (row, block): the K best of a block of scores. AGAIN: of what all blocks of a row
+    kept, not more than one block, the last program takes the K best."""
+    t = tl.program_id(0).to(tl.int64)
+    seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = score + t * score_stride
+    if not AGAIN:
+        _best(row, row, i, i < seen, out + t * K, row, K, KP, False, False)
+    else:
+        parts = tl.maximum(tl.cdiv(seen, BLOCK), 1)
+        mine = (t * tl.num_programs(1) + tl.program_id(1)) * K
+        kept = t * tl.num_programs(1) * K
+        if tl.program_id(1) < parts:
+            _best(
+                row, row, i, i < seen, part_entry + mine, part_score + mine, K, KP, False, True
+            )  # fmt: skip
+            if is_last(counter + t, parts):
+                j = tl.arange(0, BLOCK)
+                _best(
+                    part_score + kept, part_entry + kept, j, j < parts * K,
+                    out + t * K, row, K, KP, True, False,
+                )  # fmt: skip
 
 
 def queries(q: Tensor, weight: Tensor, cis: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -390,21 +422,24 @@ def scores(
 
 
 def topk(score: Tensor, position: Tensor, ratio: int, k: int) -> Tensor:
-    """As `reference_topk`: the best of every block of scores, then of those."""
+    """As `reference_topk`: the best of every block of scores, then of those.
+
+    Raises:
+        ValueError: scores of a row that take more than these two rounds.
+    """
     t, n = score.shape
-    entries = score.view(torch.int32)  # unread in the first round
-    listed = False
-    while True:
-        block = next((b for b in BLOCKS if b >= n), BLOCKS[-1])
-        parts = triton.cdiv(n, block)
-        best = torch.empty((t, parts * k), dtype=torch.int32, device=score.device)
-        value = torch.empty(best.shape if parts > 1 else 0, device=score.device)
-        if t:
-            choose[(t, parts)](
-                score, entries, position, best, value, score.stride(0), n,
-                K=k, RATIO=ratio, BLOCK=block, KP=triton.next_power_of_2(k),
-                LISTED=listed, SCORES=parts > 1, num_warps=16 if block > 4096 else 4,
-            )  # fmt: skip
-        if parts == 1:
-            return best
-        score, entries, n, listed = value, best, parts * k, True
+    block = next((b for b in BLOCKS if b >= n), BLOCKS[-1])
+    parts = triton.cdiv(n, block)
+    kept = parts * k if parts > 1 else 0
+    if kept > BLOCKS[-1]:
+        most = BLOCKS[-1] // k * block
+        raise ValueError(f"{k} of {n} entries are too many; at most {most} entries")
+    out = torch.empty((t, k), dtype=torch.int32, device=score.device)
+    part_entry = torch.empty((t, kept), dtype=torch.int32, device=score.device)
+    if t:
+        choose[(t, parts)](
+            score, position, out, part_entry, torch.empty_like(part_entry, dtype=torch.float32),
+            counters("index", score.device, t), score.stride(0), n, K=k, RATIO=ratio, BLOCK=block,
+            AGAIN=parts > 1, KP=triton.next_power_of_2(k), num_warps=16 if block > 4096 else 4,
+        )  # fmt: skip
+    return out

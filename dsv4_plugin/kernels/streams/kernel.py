@@ -1,5 +1,5 @@
-"""Two launches: `mix` spreads and multiplies, CHUNK columns of every stream at a time; `finish`
-adds the chunks up in order, so that a token's sums do not depend on its batch.
+"""One launch: programs spread and multiply, CHUNK columns of every stream at a time; the last one
+of a tile of tokens adds the chunks up in order, so that a token's sums do not depend on its batch.
 
 The product is float32 in effect: bfloat16 streams times three bfloat16 parts of each weight.
 """
@@ -11,28 +11,143 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_plugin.kernels.arrival import counters, is_last
 from dsv4_plugin.kernels.streams import Mixer, Spread
 
 CHUNK = 256
-"""Columns of each stream that one program of `mix` takes."""
+"""Columns of each stream that one program takes."""
 FEW = 128
-"""Up to this many tokens, tiles of 16; above, of 32."""
+"""Up to this many tokens, products of 16; above, of 32."""
+GROUP = 4
+"""Tokens whose `Spread` is made at once."""
 WIDTH = 32
 """Columns of the partial products: N outputs, padding, and last the sum of squares."""
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks"])
+@triton.jit
+def _outputs(partial, rms, base, scale, t, chunks, n, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    """Outputs n [O] of the mixing product of tokens t [G]: the sum over chunks, normed, scaled."""
+    chunk = tl.arange(0, CHUNKS)[None, :, None]
+    at = (t[:, None, None] * chunks + chunk) * WIDTH + n[None, None, :]
+    parts = tl.load(partial + at, mask=chunk < chunks, other=0.0, cache_modifier=".cg")
+    return tl.sum(parts, 1) * rms[:, None] * tl.load(scale + n) + tl.load(base + n)
+
+
+@triton.jit
+def _inverse_rms(partial, t, chunks, size, eps, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    """Of the streams of tokens t [G], `size` values each."""
+    chunk = tl.arange(0, CHUNKS)[None, :]
+    at = (t[:, None] * chunks + chunk) * WIDTH + WIDTH - 1
+    parts = tl.load(partial + at, mask=chunk < chunks, other=0.0, cache_modifier=".cg")
+    return tl.rsqrt(tl.sum(parts, 1) / size + eps)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _collapse(h, norm, x_out, pre, t, D, eps, R: tl.constexpr, COLUMNS: tl.constexpr):
+    """The next sublayer's input of token t: its streams by their weights pre [R], normed."""
+    r = tl.arange(0, R)
+    d = tl.arange(0, COLUMNS)
+    y = tl.zeros((COLUMNS,), tl.float32)
+    for k in tl.static_range(R):
+        at = (t * R + k) * D + d
+        stream = tl.load(h + at, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+        y += tl.sum(tl.where(r == k, pre, 0.0), 0) * stream
+    y = y.to(h.dtype.element_ty).to(tl.float32)
+    y = y * tl.rsqrt(tl.sum(y * y, 0) / D + eps)
+    y = y * tl.load(norm + d, mask=d < D, other=0.0)
+    tl.store(x_out + t * D + d, y, mask=d < D)
+
+
+@triton.jit
+def _sinkhorn(m, iters, eps, R: tl.constexpr):
+    """m [G, R * R] -> [G, source, target], rows and columns of sum one."""
+    c = tl.reshape(m, (m.shape[0], R, R))
+    c = tl.exp(c - tl.max(c, 2)[:, :, None])
+    c = c / tl.sum(c, 2)[:, :, None] + eps
+    c = c / (tl.sum(c, 1) + eps)[:, None, :]
+    for _ in range(1, iters):
+        c = c / (tl.sum(c, 2) + eps)[:, :, None]
+        c = c / (tl.sum(c, 1) + eps)[:, None, :]
+    return c
+
+
+@triton.jit
+def _finish(
+    h,
+    x_out,
+    post_out,
+    mixing_out,
+    partial,
+    base,
+    scale,
+    norm,
+    first,
+    end,
+    D,
+    chunks,
+    iters,
+    eps,
+    norm_eps,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Tokens first .. end - 1, whose streams h and sums `partial` are complete."""
+    g = tl.arange(0, GROUP)
+    r = tl.arange(0, R)
+    for begin in range(first, end, GROUP):
+        t = begin + g.to(tl.int64)
+        some = t < end
+        t = tl.where(some, t, begin)
+        rms = _inverse_rms(partial, t, chunks, R * D, norm_eps, CHUNKS, WIDTH)
+        pre = _outputs(partial, rms, base, scale, t, chunks, r, CHUNKS, WIDTH)
+        pre = _sigmoid(pre) + eps
+        for i in range(tl.minimum(GROUP, end - begin)):
+            mine = tl.sum(tl.where((g == i)[:, None], pre, 0.0), 0)
+            token = tl.sum(tl.where(g == i, t, 0), 0)
+            _collapse(h, norm, x_out, mine, token, D, norm_eps, R, COLUMNS)
+        if N > R:
+            m = _outputs(partial, rms, base, scale, t, chunks, R + r, CHUNKS, WIDTH)
+            at = t[:, None] * R + r[None, :]
+            tl.store(post_out + at, 2.0 * _sigmoid(m), mask=some[:, None])
+            n = 2 * R + tl.arange(0, R * R)
+            m = _outputs(partial, rms, base, scale, t, chunks, n, CHUNKS, WIDTH)
+            c = _sinkhorn(m, iters, eps, R)
+            at = (t * (R * R))[:, None, None] + r[None, None, :] * R + r[None, :, None]
+            tl.store(mixing_out + at, c, mask=some[:, None, None])
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks", "rows"])
 def mix(
     out,
     h,
     post,
     mixing,
     fn,
+    base,
+    scale,
+    norm,
     h_out,
+    x_out,
+    post_out,
+    mixing_out,
     partial,
+    counter,
     tokens,
+    rows,
     D,
     chunks,
+    iters,
+    eps,
+    norm_eps,
     R: tl.constexpr,
     N: tl.constexpr,
     SPREAD: tl.constexpr,
@@ -40,10 +155,16 @@ def mix(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    t = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    """Program (tile of `rows` tokens, chunk)."""
+    first = tl.program_id(0) * rows
+    end = tl.minimum(first + rows, tokens)
+    t = first.to(tl.int64) + tl.arange(0, TILE)
     chunk = tl.program_id(1)
-    real = t < tokens
+    real = t < end
     n = tl.arange(0, WIDTH)
     total = tl.zeros((TILE, WIDTH), tl.float32)
     squares = tl.zeros((TILE,), tl.float32)
@@ -85,73 +206,11 @@ def mix(
     total = tl.where((n == WIDTH - 1)[None, :], squares[:, None], total)
     at = (t[:, None] * chunks + chunk) * WIDTH + n[None, :]
     tl.store(partial + at, total, mask=real[:, None])
-
-
-@triton.jit
-def _outputs(partial, rms, base, scale, row, chunks, n, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
-    """Outputs n of the mixing product: the sum over chunks, normed, scaled."""
-    chunk = tl.arange(0, CHUNKS)
-    at = (row * chunks + chunk[:, None]) * WIDTH + n[None, :]
-    m = tl.sum(tl.load(partial + at, mask=(chunk < chunks)[:, None], other=0.0), 0)
-    return m * rms * tl.load(scale + n) + tl.load(base + n)
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit(do_not_specialize=["chunks"])
-def finish(
-    h,
-    partial,
-    base,
-    scale,
-    weight,
-    x_out,
-    post,
-    mixing,
-    D,
-    chunks,
-    iters,
-    eps,
-    norm_eps,
-    R: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Program (t, 0): the sublayer's input. Program (t, 1): how its output will return."""
-    t = tl.program_id(0).to(tl.int64)
-    chunk = tl.arange(0, CHUNKS)
-    at = (t * chunks + chunk) * WIDTH + WIDTH - 1
-    squares = tl.sum(tl.load(partial + at, mask=chunk < chunks, other=0.0), 0)
-    rms = tl.rsqrt(squares / (R * D) + norm_eps)
-    r = tl.arange(0, R)
-    if tl.program_id(1) == 0:
-        pre = _sigmoid(_outputs(partial, rms, base, scale, t, chunks, r, CHUNKS, WIDTH)) + eps
-        d = tl.arange(0, COLUMNS)
-        y = tl.zeros((COLUMNS,), tl.float32)
-        for k in tl.static_range(R):
-            stream = tl.load(h + (t * R + k) * D + d, mask=d < D, other=0.0).to(tl.float32)
-            y += tl.sum(tl.where(r == k, pre, 0.0), 0) * stream
-        y = y.to(h.dtype.element_ty).to(tl.float32)
-        y = y * tl.rsqrt(tl.sum(y * y, 0) / D + norm_eps)
-        y = y * tl.load(weight + d, mask=d < D, other=0.0)
-        tl.store(x_out + t * D + d, y, mask=d < D)
-    else:
-        m = _outputs(partial, rms, base, scale, t, chunks, R + r, CHUNKS, WIDTH)
-        tl.store(post + t * R + r, 2.0 * _sigmoid(m))
-        n = tl.arange(0, R * R)
-        m = _outputs(partial, rms, base, scale, t, chunks, 2 * R + n, CHUNKS, WIDTH)
-        c = tl.reshape(m, (R, R))  # [source, target]
-        c = tl.exp(c - tl.max(c, 1)[:, None])
-        c = c / tl.sum(c, 1)[:, None] + eps
-        c = c / (tl.sum(c, 0) + eps)[None, :]
-        for _ in range(1, iters):
-            c = c / (tl.sum(c, 1) + eps)[:, None]
-            c = c / (tl.sum(c, 0) + eps)[None, :]
-        tl.store(mixing + t * (R * R) + r[None, :] * R + r[:, None], c)
+    if is_last(counter + tl.program_id(0), chunks):
+        _finish(
+            h_out, x_out, post_out, mixing_out, partial, base, scale, norm, first, end, D,
+            chunks, iters, eps, norm_eps, R, N, WIDTH, CHUNKS, COLUMNS, GROUP,
+        )  # fmt: skip
 
 
 def streams(
@@ -163,19 +222,24 @@ def streams(
     x = h.new_empty((tokens, d))
     spreading = out is not None and by is not None
     h_out = torch.empty_like(h) if spreading else h
-    tile = 16 if tokens <= FEW else 32
-    mix[(triton.cdiv(tokens, tile), chunks)](
-        out if spreading else h, h, by.post if by else partial, by.mixing if by else partial,
-        mixer.fn, h_out, partial, tokens, d, chunks,
-        R=r, N=len(mixer.fn), SPREAD=spreading, TILE=tile, CHUNK=CHUNK, BLOCK=32, WIDTH=WIDTH,
-        num_warps=4, num_stages=1,
-    )  # fmt: skip
     post = partial if head else h.new_empty((tokens, r), dtype=torch.float32)
     mixing = partial if head else h.new_empty((tokens, r, r), dtype=torch.float32)
-    finish[(tokens, 1 if head else 2)](
-        h_out, partial, mixer.base, mixer.scale, mixer.weight, x, post, mixing,
-        d, chunks, mixer.iters, mixer.eps, mixer.norm_eps,
-        R=r, CHUNKS=triton.next_power_of_2(chunks), WIDTH=WIDTH,
-        COLUMNS=triton.next_power_of_2(d), num_warps=8,
+    rows = _rows(tokens)
+    tiles = triton.cdiv(tokens, rows)
+    mix[(tiles, chunks)](
+        out if spreading else h, h, by.post if by else partial, by.mixing if by else partial,
+        mixer.fn, mixer.base, mixer.scale, mixer.weight, h_out, x, post, mixing,
+        partial, counters("streams", h.device, tiles),
+        tokens, rows, d, chunks, mixer.iters, mixer.eps, mixer.norm_eps,
+        R=r, N=len(mixer.fn), SPREAD=spreading, TILE=16 if tokens <= FEW else 32,
+        CHUNK=CHUNK, BLOCK=32, WIDTH=WIDTH, CHUNKS=triton.next_power_of_2(chunks),
+        COLUMNS=triton.next_power_of_2(d), GROUP=GROUP, num_warps=4, num_stages=1,
     )  # fmt: skip
     return h_out, x, None if head else Spread(post, mixing)
+
+
+def _rows(tokens: int) -> int:
+    """Tokens of a program: few, where they are few, so that many programs finish."""
+    if tokens > FEW:
+        return 32
+    return 4 if tokens <= FEW // 8 else 8

@@ -1,0 +1,44 @@
+"""The last program that arrives goes on: what would be a second launch becomes its work.
+
+Programs that share a counter store their parts and arrive. Whoever comes last reads all parts, in
+an order that does not depend on who came when, and leaves the counter at 0 for the next launch.
+
+Counters are made once per kernel and device: a captured graph finds them where they were. Launches
+of one kernel have to follow one another, as those of one stream do.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+COUNTERS = 1 << 16
+"""Of a kernel. (256 KiB)"""
+KERNELS = ("streams", "attention", "index")
+
+
+def counters(kernel: str, device: torch.device, needed: int) -> Tensor:
+    """int32 zeros, at least `needed`, for launches of one of KERNELS."""
+    assert needed <= COUNTERS, f"{kernel} needs {needed} counters"
+    return _made(kernel, device)
+
+
+@cache
+def _made(kernel: str, device: torch.device) -> Tensor:
+    assert kernel in KERNELS
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def is_last(counter, programs):
+    """Have all of `programs` programs arrived now? Then what they stored before can be loaded, with
+    cache_modifier ".cg": L1 may hold what was there earlier."""
+    tl.debug_barrier()  # one thread releases what all have stored
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1
+    if last:
+        tl.store(counter, 0)
+    return last
