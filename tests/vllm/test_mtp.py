@@ -3,14 +3,12 @@ with chunks, prefix hits and preemption, against transformers."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from dsv4_plugin.checkpoint.make import make_checkpoint
-from tests.conftest import SMALL, random_ids
-from tests.vllm.test_engine import NEW, check, counters, poison
+from tests.conftest import SMALL
+from tests.vllm.engine import NEW, check, counters, engine, generate, sixteen_prompts
 from tests.vllm.test_options import configure
 
 DRAFTS = 3
@@ -28,45 +26,14 @@ def drafting(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(drafting):
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    from vllm import LLM
-
-    engine = LLM(
-        str(drafting),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        max_model_len=1024,
-        max_num_batched_tokens=96,
-        max_num_seqs=16,
-        kv_cache_memory_bytes=200 << 20,
-        num_gpu_blocks_override=POOL,
-        enforce_eager=True,
-        disable_log_stats=False,
-        speculative_config={"method": "mtp", "num_speculative_tokens": DRAFTS},
-    )
-    engine.apply_model(poison)
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
+    drafts = {"method": "mtp", "num_speculative_tokens": DRAFTS}
+    with engine(drafting, POOL, speculative_config=drafts) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    shared = random_ids(520, seed=20).tolist()
-    alone = [random_ids(n, seed=n).tolist() for n in (3, 40, 127, 128, 129, 255, 256, 257, 700)]
-    return alone + [
-        shared[:n] + random_ids(7 + n % 13, seed=n).tolist()
-        for n in (300, 301, 512, 513, 520, 256, 40)
-    ]
-
-
-def generate(llm, prompts):
-    from vllm import SamplingParams
-
-    params = SamplingParams(
-        temperature=0, max_tokens=NEW, logprobs=0, ignore_eos=True, detokenize=False
-    )
-    return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return sixteen_prompts()
 
 
 def drafted(llm) -> tuple[float, float]:
