@@ -1,7 +1,7 @@
 """How many launches a layer of each kind takes in a decode step, counted in the emulator.
 
 A model with one layer more of a kind launches that much more: Triton's kernels, and torch's own
-operations besides. Not counted are products and experts, which are the engines', and views.
+operations besides. Not counted are products, experts, and views.
 """
 
 from __future__ import annotations
@@ -51,16 +51,18 @@ class Operations(TorchDispatchMode):
 
 
 class CountingGPU(EmulatedGPU):
-    """Whose own use of torch is not counted."""
+    """Whose own use of torch is not counted, nor what a paused module launches."""
 
     def __init__(self, operations: Operations) -> None:
         super().__init__("sm80")
         self.operations = operations
 
     def launch(self, *args: Any) -> None:
-        self.operations.paused = True
+        before, self.operations.paused = self.operations.paused, True
         super().launch(*args)
-        self.operations.paused = False
+        self.operations.paused = before
+        if before:
+            self.launches.pop()
 
 
 class Paused(nn.Module):

@@ -96,7 +96,7 @@ def server_defaults(server_args: ServerArgs, hf_config: Any) -> dict[str, Any]:
 
 def fill_defaults(server_args: ServerArgs, previous: Callable[[ServerArgs], None]) -> None:
     """Resolution hook for defaults that SGLang takes from no provider: how many requests run (each
-    has a ring and window blocks), no CUDA graphs (a step's addresses have no fixed shape), and
+    has a ring and window blocks), no CUDA graphs (block tables are made anew in every step), and
     with the plugin's chat, that models think unless asked not to, as in the other engine."""
     previous(server_args)
     config, args = model_config_of(server_args).hf_config, resolving_view(server_args)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from dsv4_plugin import env
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import BlockLayout, CacheLayout
 from dsv4_plugin.cache.step import BlockTables
@@ -64,16 +65,25 @@ class MetadataBuilder(AttentionMetadataBuilder[GroupMetadata]):
     """Hands the block table on; the step is built from all groups at once, in the model.
 
     Where kernels are Triton's these are vLLM's own buffers, which stay where they are: a step built
-    from them inside a captured graph is right whenever the graph is replayed.
+    from them inside a captured graph is right whenever the graph is replayed. What the host knows
+    of lengths decides launches, so a graph is captured for the longest requests.
     """
 
     @classmethod
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
     ) -> AttentionCGSupport:
-        """None so far: the step and the Triton operations can be captured, but the core's experts,
-        which serve as long as the engine's are not used, ask the host for their counts."""
-        return AttentionCGSupport.NEVER
+        """Steps of one token a request, where DSV4_GRAPHS asks for it: a decode step of the device
+        asks the host for nothing, but no GPU has captured one so far. Drafts take the ordinary
+        path, stages hand streams over, and experts of data-parallel ranks gather as many rows as
+        the host says."""
+        parallel = vllm_config.parallel_config
+        alone = parallel.pipeline_parallel_size == parallel.data_parallel_size == 1
+        on_device = use_triton(torch.device(vllm_config.device_config.device))
+        drafting = vllm_config.speculative_config is not None
+        if env.GRAPHS.read() == "none" or not on_device or drafting or not alone:
+            return AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self,
@@ -95,6 +105,12 @@ class MetadataBuilder(AttentionMetadataBuilder[GroupMetadata]):
         if not use_triton(self.device):
             tensors = tuple(t.long() for t in tensors)
         return GroupMetadata(*tensors, m.max_query_len, m.max_seq_len)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> GroupMetadata:
+        longest = self.vllm_config.model_config.max_model_len
+        return replace(self.build(0, common_attn_metadata), longest=longest)
 
 
 class Backend(AttentionBackend):

@@ -18,6 +18,7 @@ from dsv4_plugin.cache.rows import RowPool
 from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
 from dsv4_plugin.kernels import (
     compress,
+    experts,
     gate,
     norm,
     paged_attention,
@@ -27,15 +28,27 @@ from dsv4_plugin.kernels import (
     streams,
 )
 from dsv4_plugin.kernels.compress import State, Target
+from dsv4_plugin.kernels.packed import (
+    ROUNDED,
+    FP4Matrix,
+    FP8Matrix,
+    Matrix,
+    NVFP4Matrix,
+    tiled_product,
+)
+from dsv4_plugin.kernels.packed.experts import reference as packed_reference
 from dsv4_plugin.kernels.paged import Paged
 from dsv4_plugin.kernels.paged_attention import Queries
 from dsv4_plugin.kernels.step import BlockTables, DeviceStep, Rows
 from dsv4_plugin.kernels.streams import Mixer, Spread
+from dsv4_plugin.quant.e4m3 import round_e4m3
 
 Outputs = list[Tensor]
 HEADS, D, ROPE, HIDDEN, STREAMS, EXPERTS, INDEX_HEADS, INDEX_D = 64, 512, 64, 4096, 4, 256, 64, 128
 EPS = 1e-6
 TOPK = 512
+ROUTED, CHOSEN, EXPERT_WIDTH, LIMIT = 64, 6, 2048, 10.0
+"""Experts that are there, of a token, their width and their SwiGLU's limit."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,33 @@ class World:
     def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(len(shape) + sum(shape))
         return torch.randn(shape, device=self.device, generator=generator).to(dtype)
+
+    def bytes(self, low: int, high: int, *shape: int) -> Tensor:
+        """uint8 from low to high - 1."""
+        generator = torch.Generator(self.device).manual_seed(sum(shape))
+        return torch.randint(
+            low, high, shape, device=self.device, generator=generator, dtype=torch.uint8
+        )
+
+    def packed(self, kind: str, *shape: int) -> Matrix:
+        """Random codes of weights [..., out, in]."""
+        *e, n_out, n_in = shape
+        if kind == "fp8":
+            codes = self.bytes(0, 256, *shape)
+            codes[codes & 0x7F == 0x7F] = 0  # NaN
+            scale = self.random(*e, -(-n_out // 128), -(-n_in // 128)).abs() * 2.0**-12
+            return FP8Matrix(codes, scale)
+        data = self.bytes(0, 256, *e, n_out, n_in // 2)
+        if kind == "fp4":
+            return FP4Matrix(data, self.bytes(116, 122, *e, n_out, n_in // 32))
+        scale, top = self.bytes(0, 0x7F, *e, n_out, n_in // 16), self.random(*e).abs() * 2.0**-12
+        return NVFP4Matrix(data, scale, top)
+
+    def routed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs of the experts, the choices of each row and their weights."""
+        ids = self.random(self.rows, ROUTED).topk(CHOSEN).indices
+        x = self.random(self.rows, HIDDEN, dtype=torch.bfloat16)
+        return x, ids, self.random(self.rows, CHOSEN).sigmoid()
 
     def blocks(self, tokens: int) -> Tensor:
         """Block numbers int32 [B, n], the last block first."""
@@ -262,6 +302,69 @@ def router(world: World) -> Work:
     )
 
 
+def _read(world: World, nbytes: int) -> int:
+    """Of all experts' weights, those that the rows choose, at most."""
+    return nbytes // ROUTED * min(ROUTED, world.rows * CHOSEN)
+
+
+def plain_experts(world: World) -> Work:
+    from dsv4_plugin.kernels.experts import kernel
+
+    x, ids, weight = world.routed()
+    w13, w2 = (
+        world.random(ROUTED, *shape, dtype=torch.bfloat16).mul_(shape[0] ** -0.5)
+        for shape in ((HIDDEN, 2 * EXPERT_WIDTH), (EXPERT_WIDTH, HIDDEN))
+    )
+    args = (x, ids, weight, w13, w2, LIMIT)
+    return Work(
+        lambda: [kernel.experts(*args)],
+        lambda: [experts.grouped(*args)],
+        _read(world, w13.nbytes + w2.nbytes) + 2 * x.nbytes,
+    )
+
+
+def packed_experts(world: World, kind: str) -> Work:
+    """Inputs as they are: a sum in another order may round to another e4m3 value."""
+    from dsv4_plugin.kernels.experts import kernel
+
+    x, ids, weight = world.routed()
+    d, f = HIDDEN, EXPERT_WIDTH
+    w1, w3, w2 = (world.packed(kind, ROUTED, *s) for s in ((f, d), (f, d), (d, f)))
+    args = (x, ids, weight, w1, w3, w2, LIMIT, False)
+    stored = sum(t.nbytes for w in (w1, w3, w2) for t in vars(w).values() if torch.is_tensor(t))
+    return Work(
+        lambda: [kernel.packed_experts(*args)],
+        lambda: [packed_reference(*args)],
+        _read(world, stored) + 2 * x.nbytes,
+    )
+
+
+def fp8_linear(world: World) -> Work:
+    """The query's latent."""
+    from dsv4_plugin.kernels.packed import kernel
+
+    x, matrix = (
+        world.random(world.rows, HIDDEN, dtype=torch.bfloat16),
+        world.packed("fp8", 1024, HIDDEN),
+    )
+    return Work(
+        lambda: [kernel.product(x, matrix)],
+        lambda: [tiled_product(x, matrix)],
+        1024 * HIDDEN + x.nbytes,
+    )
+
+
+def rounded_inputs(world: World) -> Work:
+    from dsv4_plugin.kernels.packed import kernel
+
+    x = world.random(world.rows, HIDDEN, dtype=torch.bfloat16)
+    return Work(
+        lambda: [kernel.round_inputs(x, ROUNDED)],
+        lambda: [round_e4m3(x, ROUNDED)],
+        2 * x.nbytes,
+    )
+
+
 def _paged(world: World, pool: RowPool | None, name: str, ratio: int) -> Paged:
     assert pool is not None
     tables = world.tables(ratio)
@@ -349,4 +452,10 @@ WORK: dict[str, Callable[[World], Work]] = {
     "attention, SWA": partial(attention, ratio=SWA),
     "attention, CSA": partial(attention, ratio=CSA),
     "attention, HCA": partial(attention, ratio=HCA),
+    "experts, bfloat16": plain_experts,
+    "experts, FP8": partial(packed_experts, kind="fp8"),
+    "experts, MXFP4": partial(packed_experts, kind="fp4"),
+    "experts, NVFP4": partial(packed_experts, kind="nvfp4"),
+    "FP8 linear": fp8_linear,
+    "rounded inputs": rounded_inputs,
 }

@@ -12,10 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from dsv4_plugin.config import FP4_BLOCKS, FP8_BLOCK, Experts, ModelConfig
-from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix, product
+from dsv4_plugin.kernels.packed import (
+    FP4Matrix,
+    FP8Matrix,
+    Matrix,
+    NVFP4Matrix,
+    grouped_product,
+    product,
+    round_inputs,
+)
 from dsv4_plugin.kernels.packed.experts import packed_experts
 from dsv4_plugin.model.parallel import GroupedLinear, MakeExperts, OutputGroups, Parallel
-from dsv4_plugin.quant.e4m3 import decode_ue8m0, round_e4m3
+from dsv4_plugin.quant.e4m3 import decode_ue8m0
 
 
 class QuantisedParallel:
@@ -68,10 +76,6 @@ def grouped_linear(
     return layer
 
 
-ROUNDED = 128
-"""Block of the activations' e4m3 rounding."""
-
-
 def raw(tensor: Tensor) -> Tensor:
     """A tensor of one-byte values as uint8, bit for bit."""
     return tensor.view(torch.uint8)
@@ -100,10 +104,6 @@ def part_of(n: int, size: int, unit: int, what: str) -> int:
     return n // size
 
 
-def round_activations(x: Tensor) -> Tensor:
-    return round_e4m3(x, ROUNDED)
-
-
 class QuantisedLinear(nn.Module):
     """y = x W^T with an FP8 weight in 128 x 128 blocks; `split` is the dim shared over ranks."""
 
@@ -128,7 +128,7 @@ class QuantisedLinear(nn.Module):
         param.data.copy_(raw(tensor) if param is self.weight else fp8_scale(tensor))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = product(round_activations(x), FP8Matrix(self.weight, self.scale))
+        y = product(round_inputs(x), FP8Matrix(self.weight, self.scale))
         return y if self.reduce is None else self.reduce(y)
 
 
@@ -158,13 +158,7 @@ class QuantisedGroupedLinear(nn.Module):
         param.data.copy_(self.groups.wo_a(rows[: self.groups.groups * self.n_out]))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = x.new_empty(len(x), len(self.weight))
-        whole = FP8Matrix(self.weight, self.scale, height=1)
-        for part in range(self.groups.parts):
-            rows = slice(part * self.n_out, (part + 1) * self.n_out)
-            tile = whole.rows(rows.start, rows.stop, x.dtype)
-            out[:, rows] = nn.functional.linear(x[:, part], tile)
-        return out
+        return grouped_product(x, FP8Matrix(self.weight, self.scale, height=1))
 
 
 class QuantisedExperts(nn.Module):
@@ -191,12 +185,13 @@ class QuantisedExperts(nn.Module):
             tensor = tensor.narrow(split, self.rank * param.shape[split], param.shape[split])
         param.copy_(raw(tensor) if param.dtype == torch.uint8 else fp8_scale(tensor))
 
-    def weights(self, expert: int) -> tuple[Matrix, Matrix, Matrix]:
-        return self._matrix("w1", expert), self._matrix("w3", expert), self._matrix("w2", expert)
+    def weights(self) -> tuple[Matrix, Matrix, Matrix]:
+        """w1, w3 and w2, of all experts each."""
+        return self._matrix("w1"), self._matrix("w3"), self._matrix("w2")
 
-    def _matrix(self, name: str, expert: int) -> Matrix:
+    def _matrix(self, name: str) -> Matrix:
         def part(which: str) -> Tensor:
-            return self.get_parameter(f"{name}_{which}")[expert]
+            return self.get_parameter(f"{name}_{which}")
 
         if self.stored == "fp4":
             return FP4Matrix(part("weight"), part("scale"))
@@ -205,12 +200,8 @@ class QuantisedExperts(nn.Module):
         return NVFP4Matrix(part("weight"), part("weight_scale"), part("weight_scale_2"))
 
     def forward(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
-        rounding = _as_it_is if self.stored == "nvfp4" else round_activations
-        return packed_experts(x, ids, weight, self.weights, self.limit, rounding)
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
+        rounding = self.stored != "nvfp4"
+        return packed_experts(x, ids, weight, *self.weights(), self.limit, rounding)
 
 
 def _parts(stored: Experts, n: int, n_out: int, n_in: int) -> Iterator[tuple[str, nn.Parameter]]:

@@ -196,17 +196,15 @@ def test_packed_products(n_out, n_in, dtype):
 
 def test_packed_experts():
     """Some experts idle, some with many tokens, pairs that belong to nobody here (-1)."""
-    w1, w3, w2 = ([pair for _ in range(4) for pair in [list(matrices(64, 64))[1]]] for _ in "123")
+    matrix, values = list(matrices(64, 64))[1]
+    stack = FP4Matrix(*(t.expand(4, -1, -1) for t in (matrix.data, matrix.scale)))
+    w13, down = torch.cat([values, values]).t().expand(4, -1, -1), values.t().expand(4, -1, -1)
     x, weight = torch.randn(9, 64), torch.rand(9, 2)
     ids = torch.tensor([[0, 2], [2, 0], [0, 3]] * 3)
-    w13 = torch.stack([torch.cat([a[1], b[1]]).t() for a, b in zip(w1, w3, strict=True)])
-    down = torch.stack([w[1].t() for w in w2])
     expected = experts_reference(x, ids, weight, w13, down, 10.0)
 
     def run(ids):
-        return packed_experts(
-            x, ids, weight, lambda e: (w1[e][0], w3[e][0], w2[e][0]), 10.0, lambda x: x
-        )
+        return packed_experts(x, ids, weight, stack, stack, stack, 10.0, rounding=False)
 
     assert (run(ids) - expected).abs().max() < OP_FP32 * expected.abs().max()
     without = experts_reference(x, ids, weight * (ids != 2), w13, down, 10.0)

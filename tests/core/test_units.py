@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from dsv4_plugin.config import CSA, SWA, ModelConfig, Yarn
 from dsv4_plugin.kernels import pooling
 from dsv4_plugin.kernels.experts import swiglu
-from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, product
+from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, product, round_inputs
 from dsv4_plugin.kernels.packed.experts import packed_experts
 from dsv4_plugin.kernels.rope import Rope, rotate_
 from dsv4_plugin.kernels.select import scores
@@ -22,7 +22,6 @@ from dsv4_plugin.model.hyper_connection import HyperConnection
 from dsv4_plugin.model.indexer import hadamard
 from dsv4_plugin.model.norm import rms_norm
 from dsv4_plugin.model.parallel import GroupedLinear
-from dsv4_plugin.model.quantised import round_activations
 from dsv4_plugin.quant.e4m3 import e4m3_values, encode_ue8m0, round_e4m3
 from tests.core.test_cache import flash
 from tests.paths import SHARED, needs_shared
@@ -74,15 +73,13 @@ def test_moe():
     gate.weight.data, gate.bias.data = u["gate_w"], u["bias"]
     limit = float(u["lim"])
 
-    def weights(e: int):
-        return tuple(FP4Matrix(u[w][e], encode_ue8m0(u[f"{w}s"][e])) for w in ("w1", "w3", "w2"))
-
+    stacks = [FP4Matrix(u[w], encode_ue8m0(u[f"{w}s"])) for w in ("w1", "w3", "w2")]
     ids, weight = gate(x, torch.zeros(len(x), dtype=torch.int64))
-    routed = packed_experts(x, ids, weight, weights, limit, round_activations)
+    routed = packed_experts(x, ids, weight, *stacks, limit, rounding=True)
     w1, w3, w2 = (FP8Matrix(raw(u[f"s{w}"]), u[f"s{w}s"]) for w in ("w1", "w3", "w2"))
-    rounded = round_activations(x)
+    rounded = round_inputs(x)
     h = swiglu(product(rounded, w1), product(rounded, w3), limit)
-    found = routed + product(round_activations(h), w2)
+    found = routed + product(round_inputs(h), w2)
     assert (found - u["y_ref"]).norm() / u["y_ref"].norm() < QUANTISED
 
 

@@ -40,6 +40,7 @@ class Mutant:
 
 DEVICE, STEP, QKV = "device.py", "step/kernel.py", "qkv/kernel.py"
 COMPRESS, STREAMS, GATE = "compress/kernel.py", "streams/kernel.py", "gate/kernel.py"
+EXPERTS, PACKED = "experts/kernel.py", "packed/kernel.py"
 ATTENTION, INDEX, BITS = "paged_attention/kernel.py", "paged_index/kernel.py", "bits.py"
 ARRIVAL = "arrival.py"
 
@@ -56,6 +57,9 @@ MUTANTS = [
     Mutant("no guard for a block that nobody sees", ATTENTION, 'safe = tl.where(top == float("-inf"), 0.0, top)', "safe = top", "paged_attention", "decode"),
     Mutant("entries that do not exist yet are seen", ATTENTION, "sees = i[None, :] < seen[:, None]", "sees = i[None, :] <= seen[:, None]", "paged_attention", "prefill"),
     Mutant("entries that a row does not see are chosen", INDEX, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "paged_index", "topk"),
+    Mutant("rows of no pair are stored", EXPERTS, "tl.store(at, gate, mask=real[:, None] &", "tl.store(at, gate, mask=(pair[:, None] >= 0) &", "experts", "nobody or one_expert"),
+    Mutant("rows of nobody are added", EXPERTS, "here = (id >= 0) & (id < E)", "here = id < E", "experts", "nobody"),
+    Mutant("outputs past the last", PACKED, "used = (n < N)[:, None] & (word < K // 4)[None, :]", "used = (n < N + 9)[:, None] & (word < K // 4)[None, :]", "experts", "packed_product and fp8"),
     # Off by one
     Mutant("the window is one too long", ATTENTION, "(i[None, :] > pos[:, None] - SPAN)", "(i[None, :] >= pos[:, None] - SPAN)", "paged_attention", "prefill or tiles"),
     Mutant("an entry closes a token late", COMPRESS, "(begin + R <= end)", "(begin + R < end)", "compress", "csa"),
@@ -64,6 +68,8 @@ MUTANTS = [
     Mutant("one choice too few", GATE, "for i in tl.static_range(K):", "for i in tl.static_range(K - 1):", "gate"),
     Mutant("one Sinkhorn turn too few", STREAMS, "for _ in range(1, iters):", "for _ in range(2, iters):", "streams", "2-4-72"),
     Mutant("a search turn too few", STEP, "SEARCH = 16", "SEARCH = 3", "step"),
+    Mutant("a block too few", EXPERTS, "+ (M - 1)) // M", "+ (M - 2)) // M", "experts", "place"),
+    Mutant("blocks of the expert before", EXPERTS, "first = tl.sum(tl.where(number < e,", "first = tl.sum(tl.where(number < e - 1,", "experts", "place"),
     # Wrong index
     Mutant("scales start a word late", DEVICE, "word = PLAIN // 4 + (D - PLAIN) // 2 + tl", "word = PLAIN // 4 + (D - PLAIN) // 2 + 1 + tl", "qkv"),
     Mutant("scales of the wrong blocks", ATTENTION, "(b % 4) * 8", "(b % 2) * 8", "paged_attention", "decode"),
@@ -73,6 +79,10 @@ MUTANTS = [
     Mutant("ties go to the higher entry", GATE, "| (EXPERTS - 1 - e)", "| e", "gate"),
     Mutant("the key's scale is dropped", INDEX, "0) * scale\n", "0) * 256.0\n", "paged_index", "scores"),
     Mutant("choices of another row", ATTENTION, "at = chosen + first.to(tl.int64) * choices + i", "at = chosen + i", "paged_attention", "decode"),
+    Mutant("nibbles change places", PACKED, "even = tl.join(tl.join(k0, k4)", "even = tl.join(tl.join(k4, k0)", "experts", "every_code"),
+    Mutant("the scale of the next block", PACKED, "* (COUNT // 4) + word[None, :]", "* (COUNT // 4) + 0 * word[None, :]", "experts", "every_code"),
+    Mutant("one scale for all rows", PACKED, "at = n // HEIGHT *", "at = n // 128 *", "experts", "grouped"),
+    Mutant("weights of the first choice", EXPERTS, "tl.load(weight + pair,", "tl.load(weight + pair // PAIRS * PAIRS,", "experts", "plain"),
     # Arithmetic that is nearly right
     Mutant("a scale by multiplication", BITS, "(bits & 0x7FFFFF) > 0x600000", "(bits & 0x7FFFFF) >= 0x600000", "kit"),
     Mutant("ties of e4m3 away from zero", BITS, "size + 0x7FFFF + ((size >> 20) & 1)", "size + 0x80000", "kit"),
@@ -84,6 +94,8 @@ MUTANTS = [
     Mutant("only one segment after a carry is taken", COMPRESS, "& (who > after)", "& (who > 9 * after + 9)", "compress", "filled"),
     Mutant("the weights' middle part is dropped", STREAMS, "                total = tl.dot(x, middle, total)\n", "", "streams", "4096 or 264"),
     Mutant("the sink is left out", ATTENTION, "total = tl.full((M,), 1.0, tl.float32)", "total = tl.full((M,), 0.0, tl.float32)", "paged_attention", "prefill"),
+    Mutant("the limit bounds the gate below too", EXPERTS, "gate = tl.minimum(gate.to(x.dtype.element_ty).to(tl.float32), limit)", "gate = tl.maximum(tl.minimum(gate.to(x.dtype.element_ty).to(tl.float32), limit), -limit)", "experts", "plain"),
+    Mutant("the tensor's scale is dropped", PACKED, "one *= tl.load(top) * FP4_UNIT", "one *= FP4_UNIT", "experts", "packed_product and nvfp4"),
     # Between programs
     Mutant("the last but one goes on", ARRIVAL, "== programs - 1", "== tl.maximum(programs - 2, 0)", "streams", "order"),
     Mutant("counters are not put back", ARRIVAL, "tl.store(counter, 0)", "pass", "streams", "order"),
@@ -97,6 +109,7 @@ MUTANTS = [
     Mutant("the last program chooses among its own", INDEX, "j < parts * K", "j < K", "paged_index", "many_blocks"),
     # Addresses
     Mutant("int32 page addresses", COMPRESS, "number = tl.load(page_table + begin // PAGE).to(tl.int64)", "number = tl.load(page_table + begin // PAGE)", "compress", "gigabytes"),
+    Mutant("int32 addresses of experts", EXPERTS, "e = tl.load(expert_of + block).to(tl.int64)", "e = tl.load(expert_of + block)", "experts", "gigabytes"),
     Mutant("int32 window addresses", STEP, "mask=real, other=-1).to(tl.int64)", "mask=real, other=-1)", "step"),
     Mutant("int32 block addresses", ATTENTION, "mask=ok, other=-1).to(tl.int64)\n    ok", "mask=ok, other=-1)\n    ok", "paged_attention", "gigabytes"),
     Mutant("int32 key addresses", INDEX, "number.to(tl.int64) * block_stride", "number * block_stride", "paged_index", "gigabytes"),

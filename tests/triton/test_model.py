@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from dsv4_plugin import load
 from dsv4_plugin.cache.device_step import DeviceStepBuilder
@@ -13,7 +16,8 @@ from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.engine import Batch
 from tests.conftest import random_ids
 from tests.kit import mode
-from tests.tolerances import BF16, LOGITS_STD
+from tests.kit.gpu import EmulatedGPU
+from tests.tolerances import BF16, LOGITS_STD, ROUNDED_AGAIN
 
 PADDING = 3
 
@@ -35,12 +39,56 @@ class DeviceBatch(Batch):
         longest = int(lengths.max()), int(counts.max())
         return builder.build(tables, start, lengths.int(), rows, longest[1], longest[0])
 
-    def run(self, work):
+    def run(self, work, within=nullcontext):
         requests = torch.tensor([b for b, _ in work])
         counts = torch.tensor([len(ids) for _, ids in work])
         step = self._step(requests, counts)
         ids = torch.cat([*(ids for _, ids in work), torch.zeros(PADDING, dtype=torch.int64)])
-        return self.model(ids, step, self.caches)[:-PADDING]
+        with within():
+            return self.model(ids, step, self.caches)[:-PADDING]
+
+
+class Unasked(TorchDispatchMode):
+    """Raises where torch would ask a device for a value, or send it one of the host's."""
+
+    ASKS = (
+        "_local_scalar_dense", "item", "nonzero", "masked_select", "bincount", "_unique",
+        "unique_", "equal", "is_nonzero", "lift_fresh", "repeat_interleave.Tensor",
+    )  # fmt: skip
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removeprefix("aten.")
+        picks = name.startswith("index") and any(
+            t is not None and t.dtype in (torch.bool, torch.uint8)
+            for given in args
+            if isinstance(given, list | tuple)
+            for t in given
+        )
+        assert not picks, f"{name} by a mask"
+        assert not name.startswith(self.ASKS), name
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def unasked(monkeypatch):
+    """No device-to-host read inside; what stands in for the GPU may do what it likes."""
+
+    def launch(self, *args):
+        with _disable_current_modes(), monkeypatch.context() as back:
+            for name, method in methods.items():
+                back.setattr(torch.Tensor, name, method)
+            emulate(self, *args)
+
+    def forbidden(self, *args, **kwargs):
+        raise AssertionError("a tensor's values were read")
+
+    emulate = EmulatedGPU.launch
+    methods = {name: getattr(torch.Tensor, name) for name in ("tolist", "numpy", "cpu")}
+    with monkeypatch.context() as patch, Unasked():
+        patch.setattr(EmulatedGPU, "launch", launch)
+        for name in methods:
+            patch.setattr(torch.Tensor, name, forbidden)
+        yield
 
 
 WORK = [
@@ -99,3 +147,30 @@ def test_the_device_s_path_is_the_ordinary_one(unchosen, kv_dtype, monkeypatch):
         expected, found = ordinary.run(work), device.run(work)
         tolerance = LOGITS_STD if kv_dtype == "float32" else BF16 / 10
         assert (found - expected).abs().max() < tolerance * expected.std()
+
+
+@pytest.mark.skipif(mode.INTERPRET or mode.DEVICE != "cpu", reason="the emulator's launches")
+@pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
+@pytest.mark.parametrize("fmt", ["bf16", "fp8-fp4", "nvfp4"])
+@torch.inference_mode()
+def test_a_decode_step_asks_the_device_for_nothing(gpu, fmt, tmp_path, monkeypatch):
+    """Neither plain nor packed, experts and all: what a captured graph must not do. And its logits
+    are torch's."""
+    overrides = {"vocab_size": 512, "num_hidden_layers": 3, "compress_ratios": [0, 4, 128]}
+    make_checkpoint(tmp_path / "it", "tiny", 1, overrides, tokenizer=False, fmt=fmt)
+    model = load(tmp_path / "it", dtype="bfloat16")
+    layout = CacheLayout.of(model.config, "fp8")
+    expecting = DeviceBatch(model.model, layout, [200, 100], 256, poison=True)
+    finding = DeviceBatch(model.model, layout, [200, 100], 256, poison=True)
+    ids = random_ids(400, seed=3)
+    monkeypatch.setenv("DSV4_KERNELS", "torch")
+    for batch in (expecting, finding):
+        batch.run([(0, ids[:140]), (1, ids[140:150])])
+    work = [(0, ids[150:151]), (1, ids[151:152])]
+    expected = expecting.run(work).float()
+    with pytest.raises(AssertionError, match=r"read|dense|nonzero|unique|index"):
+        DeviceBatch(model.model, layout, [200, 100], 256).run(work, lambda: unasked(monkeypatch))
+    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    found = finding.run(work, lambda: unasked(monkeypatch)).float()
+    tolerance = BF16 if fmt == "bf16" else ROUNDED_AGAIN
+    assert (found - expected).abs().mean() / expected.std() < tolerance

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
+from operator import attrgetter
 
 import pytest
 
@@ -35,11 +36,15 @@ def test_the_adapter_imports(module):
             "vllm.v1.attention.backend:CommonAttentionMetadata",
             "query_start_loc seq_lens num_reqs block_table_tensor",
         ),
+        (
+            "vllm.v1.attention.backend:AttentionMetadataBuilder.get_cudagraph_support",
+            "vllm_config kv_cache_spec",
+        ),
     ],
 )
 def test_arguments(path, needed):
     module, name = path.split(":")
-    signature = inspect.signature(getattr(import_module(module), name))
+    signature = inspect.signature(attrgetter(name)(import_module(module)))
     assert set(needed.split()) <= set(signature.parameters)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4_plugin.kernels.dispatch import use_triton
+
 FEW = 2
 """Up to this many (token, expert) pairs per expert, single products beat a grouped one."""
 
@@ -33,7 +35,18 @@ def reference(
 def experts(
     x: Tensor, ids: Tensor, weight: Tensor, w13: Tensor, w2: Tensor, limit: float
 ) -> Tensor:
-    """As `reference`: one grouped product over tokens sorted by expert, each weight read once."""
+    """As `reference`; on GPUs, ids may be of no expert here (-1), which adds nothing."""
+    if use_triton(x.device):
+        from dsv4_plugin.kernels.experts import kernel
+
+        return kernel.experts(x, ids, weight, w13, w2, limit)
+    return grouped(x, ids, weight, w13, w2, limit)
+
+
+def grouped(
+    x: Tensor, ids: Tensor, weight: Tensor, w13: Tensor, w2: Tensor, limit: float
+) -> Tensor:
+    """Plain torch: one grouped product over tokens sorted by expert, each weight read once."""
     n, k = ids.shape
     flat = ids.reshape(-1)
     if len(flat) <= FEW * len(w13):

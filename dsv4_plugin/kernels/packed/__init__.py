@@ -1,10 +1,10 @@
 """y = x W^T with W kept in 8 or 4 bits: a tile of rows at a time is dequantised and multiplied.
 
-A tile stays in the CPU's cache, so the packed bytes are all that is read from memory. Elementwise
-integer arithmetic and a table of whole 16-bit words are what torch does fastest: 5 and 4.5 billion
-values a second on 2 cores, ten times torch's own casts.
+On a CPU a tile stays in its cache, so the packed bytes are all that is read from memory.
+Elementwise integer arithmetic and a table of whole 16-bit words are what torch does fastest: 5 and
+4.5 billion values a second on 2 cores, ten times torch's own casts. On GPUs see `kernel`.
 
-Shapes: T tokens, rows are the weight's output dim.
+Shapes: T tokens, E experts, rows are the weight's output dim.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from dsv4_plugin.config import FP8_BLOCK
+from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.quant.e2m1 import LOOKED_UP, NV_BLOCK, look_up, look_up_mxfp4
-from dsv4_plugin.quant.e4m3 import decode_e4m3
+from dsv4_plugin.quant.e4m3 import decode_e4m3, round_e4m3
 
+ROUNDED = 128
+"""Block of the inputs' e4m3 rounding, see `round_inputs`."""
 TILE = 1 << 20
 """Values of a dequantised tile (2 MiB in bfloat16), rounded to whole blocks of rows."""
 
@@ -33,10 +36,12 @@ FP8_UNIT = 2.0**120
 
 
 class Matrix(Protocol):
-    """A packed weight [out, in]."""
+    """A packed weight [out, in]; or those of all experts, [E, ...] the tensors, to choose from."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
+
+    def of(self, expert: int) -> Self: ...
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows start .. stop-1, dequantised: [stop - start, in], valid until the next call."""
@@ -52,7 +57,10 @@ class FP8Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.codes.shape[1]
+        return self.codes.shape[-2], self.codes.shape[-1]
+
+    def of(self, expert: int) -> FP8Matrix:
+        return FP8Matrix(self.codes[expert], self.scale[expert], self.height)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         n_in = self.shape[1]
@@ -81,7 +89,10 @@ class FP4Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.data.shape[0], 2 * self.data.shape[1]
+        return self.data.shape[-2], 2 * self.data.shape[-1]
+
+    def of(self, expert: int) -> FP4Matrix:
+        return FP4Matrix(self.data[expert], self.scale[expert])
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         data = self.data[start:stop]
@@ -99,7 +110,10 @@ class NVFP4Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.data.shape[0], 2 * self.data.shape[1]
+        return self.data.shape[-2], 2 * self.data.shape[-1]
+
+    def of(self, expert: int) -> NVFP4Matrix:
+        return NVFP4Matrix(self.data[expert], self.scale[expert], self.top[expert])
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         top = (self.top * 2.0**LOOKED_UP).expand(stop - start, 1)
@@ -144,8 +158,43 @@ def reference(x: Tensor, weight: Tensor) -> Tensor:
     return x.float() @ weight.t()
 
 
+def round_inputs(x: Tensor) -> Tensor:
+    """x [T, in] with every block of ROUNDED values rounded to e4m3 under a power of two, as the
+    authors' products of FP8 and MXFP4 weights take theirs."""
+    if not use_triton(x.device):
+        return round_e4m3(x, ROUNDED)
+    from dsv4_plugin.kernels.packed import kernel
+
+    return kernel.round_inputs(x, ROUNDED)
+
+
 def product(x: Tensor, weight: Matrix) -> Tensor:
     """x [T, in] -> [T, out] in x's dtype, with float32 sums."""
+    if use_triton(x.device):
+        from dsv4_plugin.kernels.packed import kernel
+
+        return kernel.product(x, weight)
+    return tiled_product(x, weight)
+
+
+def grouped_product(x: Tensor, weight: FP8Matrix) -> Tensor:
+    """x [T, G, in], the weight's rows in G equal groups, a scale for each (height 1): [T, out]."""
+    if use_triton(x.device):
+        from dsv4_plugin.kernels.packed import kernel
+
+        return kernel.grouped_product(x, weight)
+    out = x.new_empty(len(x), weight.shape[0])
+    groups = x.shape[1]
+    n = weight.shape[0] // groups
+    for group in range(groups):
+        rows = slice(group * n, (group + 1) * n)
+        tile = weight.rows(rows.start, rows.stop, x.dtype)
+        out[:, rows] = torch.nn.functional.linear(x[:, group], tile)
+    return out
+
+
+def tiled_product(x: Tensor, weight: Matrix) -> Tensor:
+    """`product` in plain torch."""
     n_out, n_in = weight.shape
     step = max(1, TILE // (n_in * FP8_BLOCK)) * FP8_BLOCK
     if n_out <= step:

@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.experts import swiglu
-from dsv4_plugin.kernels.packed import Matrix, product
-
-Weights = Callable[[int], tuple[Matrix, Matrix, Matrix]]
-"""Expert number -> (w1, w3, w2)."""
-Round = Callable[[Tensor], Tensor]
-"""What activations are rounded to before a product."""
+from dsv4_plugin.kernels.packed import ROUNDED, Matrix, tiled_product
+from dsv4_plugin.quant.e4m3 import round_e4m3
 
 
 def packed_experts(
-    x: Tensor, ids: Tensor, weight: Tensor, weights: Weights, limit: float, rounding: Round
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    w1: Matrix,
+    w3: Matrix,
+    w2: Matrix,
+    limit: float,
+    rounding: bool,
 ) -> Tensor:
-    """x [T, D]; ids int64 [T, k], negative where this rank has no part; weight float32 [T, k]
-    -> [T, D]. Sums over a token's experts are float32, in the order of the experts."""
+    """x [T, D]; ids int64 [T, k], negative where this rank has no part; weight float32 [T, k];
+    w1, w3, w2 of all experts -> [T, D]. Sums over a token's experts are float32.
+
+    rounding: of the inputs of every product, by `round_inputs`.
+    """
+    if use_triton(x.device):
+        from dsv4_plugin.kernels.experts import kernel
+
+        return kernel.packed_experts(x, ids, weight, w1, w3, w2, limit, rounding)
+    return reference(x, ids, weight, w1, w3, w2, limit, rounding)
+
+
+def reference(
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    w1: Matrix,
+    w3: Matrix,
+    w2: Matrix,
+    limit: float,
+    rounding: bool,
+) -> Tensor:
+    """In plain torch; sums over a token's experts in the order of the experts."""
     k = ids.shape[1]
     flat = ids.reshape(-1)
     order = flat.argsort(stable=True)
     used, counts = torch.unique_consecutive(flat[order], return_counts=True)
-    rounded = rounding(x)
+    rounded = round_e4m3(x, ROUNDED) if rounding else x
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     start = 0
     for expert, count in zip(used.tolist(), counts.tolist(), strict=True):
@@ -34,10 +57,11 @@ def packed_experts(
         if expert < 0:
             continue
         token = pairs // k
-        w1, w3, w2 = weights(expert)
         mine = rounded[token]
-        h = swiglu(product(mine, w1), product(mine, w3), limit)
+        gate, up = (tiled_product(mine, w.of(expert)) for w in (w1, w3))
+        h = swiglu(gate, up, limit)
         h *= weight.reshape(-1, 1)[pairs]
-        y = product(rounding(h.to(x.dtype)), w2)
+        h = h.to(x.dtype)
+        y = tiled_product(round_e4m3(h, ROUNDED) if rounding else h, w2.of(expert))
         out.index_add_(0, token, y.float())
     return out.to(x.dtype)

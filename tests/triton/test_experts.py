@@ -1,0 +1,256 @@
+"""Experts and packed products: every format, ragged shapes, idle experts, pairs of nobody."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4_plugin.cli.gpu_work import World
+from dsv4_plugin.kernels import experts as plain
+from dsv4_plugin.kernels import packed
+from dsv4_plugin.kernels.experts import kernel
+from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix, experts
+from dsv4_plugin.kernels.packed import kernel as packed_kernel
+from dsv4_plugin.model.parallel import OwnExperts, SplitExperts
+from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
+from dsv4_plugin.quant.e4m3 import e4m3_values, round_e4m3
+from tests.kit import mode
+from tests.tolerances import BF16_SUM, OP_FP32, QUANTISED
+from tests.triton.cases import generator
+from tests.triton.inputs import untouched
+
+KINDS = ("fp8", "fp4", "nvfp4")
+LIMIT = 1.0
+
+
+def stack(kind: str, e: int, n_out: int, n_in: int, seed: int = 0) -> Matrix:
+    """Random codes of e experts; scales that differ from block to block."""
+    g = generator(seed)
+
+    def byte(low: int, high: int, *shape: int) -> Tensor:
+        drawn = torch.randint(low, high, shape, generator=g, dtype=torch.uint8)
+        return drawn.to(mode.DEVICE)
+
+    if kind == "fp8":
+        codes = byte(0, 256, e, n_out, n_in)
+        codes[codes & 0x7F == 0x7F] = 0  # NaN
+        scale = torch.rand(e, -(-n_out // 128), -(-n_in // 128), generator=g) / 1000
+        return FP8Matrix(codes, scale.to(mode.DEVICE))
+    data = byte(0, 256, e, n_out, n_in // 2)
+    if kind == "fp4":
+        return FP4Matrix(data, byte(118, 124, e, n_out, n_in // 32))
+    top = (torch.rand(e, generator=g) + 0.5).to(mode.DEVICE) / 500
+    return NVFP4Matrix(data, byte(0, 0x7F, e, n_out, n_in // 16), top)
+
+
+def choose(tokens: int, e: int, k: int) -> tuple[Tensor, Tensor]:
+    g = generator(tokens + e)
+    ids = torch.rand(tokens, e, generator=g).topk(k).indices
+    return ids.to(mode.DEVICE), torch.rand(tokens, k, generator=g).to(mode.DEVICE)
+
+
+def inputs(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    x = torch.randn(rows, width, generator=generator(rows + width))
+    return x.to(dtype).to(mode.DEVICE)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype
+    tolerance = OP_FP32 if found.dtype == torch.float32 else BF16_SUM
+    error = (found.float() - expected.float()).abs().max()
+    assert error <= tolerance * expected.float().abs().max()
+
+
+def packed_layer(kind: str, e: int, d: int, f: int) -> tuple[Matrix, Matrix, Matrix]:
+    return stack(kind, e, f, d, 1), stack(kind, e, f, d, 2), stack(kind, e, d, f, 3)
+
+
+def plain_layer(e: int, d: int, f: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    g = generator(e + d)
+    w13 = torch.randn(e, d, 2 * f, generator=g) * d**-0.5
+    w2 = torch.randn(e, f, d, generator=g) * f**-0.5
+    return w13.to(dtype).to(mode.DEVICE), w2.to(dtype).to(mode.DEVICE)
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("tokens", [1, 23, 700])
+def test_every_pair_gets_a_place(gpu, tokens, rows):
+    """In blocks of its expert, in order; idle experts and pairs of nobody have none."""
+    ids, _ = choose(tokens, 9, 3)
+    ids[ids == 4] = -1
+    ids[ids == 7] = 9
+    found = kernel.sort(ids, 9, rows)
+    flat = ids.flatten().tolist()
+    expert_of, row_of, expected = [], [], []
+    for e in range(9):
+        pairs = [i for i, id in enumerate(flat) if id == e]
+        pairs += [-1] * (-len(pairs) % rows)
+        expected += pairs
+        expert_of += [e] * (len(pairs) // rows)
+    used = int(found.used[0])
+    row_of = found.row_of[: used * rows].tolist()
+    assert used == len(expert_of) <= found.most
+    assert found.expert_of[:used].tolist() == expert_of
+    assert row_of == expected
+
+
+def test_there_is_room_for_the_worst():
+    """One pair of each expert, and all others of one."""
+    for pairs, e, rows in ((1, 8, 16), (8, 8, 16), (100, 8, 16), (9, 384, 16), (5000, 256, 64)):
+        busy = min(pairs, e)
+        worst = busy - 1 + -(-(pairs - busy + 1) // rows)
+        assert worst <= kernel.blocks_of(pairs, e, rows) <= worst + busy
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("tokens", "e", "d", "f"), [(5, 8, 96, 40), (40, 2, 136, 24)])
+def test_plain_experts(gpu, tokens, e, d, f, dtype):
+    x, (w13, w2) = inputs(tokens, d, dtype), plain_layer(e, d, f, dtype)
+    ids, weight = choose(tokens, e, 2)
+    expected = plain.grouped(x.cpu(), ids.cpu(), weight.cpu(), w13.cpu(), w2.cpu(), LIMIT)
+    close(kernel.experts(x, ids, weight, w13, w2, LIMIT).cpu(), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("tokens", "e", "d", "f"), [(1, 8, 256, 64), (40, 3, 160, 96)])
+def test_packed_experts(gpu, kind, tokens, e, d, f):
+    """In float32, where nothing else rounds: inputs as they are."""
+    x, layer = inputs(tokens, d, torch.float32), packed_layer(kind, e, d, f)
+    ids, weight = choose(tokens, e, 2)
+    expected = experts.reference(x, ids, weight, *layer, LIMIT, rounding=False)
+    close(kernel.packed_experts(x, ids, weight, *layer, LIMIT, rounding=False), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_experts_as_served(gpu, kind):
+    """bfloat16, inputs rounded as the format asks for: a sum in another order may round to the
+    neighbouring e4m3 value."""
+    x, layer = inputs(4, 256), packed_layer(kind, 3, 256, 160)
+    ids, weight = choose(4, 3, 2)
+    rounding = kind != "nvfp4"
+    expected = experts.reference(x, ids, weight, *layer, LIMIT, rounding)
+    found = kernel.packed_experts(x, ids, weight, *layer, LIMIT, rounding)
+    assert (found - expected).norm() / expected.norm() < QUANTISED
+
+
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_all_tokens_on_one_expert(gpu, tokens):
+    """Others idle, in particular the first and the last."""
+    x, layer = inputs(tokens, 64, torch.float32), packed_layer("fp4", 4, 64, 64)
+    ids = torch.full((tokens, 1), 2, device=mode.DEVICE)
+    weight = torch.ones(tokens, 1, device=mode.DEVICE)
+    expected = experts.reference(x, ids, weight, *layer, LIMIT, rounding=False)
+    close(kernel.packed_experts(x, ids, weight, *layer, LIMIT, rounding=False), expected)
+
+
+def test_pairs_of_nobody(gpu):
+    """-1 and experts of other ranks add nothing; a token without any expert here gets zeros."""
+    x, (w13, w2) = inputs(10, 64, torch.float32), plain_layer(4, 64, 32, torch.float32)
+    ids, weight = choose(10, 4, 3)
+    foreign = ids == 2
+    foreign[5] = True
+    expected = plain.grouped(x, ids, weight * ~foreign, w13, w2, LIMIT)
+    for stranger in (-1, 4, 300):
+        found = kernel.experts(x, ids.masked_fill(foreign, stranger), weight, w13, w2, LIMIT)
+        close(found, expected)
+        assert not found[5].any()
+
+
+def test_experts_of_this_rank(gpu, monkeypatch):
+    """Expert parallelism: the halves of two ranks add up, in kernels as in torch."""
+    whole = World.of(torch.device("cpu"), 1, 1, 1).config
+    c = replace(whole, hidden_size=64, n_routed_experts=8, moe_intermediate_size=32)
+    ids, weight = choose(9, c.n_routed_experts, 2)
+    x = inputs(9, c.hidden_size, torch.float32)
+    w13, w2 = plain_layer(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, torch.float32)
+    parts = []
+    for rank in range(2):
+        own = OwnExperts(c, rank, 2, lambda part: SplitExperts(part, torch.float32))
+        mine = slice(rank * own.count, (rank + 1) * own.count)
+        own.experts.w13.data, own.experts.w2.data = w13[mine].clone(), w2[mine].clone()
+        monkeypatch.setenv("DSV4_KERNELS", "torch")
+        expected = own(x, ids, weight)
+        monkeypatch.setenv("DSV4_KERNELS", "triton")
+        parts.append(own(x, ids, weight))
+        close(parts[-1], expected)
+    close(parts[0] + parts[1], plain.grouped(x, ids, weight, w13, w2, c.swiglu_limit))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_alone_and_in_company(gpu, kind):
+    """The same bits, in tiles for few rows and for many."""
+    x, layer = inputs(30, 160), packed_layer(kind, 3, 160, 32)
+    ids, weight = choose(30, 3, 2)
+    assert packed_kernel.tile_for(30 * 2 // 3).rows > packed_kernel.tile_for(1).rows
+    together = kernel.packed_experts(x, ids, weight, *layer, LIMIT, rounding=True)
+    for t in (0, 29):
+        one = slice(t, t + 1)
+        alone = kernel.packed_experts(x[one], ids[one], weight[one], *layer, LIMIT, rounding=True)
+        assert torch.equal(alone[0], together[t])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1, 160, 130), (70, 32, 96)])
+def test_packed_product(gpu, kind, rows, n_in, n_out):
+    matrix = stack(kind, 1, n_out, n_in).of(0)
+    x = inputs(rows, n_in, torch.float32)
+    close(packed_kernel.product(x, matrix), packed.tiled_product(x, matrix))
+    narrow = x.bfloat16()
+    found = packed_kernel.product(narrow, matrix)
+    close(found, packed.tiled_product(narrow.float(), matrix).bfloat16())
+
+
+def test_every_code(gpu):
+    """Each e4m3 and e2m1 value comes out exactly, under scales of any size that is in use."""
+    byte = torch.arange(256, dtype=torch.uint8, device=mode.DEVICE)
+    number = byte.where(byte & 0x7F != 0x7F, 0)  # without NaN
+    fp8 = FP8Matrix(number.view(2, 128), torch.full((1, 1), 2.0**-9, device=mode.DEVICE))
+    pairs = byte.view(4, 64).repeat(16, 1)
+    mx = FP4Matrix(pairs, byte.clamp(70, 190).view(64, 4))
+    nv = NVFP4Matrix(pairs[:32], number.view(32, 8), torch.tensor(2.0**-7, device=mode.DEVICE))
+    exact = (
+        e4m3_values(fp8.codes) * 2.0**-9,
+        decode_mxfp4(mx.data, mx.scale),
+        decode_nvfp4(nv.data, nv.scale, nv.top),
+    )
+    x = torch.eye(128, device=mode.DEVICE)
+    for matrix, values in zip((fp8, mx, nv), exact, strict=True):
+        assert torch.equal(packed_kernel.product(x, matrix).t(), values)
+
+
+def test_grouped_product(gpu):
+    """wo_a: inputs of a group from a wider row, a scale for every row of the weight."""
+    g = generator(0)
+    codes = torch.randint(0, 0x7F, (3 * 40, 160), generator=g, dtype=torch.uint8)
+    matrix = FP8Matrix(codes.to(mode.DEVICE), torch.rand(120, 2, generator=g).to(mode.DEVICE), 1)
+    x = inputs(5, 4 * 160, torch.float32).view(5, 4, 160)[:, 1:]
+    rows = matrix.rows(0, 120, torch.float32).view(3, 40, 160)
+    expected = torch.einsum("tgi,goi->tgo", x, rows).flatten(1)
+    close(packed_kernel.grouped_product(x, matrix), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [96, 128, 1300])
+def test_rounded_inputs(gpu, dtype, width):
+    x = torch.cat([inputs(4, width, dtype), inputs(2, width, dtype) * 1e-4, inputs(1, width) * 0])
+    found = packed_kernel.round_inputs(x.to(dtype), packed.ROUNDED)
+    assert torch.equal(found, round_e4m3(x.to(dtype), packed.ROUNDED))
+
+
+def test_addresses_of_gigabytes(gpu):
+    """The last expert's weights lie beyond 2^33 bytes."""
+    small = stack("fp4", 5, 64, 64)
+    words = 1 << 29
+    far = untouched(4 * words + 1024).view(torch.uint8)
+    data = far.as_strided((5, 64, 32), (4 * words, 32, 1))
+    data[4].copy_(small.data[4])
+    wide = FP4Matrix(data.to(mode.DEVICE), small.scale)
+    x = inputs(2, 64, torch.float32)
+    ids = torch.full((2, 1), 4, device=mode.DEVICE)
+    weight = torch.ones(2, 1, device=mode.DEVICE)
+    expected = kernel.packed_experts(x, ids, weight, small, small, small, LIMIT, rounding=False)
+    found = kernel.packed_experts(x, ids, weight, wide, wide, wide, LIMIT, rounding=False)
+    assert torch.equal(found, expected)

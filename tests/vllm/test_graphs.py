@@ -1,0 +1,67 @@
+"""What vLLM is told of CUDA graphs, and what a captured step would read when it is replayed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from vllm_ext.cache import MetadataBuilder
+
+
+def config(pipeline: int = 1, data: int = 1, drafts: object = None) -> SimpleNamespace:
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline, data_parallel_size=data),
+        device_config=SimpleNamespace(device="cpu"),
+        speculative_config=drafts,
+        model_config=SimpleNamespace(max_model_len=4096),
+    )
+
+
+@pytest.mark.parametrize(
+    ("graphs", "kernels", "given", "supported"),
+    [
+        ("decode", "triton", {}, True),
+        ("none", "triton", {}, False),
+        ("decode", "torch", {}, False),
+        ("decode", "triton", {"pipeline": 2}, False),
+        ("decode", "triton", {"data": 2}, False),
+        ("decode", "triton", {"drafts": object()}, False),
+    ],
+)
+def test_only_decode_steps_and_only_when_asked(monkeypatch, graphs, kernels, given, supported):
+    monkeypatch.setenv("DSV4_GRAPHS", graphs)
+    monkeypatch.setenv("DSV4_KERNELS", kernels)
+    yes, no = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, AttentionCGSupport.NEVER
+    found = MetadataBuilder.get_cudagraph_support(config(**given), None)
+    assert found == (yes if supported else no)
+
+
+def test_unless_asked_there_are_none(monkeypatch):
+    monkeypatch.delenv("DSV4_GRAPHS", raising=False)
+    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    assert MetadataBuilder.get_cudagraph_support(config(), None) == AttentionCGSupport.NEVER
+
+
+def test_a_captured_step_reads_vllm_s_buffers(monkeypatch):
+    """Not copies of them, and is made for the longest request there may be."""
+    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    builder = MetadataBuilder(None, [], config(), torch.device("cpu"))
+    given = SimpleNamespace(
+        num_reqs=3, max_query_len=1, max_seq_len=7,
+        block_table_tensor=torch.zeros(8, 4, dtype=torch.int32),
+        query_start_loc=torch.arange(9, dtype=torch.int32),
+        seq_lens=torch.ones(8, dtype=torch.int32),
+    )  # fmt: skip
+    found = builder.build_for_cudagraph_capture(given)
+    assert found.longest == 4096
+    assert found.longest_query == 1
+    for mine, theirs in (
+        (found.table, given.block_table_tensor),
+        (found.query_start, given.query_start_loc),
+        (found.seq_lens, given.seq_lens),
+    ):
+        assert mine.data_ptr() == theirs.data_ptr()
+    assert [len(found.table), len(found.query_start), len(found.seq_lens)] == [3, 4, 3]
