@@ -1,6 +1,6 @@
 """Train dsv4-mini on the CPU: seeded, resumable, logged.
 
-    python -m training.train --out .cache/mini --steps 3000
+    python -m training.train --out .cache/mini --steps 1400
 
 Stop it at any time: the same command goes on from the last checkpoint. `--steps` may change
 before its last quarter begins (there the learning rate falls to zero). Each of `--workers`
@@ -290,7 +290,7 @@ def _watch_routers(model: nn.Module) -> dict[nn.Module, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(".cache/mini"))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's; Adam's is a sixth")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 in the products")
