@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_hip
 
 COUNTERS = 1 << 16
 """Of a kernel. (256 KiB)"""
@@ -37,6 +38,9 @@ def _made(kernel: str, device: torch.device) -> Tensor:
 def is_last(counter, programs):
     """Have all of `programs` programs arrived now? Then what they stored before can be loaded, with
     cache_modifier ".cg": L1 may hold what was there earlier."""
+    if is_hip():  # where neither a barrier nor another wavefront's release waits for stores
+        wait: tl.constexpr = "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1"
+        tl.inline_asm_elementwise(wait, "=v,v,~{memory}", [programs], tl.int32, False, 1)
     tl.debug_barrier()  # one thread releases what all have stored
     last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1
     if last:

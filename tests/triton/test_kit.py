@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
+from dsv4_plugin.kernels.arrival import is_last
 from dsv4_plugin.kernels.bits import (
     E4M3_UNIT,
     e4m3_decode,
@@ -166,6 +167,29 @@ def test_a_missing_barrier_is_found_in_compiled_code():
         Emulator(f"{bare} atom.global{after}", 128, kernel.metadata.shared).launch(
             grid, values, tensors
         )
+
+
+@triton.jit
+def _copy_by_the_last(x_ptr, part_ptr, out_ptr, counter, n, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(part_ptr + tl.program_id(0) * N + at, tl.load(x_ptr + tl.program_id(0) * N + at))
+    if is_last(counter, n):
+        tl.store(out_ptr + at, tl.load(part_ptr + at, cache_modifier=".cg"))
+
+
+@emulated
+@pytest.mark.parametrize("name", ["gfx942", "gfx950"])
+def test_wavefronts_wait_for_their_stores_before_they_arrive(name):
+    """By the compiled code: store, wait, barrier, release."""
+    from tests.kit.targets import FakeGPU
+
+    x, counter = torch.zeros(4, 256), torch.zeros(1, dtype=torch.int32)
+    with FakeGPU(name) as gpu:
+        _copy_by_the_last[(4,)](x, x.clone(), x[0].clone(), counter, 4, N=256)
+    (kernel, _) = gpu.compiled()[0]
+    before = kernel.asm["amdgcn"].split("atomic_add", 1)[0]
+    after_store = before.rsplit("_store_", 1)[1]
+    assert "vmcnt(0)" in after_store.split("s_barrier", 1)[0]
 
 
 @interpreted

@@ -44,14 +44,14 @@ def choose(
     queries, scores, topk = _implementation(q.device)
     q, weight = queries(q, weight, cis, keys.pool.codec.kind)
     n = max(1, longest // ratio)
-    out = torch.empty((len(q), k), dtype=torch.int32, device=q.device)
     size = max(1, SCORE_VALUES // n)
-    for first in range(0, len(q), size):
+    found = []
+    for first in range(0, max(1, len(q)), size):
         rows = slice(first, first + size)
         at = position[rows]
         score = scores(q[rows], weight[rows], keys, at, request[rows], ratio, n, tiles)
-        out[rows] = topk(score if reduce is None else reduce(score), at, ratio, k)
-    return out
+        found.append(topk(score if reduce is None else reduce(score), at, ratio, k))
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _implementation(device: torch.device) -> tuple[Callable[..., Any], ...]:

@@ -439,7 +439,8 @@ def topk(score: Tensor, position: Tensor, ratio: int, k: int) -> Tensor:
     if t:
         choose[(t, parts)](
             score, position, out, part_entry, torch.empty_like(part_entry, dtype=torch.float32),
-            counters("index", score.device, t), score.stride(0), n, K=k, RATIO=ratio, BLOCK=block,
-            AGAIN=parts > 1, KP=triton.next_power_of_2(k), num_warps=16 if block > 4096 else 4,
+            counters("index", score.device, t * (parts > 1)), score.stride(0), n,
+            K=k, RATIO=ratio, BLOCK=block, AGAIN=parts > 1, KP=triton.next_power_of_2(k),
+            num_warps=16 if block > 4096 else 4,
         )  # fmt: skip
     return out
