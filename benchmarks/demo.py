@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from openai import OpenAI
 
+from tests.paths import STUBS
+from tests.server import MODEL, Server
+
 TOKENS = 128
 """Most tokens of an answer."""
 _COLOURS = ("\x1b[1m", "\x1b[2m", "\x1b[36m", "\x1b[0m")
 _BOLD, _DIM, _CALL, _PLAIN = _COLOURS if sys.stdout.isatty() else ("", "", "", "")
-START_LIMIT = 300.0
-"""Seconds a server may take to become healthy."""
 VLLM_FLAGS = (
     "--tokenizer-mode deepseek_v4 --tool-call-parser deepseek_v4 --reasoning-parser deepseek_v4 "
     "--enable-auto-tool-choice --max-model-len 4096 --kv-cache-memory-bytes 500000000 "
@@ -34,62 +27,17 @@ SGLANG_FLAGS = (
     "--device cpu --dtype float32 --max-total-tokens 8192 --max-running-requests 8 "
     "--sleep-on-idle --reasoning-parser deepseek-v4 --tool-call-parser deepseekv4"
 )
-STUBS = Path(__file__).parents[1] / "tests" / "sglang" / "stubs"
-"""Stand-ins for CUDA packages that SGLang imports on a CPU too."""
 
 
-@contextmanager
-def server(engine: str, checkpoint: Path, log: Path) -> Iterator[str]:
-    """A server on a free local port: its base URL; ended by its own process group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command, environment = _command(engine, checkpoint.resolve())
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "deepseek-v4"]
-    environment |= {"HF_HUB_OFFLINE": "1"}
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=out,
-            env=os.environ | environment,
-            cwd=log.parent,
-            start_new_session=True,
-        )
-    try:
-        _wait(f"http://127.0.0.1:{port}/health", process, log)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _command(engine: str, checkpoint: Path) -> tuple[list[str], dict[str, str]]:
-    """The server's command line and what it needs in the environment."""
+def server(engine: str, checkpoint: Path, log: Path) -> Server:
     if engine == "vllm":
         vllm = str(Path(sys.executable).parent / "vllm")
-        return [vllm, "serve", str(checkpoint), *VLLM_FLAGS.split()], {}
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
-    environment = {"PYTHONPATH": str(STUBS.resolve()), "OMP_NUM_THREADS": "1"}
-    return command + SGLANG_FLAGS.split(), environment
-
-
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    limit = time.monotonic() + START_LIMIT
-    while time.monotonic() < limit:
-        if process.poll() is not None:
-            raise SystemExit(f"the server ended with exit code {process.returncode}; see {log}")
-        try:
-            urllib.request.urlopen(url, timeout=2)
-            return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.5)
-    raise SystemExit(f"the server was not healthy after {START_LIMIT:.0f} s; see {log}")
+        command, environment = [vllm, "serve", str(checkpoint), *VLLM_FLAGS.split()], {}
+    else:
+        launcher = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
+        command = [*launcher, *SGLANG_FLAGS.split()]
+        environment = {"PYTHONPATH": str(STUBS), "OMP_NUM_THREADS": "1"}
+    return Server([*command, "--served-model-name", MODEL], log, environment)
 
 
 class Chat:
@@ -128,7 +76,7 @@ class Chat:
         first, used = 0.0, 0
         print(f"{_BOLD}dsv4-mini:{_PLAIN} ", end="", flush=True)
         for chunk in self.client.chat.completions.create(
-            model="deepseek-v4",
+            model=MODEL,
             messages=self.messages,
             max_tokens=TOKENS,
             temperature=0,
@@ -198,10 +146,10 @@ def main() -> None:
     args = parser.parse_args()
     log = args.checkpoint.resolve().parent / f"demo-{args.engine}.log"
     print(f"starting {args.engine} on {args.checkpoint} (log: {log}) ...", flush=True)
-    with server(args.engine, args.checkpoint, log) as url:
+    with server(args.engine, args.checkpoint.resolve(), log) as running:
         print("\n".join(line for line in log.read_text().splitlines() if "dsv4-plugin" in line))
         print("dsv4-mini knows a few skills; docs/mini.md says which, and how well.")
-        converse(url)
+        converse(f"{running.url}/v1")
         tokens, seconds = map(sum, zip(*Chat.timings, strict=True))
         print(f"\n{tokens / seconds:.0f} tokens/s after each answer's first token")
     print("server stopped")

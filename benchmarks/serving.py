@@ -19,14 +19,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tests.paths import ROOT, STUBS
+
 RESULTS = Path(__file__).parent / "results" / "serving.csv"
 DTYPES = ("float32", "bfloat16")
 CASES = ((1, 2048), (8, 512), (1, 6000))
 """(requests, prompt tokens)."""
 PEER = "transformers-float32"
 ENGINES = (PEER, *(f"{e}-{d}" for e in ("local", "vllm", "sglang") for d in DTYPES))
-STUBS = Path(__file__).parents[1] / "tests" / "sglang" / "stubs"
-"""Stand-ins for CUDA packages that SGLang imports on a CPU too."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _spawn(engine: str, checkpoint: Path, sglang: str) -> list[Row]:
         "OMP_NUM_THREADS": str(os.cpu_count()),
     }
     if python == sglang:
-        environment["PYTHONPATH"] = os.pathsep.join([str(STUBS), str(STUBS.parents[2])])
+        environment["PYTHONPATH"] = os.pathsep.join([str(STUBS), str(ROOT)])
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"{engine} failed with exit code {done.returncode}")

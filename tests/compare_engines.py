@@ -24,6 +24,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tests.chat import data, outputs
+from tests.server import MODEL
 from tests.sglang import script as sglang_script
 from tests.sglang import server as sglang_server
 from tests.vllm_chat import server as vllm_server
@@ -31,7 +32,7 @@ from tests.vllm_chat import server as vllm_server
 Json = dict[str, Any]
 SGLANG_OPTIONS = (
     *(*sglang_server.FLOAT32, *sglang_server.PARSERS, "--max-total-tokens=16384"),
-    *("--max-running-requests=8", "--served-model-name=tiny"),
+    *("--max-running-requests=8", f"--served-model-name={MODEL}"),
     *("--enable-custom-logit-processor", "--disable-overlap-schedule"),
 )
 AT_ONCE = 6
@@ -123,7 +124,7 @@ def ask_vllm(server: vllm_server.Server, case: Case) -> Json:
 
 
 def ask_sglang(server: sglang_server.Server, case: Case) -> Json:
-    body = case.body | {"model": "tiny", "return_prompt_token_ids": True, "return_token_ids": True}
+    body = case.body | {"model": MODEL, "return_prompt_token_ids": True, "return_token_ids": True}
     if case.script:
         body |= sglang_script.scripted(case.script)
     (choice,) = server.post("/v1/chat/completions", body)["choices"]

@@ -16,10 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.paths import ROOT
+from tests.paths import ROOT, STUBS
 
-STUBS = ROOT / "tests" / "sglang" / "stubs"
-"""Stand-ins for CUDA packages that SGLang imports on a CPU too."""
 EOS = 1
 LONGEST = 8192
 """Most tokens of a prompt and its answer."""

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+STUBS = ROOT / "tests" / "sglang" / "stubs"
+"""Stand-ins for CUDA packages that SGLang imports on a CPU too."""
 SHARED = ROOT.parent / "shared" / "data"
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the recorded data is absent")

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+MODEL = "deepseek-v4"
+"""The name under which checkpoints are served."""
 LIFETIME = 900
 """Most seconds a test server lives, whatever becomes of the test."""
 START = 300

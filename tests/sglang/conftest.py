@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+from tests.paths import STUBS
+
 collect_ignore_glob = [] if find_spec("sglang") else ["test_*.py"]
 if find_spec("sglang") and not find_spec("triton"):
-    sys.path.insert(0, str(HERE / "stubs"))
+    sys.path.insert(0, str(STUBS))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import server
-from tests.paths import ROOT
+from tests.paths import ROOT, STUBS
 
 HERE = Path(__file__).parent
 FLOAT32 = ("--dtype=float32", "--chunked-prefill-size=256")
@@ -48,7 +48,7 @@ class Server(server.Server):
             python, "-m", "sglang.launch_server", f"--model-path={directory}",
             "--device=cpu", "--sleep-on-idle", "--log-level=info", *options,
         ]  # fmt: skip
-        paths = [HERE / "stubs", HERE / "plugin", ROOT]
+        paths = [STUBS, HERE / "plugin", ROOT]
         common = {
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
             "DSV4_TESTING": testing,

@@ -1,4 +1,4 @@
-"""`vllm serve` with scripted words."""
+"""`vllm serve`, where asked for with scripted words."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from tests import server
 from tests.paths import ROOT
+from tests.server import MODEL
 
-MODEL = "tiny"
-FLAGS = (
+UNSCRIPTED = (
     "--dtype float32 --max-model-len 4096 --kv-cache-memory-bytes 500000000 --enforce-eager "
     "--max-num-seqs 16 --tokenizer-mode deepseek_v4 --tool-call-parser deepseek_v4 "
-    "--reasoning-parser deepseek_v4 --enable-auto-tool-choice "
-    "--logits-processors tests.vllm_chat.script:Script"
+    "--reasoning-parser deepseek_v4 --enable-auto-tool-choice"
 )
+FLAGS = f"{UNSCRIPTED} --logits-processors tests.vllm_chat.script:Script"
 
 
 class Server(server.Server):
