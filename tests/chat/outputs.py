@@ -1,4 +1,5 @@
-"""Model outputs for the parser's tests: well-formed ones, slips, mutations, noise."""
+"""Model outputs for the parser's tests, made up to be odd: well-formed ones of strange text, slips,
+mutations, noise."""
 
 from __future__ import annotations
 

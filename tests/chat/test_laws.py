@@ -1,7 +1,10 @@
-"""The parser's laws over a seeded few thousand of the fuzzer's cases, and over hypothesis text."""
+"""The parser's laws over a seeded few thousand of the fuzzer's cases, over hypothesis text, and
+over what dsv4-mini says."""
 
 from __future__ import annotations
 
+from itertools import count
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -9,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_plugin.chat import StreamParser, TokenBytes, collect
+from dsv4_plugin.engine import load
+from training.skills import SKILLS, held_out
 
 from . import fuzz, laws, outputs
 from .data import TOOLS, encoder
@@ -69,3 +74,31 @@ def test_any_bytes(seed: int) -> None:
     parser = StreamParser(True, None, table)
     by_ids = collect([*parser.feed_ids(ids), *parser.finish()])
     assert by_ids == laws.read([decoded], True, None)
+
+
+def test_what_mini_says(mini: Path) -> None:
+    """Greedy answers of the local engine, ids one at a time and all at once, text cut anywhere."""
+    asked = [c for skill in SKILLS for c in held_out(skill, 2)]
+    prompts = [
+        encoder().encode(
+            c.messages[:-1],
+            c.tools,
+            thinking=c.thinking,
+            effort=c.effort,
+            response_format=c.response_format,
+        )
+        for c in asked
+    ]
+    table = TokenBytes(encoder().tokenizer)
+    answers = load(mini, "float32").generate([prompt.ids for prompt in prompts], 128)
+    for c, prompt, ids in zip(asked, prompts, answers, strict=True):
+        finish = "stop" if ids[-1] == 1 else "length"
+        text = encoder().tokenizer.decode(ids, skip_special_tokens=False)
+        whole = laws.check_any(text, prompt.thinking, c.tools, finish, Random(0))
+        for pieces in ([ids], [[token] for token in ids]):
+            numbers = count()
+            parser = StreamParser(
+                prompt.thinking, c.tools, table, call_id=lambda n=numbers: f"c{next(n)}"
+            )
+            events = [event for piece in pieces for event in parser.feed_ids(piece)]
+            assert collect(events + parser.finish(finish)) == whole

@@ -1,6 +1,7 @@
 """Chat through a real server: the core's prompt ids, and outputs parsed by the core.
 
-The weights are random, so a grammar (`regex`) makes the model write what a test wants parsed.
+The weights are random: a grammar (`regex`) makes the model write what no model writes by itself,
+content beside two calls and stop strings. test_mini.py has a model's own answers.
 """
 
 from __future__ import annotations
@@ -110,14 +111,6 @@ INVOKE = (
 CALLS = f"<｜DSML｜tool_calls>\n{INVOKE.format('Köln')}{INVOKE.format('Ulm')}</｜DSML｜tool_calls>"
 
 
-def test_calls(roomy: Server):
-    choice = chat(roomy, **forced(f"Moment.\n\n{CALLS}", tools=[WEATHER]))
-    assert choice["finish_reason"] == "tool_calls"
-    assert choice["message"]["content"] == "Moment."
-    calls = [call["function"] for call in choice["message"]["tool_calls"]]
-    assert [json.loads(call["arguments"])["city"] for call in calls] == ["Köln", "Ulm"]
-
-
 def streamed(server: Server, body: dict[str, Any]) -> dict[str, Any]:
     """The message that the deltas of a stream add up to."""
     message: dict[str, Any] = {"content": "", "reasoning_content": "", "calls": {}}
@@ -137,6 +130,9 @@ def streamed(server: Server, body: dict[str, Any]) -> dict[str, Any]:
 def test_streaming_adds_up(roomy: Server):
     body = forced(f"Moment.\n\n{CALLS}", tools=[WEATHER])
     whole = chat(roomy, **body)
+    calls = [call["function"] for call in whole["message"]["tool_calls"]]
+    assert [json.loads(call["arguments"])["city"] for call in calls] == ["Köln", "Ulm"]
+    assert whole["message"]["content"] == "Moment."
     parts = streamed(roomy, body)
     assert parts["content"] == whole["message"]["content"]
     assert list(parts["calls"].values()) == [

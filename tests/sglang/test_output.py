@@ -1,4 +1,5 @@
-"""The output parser: stop strings, any split of the ids, SGLang's finish reasons."""
+"""The output parser: stop strings, any split of the ids, SGLang's finish reasons. Outputs are made
+up, to be cut and split at will."""
 
 from __future__ import annotations
 

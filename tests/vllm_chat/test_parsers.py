@@ -1,4 +1,5 @@
-"""The parsers as vLLM composes them, without a server: every cut, every way to ask."""
+"""The parsers as vLLM composes them, without a server: every cut, every way to ask. Outputs are
+made up, because their cuts and oddities are what is tested."""
 
 from __future__ import annotations
 

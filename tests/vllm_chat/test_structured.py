@@ -1,4 +1,6 @@
-"""The random model, held to schemas and tool choices by vLLM's structured output."""
+"""A random model, held to schemas and tool choices by vLLM's structured output: whatever it wants
+to say, the grammar has to do the work. Its reasoning, or how a call begins, is scripted, so that
+the grammar starts at once. test_mini.py has a model that knows what to say."""
 
 from __future__ import annotations
 

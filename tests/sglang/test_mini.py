@@ -1,0 +1,27 @@
+"""dsv4-mini served by SGLang: what a model says by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from tests.mini.asking import Answers
+from tests.server import MODEL
+
+from .server import FLOAT32, PARSERS, Server
+
+
+@pytest.fixture(scope="module")
+def client(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
+    options = ("--max-total-tokens=16384", "--max-running-requests=16")
+    named = f"--served-model-name={MODEL}"
+    log = tmp_path_factory.mktemp("mini") / "log"
+    with Server(mini, *FLOAT32, *PARSERS, *options, named, log=log) as server:
+        yield OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0)
+
+
+class TestChatCompletions(Answers):
+    pass
