@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.config import CSA, SWA
 from dsv4_plugin.kernels.compress import State, Target, compress
+from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.gate import gate
 from dsv4_plugin.kernels.norm import rms_norm
 from dsv4_plugin.kernels.paged import Paged
@@ -68,11 +69,12 @@ def _blocks(
     out: Tensor | None = None
     by: Spread | None = None
     blocks = cast("list[Block]", list(model.layers.values()))
+    padding = (step.position < 0)[:, None] if use_triton(h.device) else None
     for block, cache in zip(blocks, caches, strict=True):
         h, x, by = streams(out, h, by, _mixer(block.hc_attn, block.attn_norm))
         out = _attention(block.attn, x, step, cache)
         h, x, by = streams(out, h, by, _mixer(block.hc_ffn, block.ffn_norm))
-        out = _moe(block.ffn, x, input_ids)
+        out = _moe(block.ffn, x, input_ids, padding)
     return h, out, by
 
 
@@ -137,9 +139,12 @@ def _compress(attention: Attention, x: Tensor, step: DeviceStep, cache: LayerCac
     compress(y, pool.ape, eps, step, ratio, size, targets, state, pool.dtype)
 
 
-def _moe(moe: MoE, x: Tensor, input_ids: Tensor) -> Tensor:
+def _moe(moe: MoE, x: Tensor, input_ids: Tensor, padding: Tensor | None) -> Tensor:
+    """padding: bool [T, 1], rows that choose no experts, so that none is read for them."""
     g = moe.gate
     logits = nn.functional.linear(x.float(), g.weight)
     ids, weight = gate(logits, g.k, g.scale, g.bias, g.tid2eid, input_ids)
+    if padding is not None:
+        ids.masked_fill_(padding, -1)
     out: Tensor = moe.all_reduce(moe.experts(x, ids, weight) + moe.shared_experts(x))
     return out

@@ -14,6 +14,7 @@ from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.cache.step import BlockTables
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.engine import Batch
+from dsv4_plugin.kernels.experts import kernel as experts_kernel
 from tests.conftest import random_ids
 from tests.kit import mode
 from tests.kit.gpu import EmulatedGPU
@@ -154,8 +155,8 @@ def test_the_device_s_path_is_the_ordinary_one(unchosen, kv_dtype, monkeypatch):
 @pytest.mark.parametrize("fmt", ["bf16", "fp8-fp4", "nvfp4"])
 @torch.inference_mode()
 def test_a_decode_step_asks_the_device_for_nothing(gpu, fmt, tmp_path, monkeypatch):
-    """Neither plain nor packed, experts and all: what a captured graph must not do. And its logits
-    are torch's."""
+    """Neither plain nor packed, experts and all: what a captured graph must not do. Rows of padding
+    choose no experts, and the logits are torch's."""
     overrides = {"vocab_size": 512, "num_hidden_layers": 3, "compress_ratios": [0, 4, 128]}
     make_checkpoint(tmp_path / "it", "tiny", 1, overrides, tokenizer=False, fmt=fmt)
     model = load(tmp_path / "it", dtype="bfloat16")
@@ -171,6 +172,14 @@ def test_a_decode_step_asks_the_device_for_nothing(gpu, fmt, tmp_path, monkeypat
     with pytest.raises(AssertionError, match=r"read|dense|nonzero|unique|index"):
         DeviceBatch(model.model, layout, [200, 100], 256).run(work, lambda: unasked(monkeypatch))
     monkeypatch.setenv("DSV4_KERNELS", "triton")
+    chosen, sort = [], experts_kernel.sort
+    monkeypatch.setattr(
+        experts_kernel, "sort", lambda ids, *args: chosen.append(ids) or sort(ids, *args)
+    )
     found = finding.run(work, lambda: unasked(monkeypatch)).float()
+    assert len(chosen) == 3
+    for ids in chosen:
+        assert (ids[:-PADDING] >= 0).all()
+        assert (ids[-PADDING:] == -1).all()
     tolerance = BF16 if fmt == "bf16" else ROUNDED_AGAIN
     assert (found - expected).abs().mean() / expected.std() < tolerance
