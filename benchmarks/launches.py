@@ -25,6 +25,7 @@ from dsv4_plugin.cache.step import BlockTables
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.config import CSA, HCA, SWA
 from dsv4_plugin.engine import allocate
+from dsv4_plugin.kernels import arrival
 from tests.kit.gpu import EmulatedGPU
 
 KINDS = {"SWA": SWA, "CSA": CSA, "HCA": HCA}
@@ -106,6 +107,8 @@ def decode(ratios: list[int], directory: Path) -> tuple[Counter[str], Counter[st
     operations = Operations()
     for layer in model.layers.values():
         layer.ffn.experts = Paused(layer.ffn.experts, operations)
+    for kernel in arrival.KERNELS:  # made once, before any step
+        arrival.counters(kernel, torch.device("cpu"), 0)
     with kernels("triton"), CountingGPU(operations) as gpu, torch.inference_mode():
         builder = DeviceStepBuilder(model.config, layout, 1, "cpu")
         start, lengths = torch.tensor([0, 1]).int(), torch.tensor([1]).int()

@@ -90,7 +90,7 @@ MUTANTS = [
     Mutant("multiply-adds are fused", QKV, "enable_fp_fusion=False", "enable_fp_fusion=True", "qkv", "real", compiled=True),
     Mutant("a carry is not packed", COMPRESS, "top = tl.where(stored, lse, top + log(safe))", "top = tl.where(stored, lse, top)", "compress", "csa"),
     Mutant("segments after a carry do not wait", COMPRESS, "begin += left.to(tl.int32)", "begin += 0", "compress", "filled"),
-    Mutant("segments after a carry are left out", COMPRESS, "taker = behind", "taker = requests", "compress", "filled"),
+    Mutant("segments after a carry are left out", COMPRESS, "(opens <= its_end)", "(opens < 0)", "compress", "filled"),
     Mutant("only one segment after a carry is taken", COMPRESS, "& (who > after)", "& (who > 9 * after + 9)", "compress", "filled"),
     Mutant("the weights' middle part is dropped", STREAMS, "                total = tl.dot(x, middle, total)\n", "", "streams", "4096 or 264"),
     Mutant("the sink is left out", ATTENTION, "total = tl.full((M,), 1.0, tl.float32)", "total = tl.full((M,), 0.0, tl.float32)", "paged_attention", "prefill"),

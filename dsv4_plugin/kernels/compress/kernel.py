@@ -351,8 +351,8 @@ def pool_and_write(
     begin = first // R
     early = begin + HALVES
     is_last = here == end - 1
-    own = ((here + 1) % R == 0) & (window >= early)
-    stop = tl.where(is_last, tl.minimum(early, window), tl.where(own, window, -1))
+    closes = ((here + 1) % R == 0) & (window >= early)
+    stop = tl.where(is_last, tl.minimum(early, window), tl.where(closes, window, -1))
     stop = tl.where(here < 0, -1, stop)
     begin = tl.where(is_last, begin, window)
     if (HALVES == 2) & is_last & (stop >= 0) & (first > 0) & (first % PAGE == 0):
@@ -361,29 +361,32 @@ def pool_and_write(
             before, first, query_start, seq_lens, page_table, table_stride, requests, PAGE, SCAN
         )
         begin += left.to(tl.int32)
-    for i in range(begin, stop + 1):
-        at = tl.where(i == stop, window, i)
-        opens = at * R + R
-        fills = (HALVES == 2) & (opens % PAGE == 0) & (opens <= end)
-        full = _page_of(who, opens - 1, page_table, table_stride, fills, PAGE)
-        # This segment and, where it fills a page, the first ones of requests that start behind it.
-        taker = who
-        behind = who * 0 - 1
+    for i in tl.range(begin, stop + 1, disable_licm=True):
+        own = tl.where(i == stop, window, i)
+        # This segment (-1) and, where it fills a page, the first ones of requests that start behind
+        # it. What is needed again is loaded again: registers are short.
+        taker = own * 0 - 1
         while taker < requests:
-            its_first, its_end, its_row = _rows_of(taker, query_start, seq_lens, True)
+            mine = tl.load(request + tl.program_id(0))
+            other = tl.where(taker < 0, mine, taker)
+            its_first, its_end, its_row = _rows_of(other, query_start, seq_lens, True)
             _take(
-                at, taker, its_first, its_end, its_row, y, ape, kv_weight, key_weight, cis,
+                tl.where(taker < 0, own, own + 1), other, its_first, its_end, its_row, y, ape,
+                kv_weight, key_weight, cis,
                 ring_table, page_table, ring, page, table_stride, ring_stride, page_stride, eps,
                 D, ROPE, BLOCKS, KEY_D, KEY_STAGES, KV_OFFSET, KV_WORDS, KV_FORMAT, KEY_OFFSET,
                 KEY_WORDS, KEY_FORMAT, R, HALVES, C, PAGE, CARRY, RING_ROWS, RING_WORDS, DTYPE,
             )  # fmt: skip
             tl.debug_barrier()  # every thread has written its part of the carry
-            behind = _next_behind(
-                behind, full, opens, query_start, seq_lens, page_table, table_stride, requests,
+            opens = own * R + R
+            mine = tl.load(request + tl.program_id(0))
+            its_end = tl.load(seq_lens + mine).to(tl.int32)
+            fills = (HALVES == 2) & (opens % PAGE == 0) & (opens <= its_end)
+            full = _page_of(mine, opens - 1, page_table, table_stride, fills, PAGE)
+            taker = _next_behind(
+                taker, full, opens, query_start, seq_lens, page_table, table_stride, requests,
                 PAGE, SCAN,
             )  # fmt: skip
-            taker = behind
-            at = opens // R
 
 
 def compress(
@@ -418,5 +421,5 @@ def compress(
         step.seq_lens, step.tables.ring, step.tables.page,
         state.ring.storage.view(torch.float32), kv.pool.storage,
         step.tables.page.stride(0), step.tables.ring_stride, step.tables.page_stride,
-        len(step.seq_lens), eps, **sizes, SCAN=SCAN, num_warps=8, enable_fp_fusion=False,
+        len(step.seq_lens), eps, **sizes, SCAN=SCAN, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

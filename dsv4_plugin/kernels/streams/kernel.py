@@ -108,12 +108,6 @@ def _finish(
         some = t < end
         t = tl.where(some, t, begin)
         rms = _inverse_rms(partial, t, chunks, R * D, norm_eps, CHUNKS, WIDTH)
-        pre = _outputs(partial, rms, base, scale, t, chunks, r, CHUNKS, WIDTH)
-        pre = _sigmoid(pre) + eps
-        for i in range(tl.minimum(GROUP, end - begin)):
-            mine = tl.sum(tl.where((g == i)[:, None], pre, 0.0), 0)
-            token = tl.sum(tl.where(g == i, t, 0), 0)
-            _collapse(h, norm, x_out, mine, token, D, norm_eps, R, COLUMNS)
         if N > R:
             m = _outputs(partial, rms, base, scale, t, chunks, R + r, CHUNKS, WIDTH)
             at = t[:, None] * R + r[None, :]
@@ -123,6 +117,12 @@ def _finish(
             c = _sinkhorn(m, iters, eps, R)
             at = (t * (R * R))[:, None, None] + r[None, None, :] * R + r[None, :, None]
             tl.store(mixing_out + at, c, mask=some[:, None, None])
+        pre = _outputs(partial, rms, base, scale, t, chunks, r, CHUNKS, WIDTH)
+        pre = _sigmoid(pre) + eps
+        for i in range(tl.minimum(GROUP, end - begin)):
+            mine = tl.sum(tl.where((g == i)[:, None], pre, 0.0), 0)
+            token = tl.sum(tl.where(g == i, t, 0), 0)
+            _collapse(h, norm, x_out, mine, token, D, norm_eps, R, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "rows"])
