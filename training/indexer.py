@@ -1,6 +1,6 @@
 """Train dsv4-mini's indexers on the finished network, which stays as it is.
 
-    python -m training.indexer --run .cache/mini --steps 300
+    python -m training.indexer --run .cache/mini --steps 120
 
 An indexer learns to give the entries the shares of attention that all heads together give them
 (the warm-up of DeepSeek-V3.2's indexer), on the trainer's rows and on conversations of up to 4,000
@@ -140,7 +140,7 @@ def batches(data: Data, step: int) -> Iterator[Batch]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path(".cache/mini"))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--lr", type=float, default=0.01)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Train dsv4-mini's MTP layer on the finished network, which stays as it is.
 
-    python -m training.mtp --run .cache/mini --steps 200
+    python -m training.mtp --run .cache/mini --steps 160
 
 From the last layer's streams at token t and the embedding of token t + 1 it learns to predict
 token t + 2. Rows, loss weights and optimizers are the trainer's.
@@ -91,7 +91,7 @@ def loss_of(model: nn.Module, drafter: Drafter, b: Batch) -> tuple[Tensor, Tenso
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path(".cache/mini"))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--lr", type=float, default=0.02)
     args = parser.parse_args()
     torch.set_num_threads(1)
