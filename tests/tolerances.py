@@ -1,5 +1,9 @@
 """One table of tolerances, by number format and kind of comparison."""
 
+import torch
+
+from dsv4_plugin.engine import LocalModel
+
 LOGITS_STD = 3e-5
 """float32 logits against an oracle: largest difference over the oracle's standard deviation."""
 LOGPROB = 1e-4
@@ -23,3 +27,12 @@ BF16_SUM = 1e-2
 ROUNDED_AGAIN = 5e-2
 """Logits of a quantised network whose sums ran in another order, mean difference over the
 standard deviation: single activations round to a neighbouring e4m3 value."""
+
+
+def clear_choices(model: LocalModel, prompt: list[int], chosen: list[int]) -> int:
+    """How many of the greedily chosen ids are clear to `model`: all those have to be its own."""
+    logits = model.logits(torch.tensor(prompt + chosen))[len(prompt) - 1 : -1]
+    best = logits.topk(2).values
+    clear = best[:, 0] - best[:, 1] > 0.1 * logits.std()
+    assert (logits.argmax(-1) == torch.tensor(chosen))[clear].all()
+    return int(clear.sum())

@@ -1,4 +1,4 @@
-"""SGLang's tests run where SGLang is installed; a CPU needs stand-ins for packages it imports."""
+"""SGLang's tests run where SGLang is installed; without torchvision, with a stand-in for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.paths import STUBS
 
 collect_ignore_glob = [] if find_spec("sglang") else ["test_*.py"]
-if find_spec("sglang") and not find_spec("triton"):
+if find_spec("sglang") and not find_spec("torchvision"):
     sys.path.insert(0, str(STUBS))
 
 
