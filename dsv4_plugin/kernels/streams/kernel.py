@@ -103,7 +103,7 @@ def _finish(
     """Tokens first .. end - 1, whose streams h and sums `partial` are complete."""
     g = tl.arange(0, GROUP)
     r = tl.arange(0, R)
-    for begin in range(first, end, GROUP):
+    for begin in tl.range(first, end, GROUP, disable_licm=True):
         t = begin + g.to(tl.int64)
         some = t < end
         t = tl.where(some, t, begin)
@@ -119,7 +119,7 @@ def _finish(
             tl.store(mixing_out + at, c, mask=some[:, None, None])
         pre = _outputs(partial, rms, base, scale, t, chunks, r, CHUNKS, WIDTH)
         pre = _sigmoid(pre) + eps
-        for i in range(tl.minimum(GROUP, end - begin)):
+        for i in tl.range(0, tl.minimum(GROUP, end - begin), disable_licm=True):
             mine = tl.sum(tl.where((g == i)[:, None], pre, 0.0), 0)
             token = tl.sum(tl.where(g == i, t, 0), 0)
             _collapse(h, norm, x_out, mine, token, D, norm_eps, R, COLUMNS)
