@@ -1,7 +1,8 @@
 """A second SGLang plugin for the test servers: poisoned pools, a broken control, a count.
 
 DSV4_TESTING lists what it does: `poison` fills fresh pools with NaN in every row format; `break`
-addresses the pages' carry by request, so that a cached prefix loses its state.
+addresses the pages' carry by request, so that a cached prefix loses its state; `emulate` has
+Triton's kernels executed as sm_80 code.
 """
 
 import logging
@@ -22,6 +23,8 @@ def register():
         pool.allocate = poisoned(pool.allocate)
     if "break" in WANTED:
         break_carry()
+    if "emulate" in WANTED:
+        pool.allocate = emulated(pool.allocate)
 
 
 def count_mixed(batch, running):
@@ -31,6 +34,21 @@ def count_mixed(batch, running):
 
 def poisoned(allocate):
     return lambda words, device: allocate(words, device).fill_(-1)
+
+
+def emulated(allocate):
+    """From the first pool on: SGLang's imports shall find no GPU."""
+
+    def enter_first(words, device):
+        from tests.kit.gpu import EmulatedGPU
+
+        pool.allocate = allocate
+        EmulatedGPU("sm80").__enter__()
+        return allocate(words, device)
+
+    from sglang_ext import pool
+
+    return enter_first
 
 
 def break_carry():
