@@ -107,7 +107,7 @@ def _segment(
         shared_top = tl.load(half, mask=kept, other=float("-inf"))
         shared_total = tl.load(half + C, mask=kept, other=0.0)
         shared_value = tl.load(half + 2 * C, mask=kept, other=0.0)
-        for position in range(tl.maximum(before, first), begin):
+        for position in tl.range(tl.maximum(before, first), begin, disable_licm=True):
             row = (row_of_first + position - first).to(tl.int64)
             token = y + row * (2 * HALVES * C) + channel
             bias = ape + position % R * (HALVES * C) + channel
@@ -126,7 +126,7 @@ def _segment(
             total = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
     keep_all = end - first <= RING_ROWS
     tl.debug_barrier()  # every thread has read the ring
-    for position in range(start, tl.minimum(begin + R, end)):
+    for position in tl.range(start, tl.minimum(begin + R, end), disable_licm=True):
         row = (row_of_first + position - first).to(tl.int64)
         token = y + row * (2 * HALVES * C) + channel
         bias = ape + position % R * (HALVES * C) + channel

@@ -168,7 +168,7 @@ def mix(
     n = tl.arange(0, WIDTH)
     total = tl.zeros((TILE, WIDTH), tl.float32)
     squares = tl.zeros((TILE,), tl.float32)
-    for start in range(0, CHUNK, BLOCK):
+    for start in tl.range(0, CHUNK, BLOCK, disable_licm=True):
         d = chunk * CHUNK + start + tl.arange(0, BLOCK)
         inside = real[:, None] & (d < D)[None, :]
         if SPREAD:
