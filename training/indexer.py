@@ -19,18 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_pos_emb
 
-from training.data import Renderer, Vocabulary
-from training.mtp import FIRST_STEP
-from training.network import (
-    Attend,
-    attention,
-    build,
-    hidden_states,
-    leave_out_indexer,
-    queries_and_keys,
-)
+from training.network import Attend, attention, hidden_states, queries_and_keys
 from training.skills import Writer
-from training.train import Batch, Data, optimizers
+from training.train import FIRST_STEP, Batch, Data, Finished, descend, optimizers, short_run
 
 FILE = "indexer.pt"
 QUERIES = 64
@@ -145,15 +136,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(2)
-    state = torch.load(args.run / "trainer.pt")
-    vocabulary = Vocabulary.load(args.run / "vocabulary.json")
-    model = build(vocabulary)
-    indexers = leave_out_indexer(model)
-    model.load_state_dict(state["model"] | state["average"])
-    model.requires_grad_(False)
-    train(model, indexers, Data(Renderer(), vocabulary, seed=0), args.steps, args.lr)
-    found = {f"{name}.{k}": t for name, m in indexers.items() for k, t in m.state_dict().items()}
-    torch.save({"indexers": found, "trained_on": state["step"]}, args.run / FILE)
+    run = Finished.load(args.run)
+    train(run.model, run.indexers, run.data(), args.steps, args.lr)
+    found = {
+        f"{name}.{k}": t for name, m in run.indexers.items() for k, t in m.state_dict().items()
+    }
+    torch.save({"indexers": found, "trained_on": run.step}, args.run / FILE)
 
 
 def train(
@@ -176,12 +164,7 @@ def train(
         longest = b.ids.shape[1]
         for p in trained.parameters():
             p.grad /= total
-        factor = min(1.0, (step + 1) / 10, 2 * (steps - step) / steps)
-        for optimizer in both:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(both, short_run(step, steps))
         if step % 10 == 0 or step == steps - 1:
             half = kept(watches, longest // 8)
             shares = ", ".join(f"{share:.1%}" for share in half)

@@ -18,13 +18,10 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
 from dsv4_plugin.checkpoint.mini import COMPACT, CONFIG
-from training.data import Renderer, Vocabulary
-from training.network import build, hidden_states, initialise, leave_out_indexer, make_cheaper
-from training.train import Batch, Data, optimizers
+from training.network import hidden_states, initialise, make_cheaper
+from training.train import FIRST_STEP, Batch, Data, Finished, descend, optimizers, short_run
 
 FILE = "mtp.pt"
-FIRST_STEP = 1_000_000
-"""Of its data: rows the network was not trained on."""
 
 
 class Drafter(nn.Module):
@@ -96,16 +93,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    state = torch.load(args.run / "trainer.pt")
-    vocabulary = Vocabulary.load(args.run / "vocabulary.json")
-    model = build(vocabulary)
-    leave_out_indexer(model)
-    model.load_state_dict(state["model"] | state["average"])
-    model.requires_grad_(False)
-    drafter = Drafter(len(vocabulary.ids))
-    data = Data(Renderer(), vocabulary, seed=0)
-    train(model, drafter, data, args.steps, args.lr)
-    torch.save({"drafter": drafter.state_dict(), "trained_on": state["step"]}, args.run / FILE)
+    run = Finished.load(args.run)
+    drafter = Drafter(len(run.vocabulary.ids))
+    train(run.model, drafter, run.data(), args.steps, args.lr)
+    torch.save({"drafter": drafter.state_dict(), "trained_on": run.step}, args.run / FILE)
 
 
 def train(model: nn.Module, drafter: Drafter, data: Data, steps: int, lr: float) -> None:
@@ -120,12 +111,7 @@ def train(model: nn.Module, drafter: Drafter, data: Data, steps: int, lr: float)
                 loss, hits = loss_of(model, drafter, b)
             (loss / total).backward()
             value, right = value + loss.item() / total, right + int(hits)
-        factor = min(1.0, (step + 1) / 10, 2 * (steps - step) / steps)
-        for optimizer in both:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(both, short_run(step, steps))
         if step % 10 == 0 or step == steps - 1:
             print(f"step {step}: loss {value:.3f}, {right / taught:.1%} drafted right", flush=True)
 

@@ -50,6 +50,8 @@ WARM_UP = 40
 DECAY = 0.25
 AVERAGE = 0.98
 """Decay per step of the averaged weights, which are what is tested and shipped."""
+FIRST_STEP = 1_000_000
+"""Of the data for a finished network: rows it was not trained on."""
 BALANCE = 0.003
 """Step of the routing bias towards experts that get too few tokens."""
 
@@ -180,11 +182,7 @@ class Trainer:
                 rows[skill].append(ok)
         self._sum_over_workers(value)
         nn.utils.clip_grad_norm_(self.optimizers[1].param_groups[0]["params"], 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(self.optimizers, factor)
         for router, load in self.loads.items():
             router.e_score_correction_bias += BALANCE * (load.mean() - load).sign()
             load.zero_()
@@ -270,6 +268,42 @@ def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return both
+
+
+def descend(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """One step of each, at `factor` of its learning rate; gradients are cleared."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@dataclass
+class Finished:
+    """A run's averaged weights in a network that stays as it is, its indexers taken out."""
+
+    model: nn.Module
+    indexers: dict[str, nn.Module]
+    vocabulary: Vocabulary
+    step: int
+
+    @classmethod
+    def load(cls, run: Path) -> Finished:
+        state = torch.load(run / "trainer.pt")
+        vocabulary = Vocabulary.load(run / "vocabulary.json")
+        model = build(vocabulary)
+        indexers = leave_out_indexer(model)
+        model.load_state_dict(state["model"] | state["average"])
+        return cls(model.requires_grad_(False), indexers, vocabulary, state["step"])
+
+    def data(self) -> Data:
+        return Data(Renderer(), self.vocabulary, seed=0)
+
+
+def short_run(step: int, steps: int) -> float:
+    """The learning rate's factor: up for 10 steps, down through the second half."""
+    return min(1.0, (step + 1) / 10, 2 * (steps - step) / steps)
 
 
 def _watch_routers(model: nn.Module) -> dict[nn.Module, Tensor]:
