@@ -57,7 +57,10 @@ class Tiles:
     many: Tile
 
 
-TILES = {"any": Tiles(few=Tile(16, 32, 4, 3), many=Tile(64, 64, 8, 2))}
+TILES = {
+    "any": Tiles(few=Tile(16, 32, 4, 3), many=Tile(64, 64, 8, 2)),
+    "consumer": Tiles(few=Tile(16, 32, 4, 3), many=Tile(64, 32, 8, 2)),  # 64 columns spill
+}
 
 
 def tile_for(rows: int) -> Tile:
