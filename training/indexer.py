@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_pos_emb
 
-from training.network import Attend, attention, hidden_states, queries_and_keys
+from training.network import Attend, attend, hidden_states, queries_and_keys
 from training.skills import Writer
 from training.train import FIRST_STEP, Batch, Data, Finished, descend, optimizers, short_run
 
@@ -52,7 +52,7 @@ class Watch:
         )[0]
         self.shares = p[..., p.shape[-1] - entries :].float().mean(2)
         self.hidden = hidden_states
-        return attention(layer, hidden_states, **inputs)
+        return attend(layer, q, kv, mask, cos, sin)
 
     def scores(self) -> Tensor:
         """The indexer's [B, P, entries] for the same queries, -inf for entries yet unfinished."""

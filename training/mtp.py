@@ -19,7 +19,16 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 
 from dsv4_plugin.checkpoint.mini import COMPACT, CONFIG
 from training.network import hidden_states, initialise, make_cheaper
-from training.train import FIRST_STEP, Batch, Data, Finished, descend, optimizers, short_run
+from training.train import (
+    FIRST_STEP,
+    Batch,
+    Data,
+    Finished,
+    descend,
+    optimizers,
+    predict,
+    short_run,
+)
 
 FILE = "mtp.pt"
 
@@ -77,12 +86,9 @@ def loss_of(model: nn.Module, drafter: Drafter, b: Batch) -> tuple[Tensor, Tenso
         embeddings = model.model.embed_tokens(b.ids[:, b.prefix + 1 : -1])
     hook.remove()
     hidden = drafter(kept[-1][:, :-2], embeddings, model)
-    logits = torch.cat([model.lm_head(hidden), (hidden @ model.unused)[..., None]], -1).float()
-    logits[..., -1] += model.log_unused
     target, weight = b.ids[:, b.prefix + 2 :], b.weights[:, b.prefix + 2 :]
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-    right = (logits.detach().argmax(-1) == target) & (weight == 1)
-    return (loss * weight.flatten()).sum(), right.sum()
+    loss, right = predict(model, hidden, target)
+    return (loss * weight).sum(), (right & (weight == 1)).sum()
 
 
 def main() -> None:

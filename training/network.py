@@ -122,7 +122,13 @@ def attention(
     self: v4.DeepseekV4Attention, hidden_states: Tensor, **inputs: Any
 ) -> tuple[Tensor, None]:
     """`DeepseekV4Attention.forward` over `Attend`."""
-    q, kv, mask, cos, sin = queries_and_keys(self, hidden_states, **inputs)
+    return attend(self, *queries_and_keys(self, hidden_states, **inputs))
+
+
+def attend(
+    self: v4.DeepseekV4Attention, q: Tensor, kv: Tensor, mask: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, None]:
+    """The rest of `attention`: what `queries_and_keys` gave -> [B, S, D]."""
     out = Attend.apply(q, kv, mask, self.sinks, cos, sin, self.q_b_norm.eps)
     out = self.o_a_proj(out.view(*q.shape[:2], self.config.o_groups, -1))
     return self.o_b_proj(out.flatten(2)), None

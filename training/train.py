@@ -104,11 +104,16 @@ def loss_of(model: nn.Module, b: Batch) -> tuple[Tensor, Tensor]:
     """The weighted sum of the tokens' losses, and which rows were predicted without a fault."""
     hidden = hidden_states(model, b.ids, b.prefix)[:, :-1]
     target, weight = b.ids[:, b.prefix + 1 :], b.weights[:, b.prefix + 1 :]
+    loss, right = predict(model, hidden, target)
+    return (loss * weight).sum(), (right | (weight < 1)).all(-1)
+
+
+def predict(model: nn.Module, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden [B, S, D] -> the loss of each target [B, S], and whether it is the likeliest token."""
     logits = torch.cat([model.lm_head(hidden), (hidden @ model.unused)[..., None]], -1).float()
     logits[..., -1] += model.log_unused
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-    right = (logits.detach().argmax(-1) == target) | (weight < 1)
-    return (loss * weight.flatten()).sum(), right.all(-1)
+    return loss.view(target.shape), logits.detach().argmax(-1) == target
 
 
 class Trainer:

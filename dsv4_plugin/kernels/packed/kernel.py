@@ -57,9 +57,10 @@ class Tiles:
     many: Tile
 
 
+SMALL = Tile(16, 32, 4, 3)
 TILES = {
-    "any": Tiles(few=Tile(16, 32, 4, 3), many=Tile(64, 64, 8, 2)),
-    "consumer": Tiles(few=Tile(16, 32, 4, 3), many=Tile(16, 32, 4, 3)),  # 64 of each spill in FP8
+    "any": Tiles(few=SMALL, many=Tile(64, 64, 8, 2)),
+    "consumer": Tiles(few=SMALL, many=SMALL),  # 64 rows and columns spill in FP8
 }
 
 
