@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.inputs import TokensPrompt
+from vllm.renderers.chat_utils import ChatTemplateResolutionError
 from vllm.renderers.deepseek_v4 import DeepseekV4Renderer
 from vllm.renderers.params import ChatParams
 from vllm.utils.async_utils import make_async
@@ -19,7 +20,8 @@ class ChatRenderer(DeepseekV4Renderer):
     def __init__(self, config: Any, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
         model = config.model_config
-        if tokenizer is not None:  # --skip-tokenizer-init serves token ids only
+        self._encoder = None
+        if tokenizer is not None:
             self._encoder = ChatEncoder.of(tokenizer, model.model, model.revision)
         self._render_in_pool = make_async(self.render_messages, executor=self._executor)
 
@@ -27,6 +29,10 @@ class ChatRenderer(DeepseekV4Renderer):
         self, messages: list[Any], params: ChatParams
     ) -> tuple[list[Any], TokensPrompt]:
         """The messages as given (vLLM echoes the last one) and the prompt."""
+        if self._encoder is None:
+            raise ChatTemplateResolutionError(
+                "chat needs the tokenizer; --skip-tokenizer-init serves token ids only"
+            )
         settle(messages)
         kwargs = params.chat_template_kwargs
         prompt = self._encoder.prompt(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.experts import experts
-from dsv4_plugin.kernels.linear import Product, pack, pack_rows, reference
+from dsv4_plugin.kernels.linear import Product, multiplied, pack, pack_rows, reference
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,13 @@ class GroupedLinear(nn.Module):
 
     def finalize_weights(self) -> None:
         """After loading: [G, in, out], as the batched product reads it."""
-        weight = self.weight.data.unflatten(0, (self.groups, -1)).transpose(1, 2).contiguous()
+        weight = self.weight.data.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        weight = weight.to(multiplied(weight.dtype, weight.device)).contiguous()
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1).flatten(1)
+        out = torch.bmm(x.transpose(0, 1).to(self.weight.dtype), self.weight)
+        return out.transpose(0, 1).flatten(1).to(x.dtype)
 
 
 class Embedding(nn.Module):

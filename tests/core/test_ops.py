@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4_plugin.kernels import experts, pooling, select, sinkhorn, sparse_attention
+from dsv4_plugin.kernels import experts, linear, pooling, select, sinkhorn, sparse_attention
+from dsv4_plugin.kernels.packed import FP8Matrix, grouped_product, tiled_product
 from dsv4_plugin.kernels.sparse_attention import Keys
-from tests.tolerances import OP_FP32
+from dsv4_plugin.model.parallel import GroupedLinear
+from tests.tolerances import BF16_SUM, OP_FP32
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -95,3 +97,55 @@ def test_pooling_sums_merge_to_the_softmax(cut):
     close(pooling.mean(pooling.merge(state, rest)), expected)
     packed = pooling.unpack(pooling.pack(state))
     close(pooling.mean(pooling.merge(packed, rest)), expected)
+
+
+@pytest.fixture(params=["with products of bfloat16", "without"])
+def cpu(request, monkeypatch):
+    if request.param == "without":
+        monkeypatch.setattr(linear, "_multiplies_bfloat16", lambda: False)
+    elif not linear._multiplies_bfloat16():
+        pytest.skip("this CPU has none")
+
+
+def rounded_once(found, expected):
+    """bfloat16 found, float32 expected."""
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).abs().max() <= BF16_SUM * expected.abs().max()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6])  # within float16's range and beyond
+def test_bfloat16_linear(cpu, scale):
+    x, weight = torch.randn(3, 130).bfloat16(), (scale * torch.randn(40, 130)).bfloat16()
+    rounded_once(linear.pack(weight)(x), x.float() @ weight.float().t())
+
+
+def test_bfloat16_output_groups(cpu):
+    layer = GroupedLinear(2, 24, 16, torch.bfloat16)
+    weight = torch.randn(32, 24).bfloat16()
+    layer.weight.data.copy_(weight)
+    layer.finalize_weights()
+    x = torch.randn(5, 2, 24).bfloat16()
+    rows = weight.float().view(2, 16, 24)
+    rounded_once(layer(x), torch.einsum("tgi,goi->tgo", x.float(), rows).flatten(1))
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_bfloat16_experts(cpu, tokens):
+    e, d, f = 8, 32, 16
+    x = torch.randn(tokens, d).bfloat16()
+    w13, w2 = torch.randn(e, d, 2 * f).bfloat16(), torch.randn(e, f, d).bfloat16()
+    ids, weight = torch.rand(tokens, e).topk(2).indices, torch.rand(tokens, 2)
+    given = [t.float() for t in (w13, w2)]
+    expected = experts.reference(x.float(), ids, weight, *given, limit=1.0)
+    rounded_once(experts.experts(x, ids, weight, w13, w2, limit=1.0), expected)
+
+
+def test_bfloat16_inputs_of_packed_weights(cpu):
+    codes = torch.randint(0, 0x78, (256, 256), dtype=torch.uint8)
+    x = torch.randn(3, 256).bfloat16()
+    matrix = FP8Matrix(codes, torch.rand(2, 2))
+    weight = matrix.rows(0, 256, torch.float32).clone()
+    rounded_once(tiled_product(x, matrix), x.float() @ weight.t())
+    by_row = FP8Matrix(codes, matrix.scale.repeat_interleave(128, 0), height=1)
+    found = grouped_product(torch.stack([x, x], 1), by_row)
+    rounded_once(found, x.float() @ weight.t())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.kernels.dispatch import use_triton
+from dsv4_plugin.kernels.linear import multiplied
 
 FEW = 2
 """Up to this many (token, expert) pairs per expert, single products beat a grouped one."""
@@ -56,12 +57,28 @@ def grouped(
         return y.view(n, k, -1).sum(1, dtype=torch.float32).to(x.dtype)
     order = flat.argsort(stable=True)
     ends = torch.bincount(flat, minlength=len(w13)).cumsum(0).to(torch.int32)
-    gate, up = torch._grouped_mm(x[order // k], w13, offs=ends).chunk(2, -1)
+    gate, up = _by_expert(x[order // k], ends, w13).chunk(2, -1)
     h = swiglu(gate, up, limit).mul_(weight.reshape(-1, 1)[order])
-    y = torch._grouped_mm(h.to(x.dtype), w2, offs=ends)
+    y = _by_expert(h.to(x.dtype), ends, w2)
     unsorted = torch.empty_like(y)
     unsorted[order] = y
     return unsorted.view(n, k, -1).sum(1, dtype=torch.float32).to(x.dtype)
+
+
+def _by_expert(x: Tensor, ends: Tensor, w: Tensor) -> Tensor:
+    """Rows x [n, in], sorted by expert, times their expert's matrix: w [E, in, out] -> [n, out].
+
+    ends: int32 [E], where each expert's rows end.
+    """
+    dtype = multiplied(x.dtype, x.device)
+    if dtype == x.dtype:
+        return torch._grouped_mm(x, w, offs=ends)
+    out, start = x.new_empty(len(x), w.shape[2]), 0
+    for expert, stop in enumerate(ends.tolist()):
+        if stop > start:
+            out[start:stop] = x[start:stop].to(dtype) @ w[expert].to(dtype)
+        start = stop
+    return out
 
 
 def _product(x: Tensor, ids: Tensor, w: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dsv4_plugin.config import FP8_BLOCK
 from dsv4_plugin.kernels.dispatch import use_triton
+from dsv4_plugin.kernels.linear import multiplied
 from dsv4_plugin.quant.e2m1 import LOOKED_UP, NV_BLOCK, look_up, look_up_mxfp4
 from dsv4_plugin.quant.e4m3 import decode_e4m3, round_e4m3
 
@@ -186,6 +187,7 @@ def grouped_product(x: Tensor, weight: FP8Matrix) -> Tensor:
     out = x.new_empty(len(x), weight.shape[0])
     groups = x.shape[1]
     n = weight.shape[0] // groups
+    x = x.to(multiplied(x.dtype, x.device))
     for group in range(groups):
         rows = slice(group * n, (group + 1) * n)
         tile = weight.rows(rows.start, rows.stop, x.dtype)
@@ -197,9 +199,10 @@ def tiled_product(x: Tensor, weight: Matrix) -> Tensor:
     """`product` in plain torch."""
     n_out, n_in = weight.shape
     step = max(1, TILE // (n_in * FP8_BLOCK)) * FP8_BLOCK
+    dtype, x = x.dtype, x.to(multiplied(x.dtype, x.device))
     if n_out <= step:
-        return torch.nn.functional.linear(x, weight.rows(0, n_out, x.dtype))
-    out = x.new_empty(len(x), n_out)
+        return torch.nn.functional.linear(x, weight.rows(0, n_out, x.dtype)).to(dtype)
+    out = torch.empty(len(x), n_out, dtype=dtype, device=x.device)
     for start in range(0, n_out, step):
         stop = min(start + step, n_out)
         tile = weight.rows(start, stop, x.dtype)
