@@ -83,9 +83,7 @@ class VllmParallel:
         )
 
     def replicated(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
-        return _packed(
-            ReplicatedLinear(n_in, n_out, bias=False, prefix=prefix, return_bias=False)
-        )
+        return _packed(ReplicatedLinear(n_in, n_out, bias=False, prefix=prefix, return_bias=False))
 
     def embedding(self, prefix: str) -> nn.Module:
         return VocabParallelEmbedding(

@@ -58,8 +58,10 @@ def on_device(arguments):
 
 
 def error(found, expected):
+    """Of the worst row: norm of the difference over the norm."""
     assert found.isfinite().all()
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+    found, expected = found.float().flatten(1), expected.float().flatten(1)
+    return float(((found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-6)).max())
 
 
 DECODE = [
@@ -88,7 +90,8 @@ def test_small_heads_of_the_tiny_model(gpu, kind):
 PREFILL = [
     # a chunk that starts inside a window, two requests in one tile, padding at the end
     ([range(150, 157), range(5), [None] * 3], 8, "fp8", 0),
-    ([range(300, 309), range(120, 130)], 8, "fp8", 128),
+    # rows 14 and 15 share a tile, but only the latter sees an entry
+    ([range(300, 309), range(121, 131)], 8, "fp8", 128),
     ([range(1, 6)], 128, "bfloat16", 128),
 ]
 

@@ -41,8 +41,8 @@ def pack(weight: Tensor) -> Product:
 
     float32 weights that came from bfloat16 are kept as float16 where that loses nothing (sums stay
     float32): half the bytes to read, so small batches take half the time. Others are reordered
-    for oneDNN, 2 to 4 times faster than torch's own product. bfloat16 weights become float16 likewise
-    where the CPU has no products of bfloat16.
+    for oneDNN, 2 to 4 times faster than torch's own product. Where the CPU has no products of
+    bfloat16, such weights become float16 likewise.
     """
     if multiplied(weight.dtype, weight.device) != weight.dtype:
         wide, dtype = pack(weight.float()), weight.dtype
