@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from vllm.distributed import (
@@ -27,32 +29,35 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.platforms import current_platform
 
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.kernels.linear import pack, pack_rows
+from dsv4_plugin.kernels.linear import Product, pack, pack_rows
 from dsv4_plugin.model.parallel import MakeExperts, OwnExperts, SplitExperts
 
 
-class PackedLinear(UnquantizedLinearMethod):
-    """The core's packed product on CPUs: vLLM's own has none for bfloat16 on those without AVX-512,
-    and reads twice the bytes of float32 weights."""
+class _Packed:
+    """On CPUs: a layer's product is the core's packed one, made when its weight is loaded."""
+
+    pack: Callable[[Tensor], Product]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        layer.product = pack(layer.weight.data)
+        layer.product = type(self).pack(layer.weight.data)
         layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.product(x)
 
 
-class PackedHead(UnquantizedEmbeddingMethod):
-    """Likewise for the output head, where vLLM's own way to float32 logits casts the whole weight
-    in every step (29 ms instead of 2 for 129,280 x 256)."""
+class PackedLinear(_Packed, UnquantizedLinearMethod):
+    """vLLM's own has no fast product of bfloat16 on CPUs without AVX-512, and reads twice the
+    bytes of float32 weights."""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        layer.product = pack_rows(layer.weight.data)
-        layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+    pack = staticmethod(pack)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return layer.product(x)
+
+class PackedHead(_Packed, UnquantizedEmbeddingMethod):
+    """vLLM's own way to float32 logits casts the whole weight in every step (29 ms instead of 2
+    for 129,280 x 256)."""
+
+    pack = staticmethod(pack_rows)
 
 
 class VllmParallel:
