@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.sequence import IntermediateTensors
@@ -20,12 +21,13 @@ from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.engine import Batch
 from dsv4_plugin.kernels.dispatch import use_triton
-from dsv4_plugin.kernels.step import DeviceStep
+from dsv4_plugin.model import fused
 from dsv4_plugin.model.transformer import Transformer
 from dsv4_plugin.plan import GIB, workspace_bytes
 from dsv4_plugin.warmup import nothing, warm_up
 from vllm_ext.cache import GroupMetadata, PagedCaches
 from vllm_ext.config import SERVED_TYPE, cache_layout, model_config_of
+from vllm_ext.graphs import breaking_attention
 from vllm_ext.parallel import VllmParallel
 
 if TYPE_CHECKING:
@@ -67,6 +69,8 @@ class DeepseekV4ForCausalLM(nn.Module):
         self.drafting = vllm_config.speculative_config is not None
         if use_triton(self.device) and not self.drafting:
             self.device_steps = DeviceStepBuilder(config, self.layout, rows, self.device)
+            self.model.attend = breaking_attention()
+        self.begin = eager_break_during_capture(self._begin)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.caches.allocated = self._allocated
         self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
@@ -124,10 +128,9 @@ class DeepseekV4ForCausalLM(nn.Module):
     ) -> Tensor | IntermediateTensors:
         """input_ids [T], perhaps padded -> hidden states [T, D]; positions follow from lengths.
         All pipeline stages but the last return the streams [T, R, D] instead."""
+        if self.device_steps is not None:
+            return self._forward_on_device(input_ids.int(), intermediate_tensors)
         step, caches = self._step(len(input_ids))
-        if isinstance(step, DeviceStep) and self.model.first and self.model.last:
-            out: Tensor = self.model(input_ids.int(), step, caches)
-            return out
         n, total = len(step.window_write), len(input_ids)
         ids = input_ids[:n].long()
         if self.model.first:
@@ -142,35 +145,50 @@ class DeepseekV4ForCausalLM(nn.Module):
             return nn.functional.pad(self.model.collapse(h), (0, 0, 0, total - n))
         return IntermediateTensors({STREAMS: nn.functional.pad(h, (0, 0, 0, 0, 0, total - n))})
 
+    def _forward_on_device(
+        self, input_ids: Tensor, intermediate_tensors: IntermediateTensors | None
+    ) -> Tensor | IntermediateTensors:
+        self.begin(len(input_ids))
+        if self.model.first and self.model.last:
+            return fused.forward(self.model, input_ids)
+        if self.model.first:
+            h = self.model.spread(input_ids)
+        else:
+            assert intermediate_tensors is not None
+            h = intermediate_tensors[STREAMS]
+        h = fused.run(self.model, h, input_ids)
+        return self.model.collapse(h) if self.model.last else IntermediateTensors({STREAMS: h})
+
     def make_empty_intermediate_tensors(
         self, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> IntermediateTensors:
         shape = (batch_size, self.config.hc_mult, self.config.hidden_size)
         return IntermediateTensors({STREAMS: torch.zeros(shape, dtype=dtype, device=device)})
 
-    def _step(self, n_tokens: int) -> tuple[Step | DeviceStep, list[LayerCache]]:
+    def _begin(self, n_tokens: int) -> None:
+        """Build the device's step of so many rows, from what vLLM knows of the running forward."""
+        assert self.device_steps is not None
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:  # before caches exist, or to keep data-parallel ranks in step: padding
+            caches, tables, ends = nothing(self.model, self.layout, self.device)
+            given = tables, ends, ends[:1], n_tokens, n_tokens, n_tokens
+        else:
+            caches, tables = self.caches.layers(), self.caches.tables(metadata)
+            group: GroupMetadata = metadata[self.caches.window.prefix]
+            lengths = group.longest_query, group.longest
+            given = tables, group.query_start, group.seq_lens, n_tokens, *lengths
+        fused.begin(self.model, self.device_steps.build(*given), caches)
+
+    def _step(self, n_tokens: int) -> tuple[Step, list[LayerCache]]:
         metadata = get_forward_context().attn_metadata
         if metadata is None:
             # A run before caches exist, or one that keeps data-parallel ranks in step: one
-            # request, in caches of its own; or, on a device, nothing but padding.
-            if self.device_steps is not None:
-                caches, tables, ends = nothing(self.model, self.layout, self.device)
-                padding = self.device_steps.build(
-                    tables, ends, ends[:1], n_tokens, n_tokens, n_tokens
-                )
-                return padding, caches
+            # request, in caches of its own.
             batch = Batch(self.model, self.layout, [n_tokens], n_tokens)
             return batch.step(torch.tensor([0]), torch.tensor([n_tokens])), batch.caches
         group: GroupMetadata = metadata[self.caches.window.prefix]
         tables = self.caches.tables(metadata)
-        if self.device_steps is not None:
-            on_device = self.device_steps.build(
-                tables, group.query_start, group.seq_lens, n_tokens,
-                group.longest_query, group.longest,
-            )  # fmt: skip
-            return on_device, self.caches.layers()
-        step = self.steps.build(tables, group.query_start, group.seq_lens)
-        return step, self.caches.layers()
+        return self.steps.build(tables, group.query_start, group.seq_lens), self.caches.layers()
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         hidden_states = float32_logits(hidden_states)

@@ -16,6 +16,7 @@ LOWEST = (8, 0)
 """The oldest NVIDIA compute capability the kernels are compiled and checked for."""
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def use_triton(device: torch.device) -> bool:
     """Are this device's operations Triton's? Logged once, with the reason."""
     return _decide(device.type, device.index, env.KERNELS.read())

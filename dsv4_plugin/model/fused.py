@@ -3,18 +3,25 @@
 Per layer, besides the products: a launch for each of mHC's two places, the query's latent norm,
 queries and window rows, the compressor, attention and the router, and the indexer's three. Nothing
 here waits for the device or depends on what is in it.
+
+Whatever differs from step to step, other than in values, stays in the attention of a layer: it
+alone sees step and caches, which `begin` names. The rest depends on the number of rows only, so
+that CUDA graphs that break at `attend`, and torch.compile, take it as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor, nn
 
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.config import CSA, SWA
 from dsv4_plugin.kernels.compress import State, Target, compress
+from dsv4_plugin.kernels.custom_op import custom_op
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.gate import gate
 from dsv4_plugin.kernels.norm import rms_norm
@@ -37,42 +44,55 @@ TILED = 16
 """From this many tokens of a request on, neighbouring rows share tiles of attention."""
 
 
-def forward(
-    model: Transformer, input_ids: Tensor, step: DeviceStep, caches: Sequence[LayerCache]
-) -> Tensor:
+@dataclass(frozen=True)
+class Running:
+    """What attention takes besides its input, in the step that runs."""
+
+    blocks: list[Block]
+    step: DeviceStep
+    caches: Sequence[LayerCache]
+
+
+_running: Running
+
+
+def begin(model: Transformer, step: DeviceStep, caches: Sequence[LayerCache]) -> None:
+    """`forward` or `run` of the model, which come next in this process, are of this step."""
+    global _running
+    _running = Running(cast("list[Block]", list(model.layers.values())), step, caches)
+
+
+@custom_op("attend(Tensor x, int block) -> Tensor", lambda x, block: torch.empty_like(x))
+def attend(x: Tensor, block: int) -> Tensor:
+    """The attention of the running step's layer, counted from the stage's first: [T, D] -> same."""
+    r = _running
+    return _attention(r.blocks[block].attn, x, r.step, r.caches[block])
+
+
+def forward(model: Transformer, input_ids: Tensor) -> Tensor:
     """input_ids int [T], padding included -> hidden states [T, D], ready for the head."""
-    h, out, by = _blocks(model, model.spread(input_ids), input_ids, step, caches)
+    h, out, by = _blocks(model, model.spread(input_ids), input_ids)
     mixer = _mixer(model.hc_head, model.norm)
     return streams(out, h, by, mixer)[1]
 
 
-def run(
-    model: Transformer,
-    h: Tensor,
-    input_ids: Tensor,
-    step: DeviceStep,
-    caches: Sequence[LayerCache],
-) -> Tensor:
+def run(model: Transformer, h: Tensor, input_ids: Tensor) -> Tensor:
     """A pipeline stage's blocks: streams [T, R, D] -> [T, R, D]."""
-    h, out, by = _blocks(model, h, input_ids, step, caches)
+    h, out, by = _blocks(model, h, input_ids)
     return spread(out, h, by) if out is not None and by is not None else h
 
 
 def _blocks(
-    model: Transformer,
-    h: Tensor,
-    input_ids: Tensor,
-    step: DeviceStep,
-    caches: Sequence[LayerCache],
+    model: Transformer, h: Tensor, input_ids: Tensor
 ) -> tuple[Tensor, Tensor | None, Spread | None]:
     """The streams before the last sublayer's output joined them, that output, and how it joins."""
     out: Tensor | None = None
     by: Spread | None = None
     blocks = cast("list[Block]", list(model.layers.values()))
-    padding = (step.position < 0)[:, None] if use_triton(h.device) else None
-    for block, cache in zip(blocks, caches, strict=True):
+    padding = (_running.step.position < 0)[:, None] if use_triton(h.device) else None
+    for i, block in enumerate(blocks):
         h, x, by = streams(out, h, by, _mixer(block.hc_attn, block.attn_norm))
-        out = _attention(block.attn, x, step, cache)
+        out = model.attend(x, i)
         h, x, by = streams(out, h, by, _mixer(block.hc_ffn, block.ffn_norm))
         out = _moe(block.ffn, x, input_ids, padding)
     return h, out, by

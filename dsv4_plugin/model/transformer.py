@@ -5,7 +5,7 @@ With pipeline parallelism a process holds some of the blocks; the R streams trav
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -48,7 +48,12 @@ class Network(nn.Module):
 
 
 class Transformer(Network):
-    """Parameters carry the checkpoint's names (see `checkpoint.names`)."""
+    """Parameters carry the checkpoint's names (see `checkpoint.names`).
+
+    attend: a layer's attention in steps on the device; where an engine's graphs break.
+    """
+
+    attend: Callable[[Tensor, int], Tensor] = staticmethod(fused.attend)
 
     def __init__(
         self, config: ModelConfig, parallel: Parallel, layers: range | None = None
@@ -76,7 +81,8 @@ class Transformer(Network):
     ) -> Tensor:
         """input_ids int64 [T] -> hidden states [T, D], normed, ready for `head`."""
         if isinstance(step, DeviceStep):
-            return fused.forward(self, input_ids, step, caches)
+            fused.begin(self, step, caches)
+            return fused.forward(self, input_ids)
         return self.collapse(self.run(self.spread(input_ids), input_ids, step, caches))
 
     def spread(self, input_ids: Tensor) -> Tensor:
@@ -93,7 +99,8 @@ class Transformer(Network):
     ) -> Tensor:
         """This stage's blocks: [T, R, D] -> [T, R, D]."""
         if isinstance(step, DeviceStep):
-            return fused.run(self, h, input_ids, step, caches)
+            fused.begin(self, step, caches)
+            return fused.run(self, h, input_ids)
         for layer, cache in zip(self.layers.values(), caches, strict=True):
             h = layer(h, input_ids, step, cache)
         return h

@@ -2,51 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from dsv4_plugin import load
-from dsv4_plugin.cache.device_step import DeviceStepBuilder
 from dsv4_plugin.cache.layout import CacheLayout
-from dsv4_plugin.cache.step import BlockTables
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.engine import Batch
 from dsv4_plugin.kernels.experts import kernel as experts_kernel
 from tests.conftest import random_ids
+from tests.device_batch import PADDING, DeviceBatch
 from tests.kit import mode
 from tests.kit.gpu import EmulatedGPU
 from tests.tolerances import BF16, LOGITS_STD, ROUNDED_AGAIN
-
-PADDING = 3
-
-
-class DeviceBatch(Batch):
-    """A batch whose steps are the device's, with rows of padding."""
-
-    def _step(self, requests, counts):
-        self.lengths[requests] += counts
-        t = self.tables
-        tables = BlockTables(
-            t.window[requests].int(), t.page[requests].int(), t.ring[requests].int(),
-            t.window_stride, t.page_stride, t.ring_stride,
-        )  # fmt: skip
-        start = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-        rows = int(start[-1]) + PADDING
-        builder = DeviceStepBuilder(self.model.config, self.builder.layout, rows, "cpu")
-        lengths = self.lengths[requests]
-        longest = int(lengths.max()), int(counts.max())
-        return builder.build(tables, start, lengths.int(), rows, longest[1], longest[0])
-
-    def run(self, work, within=nullcontext):
-        requests = torch.tensor([b for b, _ in work])
-        counts = torch.tensor([len(ids) for _, ids in work])
-        step = self._step(requests, counts)
-        ids = torch.cat([*(ids for _, ids in work), torch.zeros(PADDING, dtype=torch.int64)])
-        with within():
-            return self.model(ids, step, self.caches)[:-PADDING]
 
 
 class Unasked(TorchDispatchMode):

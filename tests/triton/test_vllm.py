@@ -2,44 +2,138 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+
 import pytest
 
 from dsv4_plugin import load
+from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.warmup import compiled
-from tests.conftest import random_ids
+from tests.conftest import SMALL, random_ids
 from tests.kit import mode
+from tests.kit.graphs import RecordedGraph, recorded
 from tests.tolerances import clear_choices
 
 NEW = 4
 pytestmark = pytest.mark.skipif(mode.NAMES[0] != "sm80", reason="an engine, on one architecture")
 
 
-@pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
-def test_the_engine_gives_torch_s_tokens(gpu, small, monkeypatch):
-    """Greedy tokens of three requests; where two logits nearly tie, either may be chosen."""
+@contextmanager
+def engine_of(checkpoint, monkeypatch, **given):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("DSV4_KERNELS", "triton")
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
-    prompts = [random_ids(n, seed=n).tolist() for n in (5, 140, 20)]
     engine = LLM(
-        str(small), skip_tokenizer_init=True, dtype="bfloat16", kv_cache_dtype="fp8",
-        max_model_len=512, max_num_batched_tokens=128, max_num_seqs=4,
-        kv_cache_memory_bytes=100 << 20, num_gpu_blocks_override=40, enforce_eager=True,
+        str(checkpoint), skip_tokenizer_init=True, dtype="bfloat16", kv_cache_dtype="fp8",
+        max_model_len=512, max_num_seqs=4, kv_cache_memory_bytes=100 << 20,
+        num_gpu_blocks_override=40, enforce_eager=True, **given,
     )  # fmt: skip
     try:
-        params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
-        asked = [{"prompt_token_ids": p} for p in prompts]
-        with compiled() as late:
-            found = engine.generate(asked, params, use_tqdm=False)
+        yield engine
     finally:
         engine.llm_engine.engine_core.shutdown()
+
+
+def generate(engine, prompts):
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+    asked = [{"prompt_token_ids": p} for p in prompts]
+    found = engine.generate(asked, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in found]
+
+
+@pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
+def test_the_engine_gives_torch_s_tokens(gpu, small, monkeypatch):
+    """Greedy tokens; where two logits nearly tie, either may be chosen."""
+    prompts = [random_ids(n, seed=n).tolist() for n in (5, 140, 20)]
+    with engine_of(small, monkeypatch, max_num_batched_tokens=128) as engine, compiled() as late:
+        found = generate(engine, prompts)
     assert not late  # the warm-up compiled whatever these need
     monkeypatch.setenv("DSV4_KERNELS", "torch")
     model = load(small, dtype="bfloat16", kv_dtype="fp8")
-    clear = [
-        clear_choices(model, prompt, list(output.outputs[0].token_ids))
-        for prompt, output in zip(prompts, found, strict=True)
-    ]
+    clear = [clear_choices(model, *pair) for pair in zip(prompts, found, strict=True)]
     assert sum(clear) >= NEW
+
+
+class Graphs:
+    """vLLM's model, captured at the first step of its kind and replayed at that and all later ones.
+
+    Kinds are vLLM's two modes: whole graphs of steps of one token a request, for the longest
+    request there may be; any others' as graphs that break, by number of rows.
+    """
+
+    def __init__(self, model):
+        self.model, self.captured, self.replays = model, {}, Counter()
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __call__(self, **inputs):
+        from vllm.forward_context import get_forward_context
+
+        context = get_forward_context()
+        metadata = context.attn_metadata
+        rows = len(inputs["input_ids"])
+        if metadata is None:
+            return self.model(**inputs)
+        groups = list(metadata.values())
+        whole = len(groups[0].seq_lens) == rows
+        given = [inputs["input_ids"]]
+        if whole:
+            given += [t for g in groups for t in (g.table, g.query_start, g.seq_lens)]
+        addresses = [t.data_ptr() for t in given]
+        if (whole, rows) not in self.captured:
+            longest = {k: replace(g, longest=512) for k, g in metadata.items()} if whole else None
+            context.attn_metadata = longest  # for graphs that break there is none so far
+            graph, out = self._capture(whole, inputs)
+            context.attn_metadata = metadata
+            self.captured[whole, rows] = graph, addresses, out
+        graph, known, out = self.captured[whole, rows]
+        assert addresses == known
+        graph.replay()
+        self.replays[whole, rows] += 1
+        return out
+
+    def _capture(self, whole, inputs):
+        from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphCapture
+
+        if whole:
+            graph = RecordedGraph()
+            graph.capture_begin()
+            out = self.model(**inputs)
+            graph.capture_end()
+            return graph, out
+        with BreakableCUDAGraphCapture() as graph:
+            out = self.model(**inputs)
+        return graph, out
+
+
+@pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
+def test_replayed_graphs_give_the_same_tokens(gpu, tmp_path, monkeypatch):
+    """Whole and breaking ones, with vLLM's own recorder of the latter."""
+    checkpoint = tmp_path / "three"
+    overrides = SMALL | {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128]}
+    make_checkpoint(checkpoint, "tiny", 1, overrides, tokenizer=False)
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    from vllm.compilation import breakable_cudagraph
+
+    monkeypatch.setattr(breakable_cudagraph, "weak_ref_tensor", lambda tensor: tensor)
+    prompts = [random_ids(n, seed=n).tolist() for n in (20, 12)]
+    with (
+        engine_of(checkpoint, monkeypatch, max_num_batched_tokens=8) as engine,
+        recorded(gpu, monkeypatch),
+    ):
+        runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+        expected = generate(engine, prompts)
+        runner.model = graphs = Graphs(runner.model)
+        assert generate(engine, prompts) == expected
+    assert graphs.replays[False, 8] >= 3
+    assert graphs.replays[True, 2] >= 2
+    breaking = graphs.captured[False, 8][0]
+    assert breaking.num_eager_breaks == 1 + 3  # the step's metadata, and each layer's attention
+    assert all(graph.__self__.launches for graph in breaking.segments[2::2])

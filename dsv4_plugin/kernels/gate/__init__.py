@@ -8,9 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4_plugin.kernels.custom_op import custom_op
 from dsv4_plugin.kernels.dispatch import use_triton
 
 
+def _fake(
+    logits: Tensor,
+    k: int,
+    scale: float,
+    bias: Tensor | None,
+    table: Tensor | None,
+    input_ids: Tensor,
+) -> tuple[Tensor, Tensor]:
+    shape = (len(logits), k)
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape)
+
+
+@custom_op(
+    "gate(Tensor logits, int k, float scale, Tensor? bias, Tensor? table, Tensor input_ids)"
+    " -> (Tensor, Tensor)",
+    _fake,
+)
 def gate(
     logits: Tensor,
     k: int,
@@ -46,6 +64,6 @@ def reference(
     else:
         assert bias is not None
         ranked = scores + bias
-        ids = ranked.argsort(dim=-1, descending=True, stable=True)[:, :k]
+        ids = ranked.argsort(dim=-1, descending=True, stable=True)[:, :k].contiguous()
     weight = scores.gather(1, ids)
     return ids, weight / weight.sum(-1, keepdim=True) * scale

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.config import FP8_BLOCK
+from dsv4_plugin.kernels.custom_op import custom_op
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.linear import multiplied
 from dsv4_plugin.quant.e2m1 import LOOKED_UP, NV_BLOCK, look_up, look_up_mxfp4
@@ -125,6 +126,23 @@ class NVFP4Matrix:
         return _cast(tile, dtype)
 
 
+def tensors_of(matrix: Matrix) -> list[Tensor]:
+    """What `matrix_of` makes such a matrix of; FP8's scales in blocks of FP8_BLOCK rows."""
+    assert isinstance(matrix, FP8Matrix | FP4Matrix | NVFP4Matrix)
+    if isinstance(matrix, FP8Matrix):
+        assert matrix.height == FP8_BLOCK
+        return [matrix.codes, matrix.scale]
+    top = [matrix.top] if isinstance(matrix, NVFP4Matrix) else []
+    return [matrix.data, matrix.scale, *top]
+
+
+def matrix_of(tensors: Sequence[Tensor]) -> Matrix:
+    if len(tensors) == 3:
+        return NVFP4Matrix(*tensors)
+    codes, scale = tensors
+    return FP8Matrix(codes, scale) if scale.is_floating_point() else FP4Matrix(codes, scale)
+
+
 class _Memory(threading.local):
     """Each thread's scratch: a fresh tile costs several times its arithmetic in page faults."""
 
@@ -159,6 +177,7 @@ def reference(x: Tensor, weight: Tensor) -> Tensor:
     return x.float() @ weight.t()
 
 
+@custom_op("round_inputs(Tensor x) -> Tensor", lambda x: torch.empty_like(x))
 def round_inputs(x: Tensor) -> Tensor:
     """x [T, in] with every block of ROUNDED values rounded to e4m3 under a power of two, as the
     authors' products of FP8 and MXFP4 weights take theirs."""
@@ -171,11 +190,22 @@ def round_inputs(x: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Matrix) -> Tensor:
     """x [T, in] -> [T, out] in x's dtype, with float32 sums."""
+    if torch.compiler.is_compiling():
+        return _product(x, tensors_of(weight))
     if use_triton(x.device):
         from dsv4_plugin.kernels.packed import kernel
 
         return kernel.product(x, weight)
     return tiled_product(x, weight)
+
+
+def _fake(x: Tensor, weight: Sequence[Tensor]) -> Tensor:
+    return x.new_empty(len(x), weight[0].shape[-2])
+
+
+@custom_op("packed_product(Tensor x, Tensor[] weight) -> Tensor", _fake)
+def _product(x: Tensor, weight: Sequence[Tensor]) -> Tensor:
+    return product(x, matrix_of(weight))
 
 
 def grouped_product(x: Tensor, weight: FP8Matrix) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from dsv4_plugin.kernels.custom_op import custom_op
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.experts import swiglu
-from dsv4_plugin.kernels.packed import ROUNDED, Matrix, tiled_product
+from dsv4_plugin.kernels.packed import ROUNDED, Matrix, matrix_of, tensors_of, tiled_product
 from dsv4_plugin.quant.e4m3 import round_e4m3
 
 
@@ -26,11 +29,37 @@ def packed_experts(
 
     rounding: of the inputs of every product, by `round_inputs`.
     """
+    if torch.compiler.is_compiling():
+        first, third, second = tensors_of(w1), tensors_of(w3), tensors_of(w2)
+        return _experts(x, ids, weight, first, third, second, limit, rounding)
     if use_triton(x.device):
         from dsv4_plugin.kernels.experts import kernel
 
         return kernel.packed_experts(x, ids, weight, w1, w3, w2, limit, rounding)
     return reference(x, ids, weight, w1, w3, w2, limit, rounding)
+
+
+Tensors = Sequence[Tensor]
+
+
+def _fake(
+    x: Tensor, ids: Tensor, weight: Tensor, w1: Tensors, w3: Tensors, w2: Tensors,
+    limit: float, rounding: bool,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(x)
+
+
+@custom_op(
+    "packed_experts(Tensor x, Tensor ids, Tensor weight, Tensor[] w1, Tensor[] w3, Tensor[] w2,"
+    " float limit, bool rounding) -> Tensor",
+    _fake,
+)
+def _experts(
+    x: Tensor, ids: Tensor, weight: Tensor, w1: Tensors, w3: Tensors, w2: Tensors,
+    limit: float, rounding: bool,
+) -> Tensor:  # fmt: skip
+    w = [matrix_of(tensors) for tensors in (w1, w3, w2)]
+    return packed_experts(x, ids, weight, w[0], w[1], w[2], limit, rounding)
 
 
 def reference(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv4_plugin.kernels import exact
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.paged import Paged
 
@@ -79,11 +80,7 @@ def reference(
         weight = torch.exp(s - top[:, None])
         total = weight.sum(-1) + torch.exp(sink - top)
         out[t] = (weight @ k) / total[:, None]
-    width = queries.cis.shape[1]
-    pairs = torch.view_as_complex(out[..., -width:].unflatten(-1, (-1, 2)).contiguous())
-    cis = torch.view_as_complex(queries.cis.unflatten(-1, (-1, 2)).contiguous())
-    out[..., -width:] = torch.view_as_real(pairs * cis.conj()[:, None]).flatten(-2)
-    return out.to(q.dtype)
+    return exact.rotate(out, queries.cis, back=True).to(q.dtype)
 
 
 def _visible(

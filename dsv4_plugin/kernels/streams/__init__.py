@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.kernels import exact, sinkhorn
+from dsv4_plugin.kernels.custom_op import custom_op
 from dsv4_plugin.kernels.dispatch import use_triton
 
 
@@ -42,6 +43,14 @@ def streams(
     out: Tensor | None, h: Tensor, by: Spread | None, mixer: Mixer
 ) -> tuple[Tensor, Tensor, Spread | None]:
     """As `reference`."""
+    if torch.compiler.is_compiling():
+        m = mixer
+        spread_h, x, post, mixing = _streams(
+            out, h, by.post if by else None, by.mixing if by else None,
+            m.fn, m.base, m.scale, m.weight, m.iters, m.eps, m.norm_eps,
+        )  # fmt: skip
+        head = len(m.fn) == h.shape[1]
+        return h if out is None else spread_h, x, None if head else Spread(post, mixing)
     if not use_triton(h.device):
         return reference(out, h, by, mixer)
     from dsv4_plugin.kernels.streams import kernel
@@ -79,3 +88,34 @@ def reference(
         assert by is not None
         h = spread(out, h, by)
     return h, *collapse(h, mixer)
+
+
+def _fake(
+    out: Tensor | None, h: Tensor, post: Tensor | None, mixing: Tensor | None,
+    fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor,
+    iters: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (t, r, d), head = h.shape, len(fn) == h.shape[1]
+    spread_h = h.new_empty(0) if out is None else torch.empty_like(h)
+    new = [h.new_empty(0 if head else shape, dtype=torch.float32) for shape in ((t, r), (t, r, r))]
+    return spread_h, h.new_empty(t, d), new[0], new[1]
+
+
+@custom_op(
+    "streams(Tensor? out, Tensor h, Tensor? post, Tensor? mixing, Tensor fn, Tensor base,"
+    " Tensor scale, Tensor weight, int iters, float eps, float norm_eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
+def _streams(
+    out: Tensor | None, h: Tensor, post: Tensor | None, mixing: Tensor | None,
+    fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor,
+    iters: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`streams` in a graph: h' is empty where it would be h, as is a Spread where there is none."""
+    by = None if post is None or mixing is None else Spread(post, mixing)
+    mixer = Mixer(fn, base, scale, weight, iters, eps, norm_eps)
+    spread_h, x, spread_by = streams(out, h, by, mixer)
+    none = h.new_empty(0, dtype=torch.float32)
+    parts = (none, none.clone()) if spread_by is None else (spread_by.post, spread_by.mixing)
+    return h.new_empty(0) if out is None else spread_h, x, *parts
