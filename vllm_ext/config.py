@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils.hub import cached_file
+from vllm.config import CUDAGraphMode
 from vllm.model_executor.models.config import DeepseekV4ForCausalLMConfig
 from vllm.platforms import current_platform
 
+from dsv4_plugin import env
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
 from dsv4_plugin.config import HF_QUANT, ModelConfig, with_exported
@@ -79,6 +81,8 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
             parallel.worker_cls = CPU_PIPELINE_WORKER
         cache_layout(config, vllm_config)
         mtp = vllm_config.speculative_config is not None
+        if mtp or env.KERNELS.read() == "torch":
+            _leave_out_graphs(vllm_config)
         if mtp:
             config.with_mtp_layer()
         directory = vllm_config.model_config.model
@@ -89,6 +93,17 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
         model.hf_config.model_type = SERVED_TYPE
         model.hf_config.head_dtype = "float32"
         log.info("DeepSeek-V4 is served by dsv4-plugin: %s.", choose().reason)
+
+
+def _leave_out_graphs(vllm_config: VllmConfig) -> None:
+    """The ordinary path of a step asks the device for values, which no graph can."""
+    compilation = vllm_config.compilation_config
+    if compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE):
+        log.warning(
+            "cudagraph_mode is %s; with drafts or torch's kernels it is NONE.",
+            compilation.cudagraph_mode.name,
+        )
+    compilation.cudagraph_mode = CUDAGraphMode.NONE
 
 
 def model_config_of(vllm_config: VllmConfig) -> ModelConfig:

@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.config import CUDAGraphMode
+from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_ext.cache import MetadataBuilder
+from vllm_ext.config import PluginConfig
 
 
 def config(pipeline: int = 1, data: int = 1, drafts: object = None) -> SimpleNamespace:
@@ -65,3 +68,16 @@ def test_a_captured_step_reads_vllm_s_buffers(monkeypatch):
     ):
         assert mine.data_ptr() == theirs.data_ptr()
     assert [len(found.table), len(found.query_start), len(found.seq_lens)] == [3, 4, 3]
+
+
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_the_ordinary_path_is_not_captured(small, monkeypatch, kernels):
+    """Whatever is asked for; what a GPU may do with its own is left to vLLM."""
+    monkeypatch.setenv("DSV4_KERNELS", kernels)
+    config = EngineArgs(
+        model=str(small), skip_tokenizer_init=True, max_model_len=512,
+    ).create_engine_config()  # fmt: skip
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE  # not vLLM's, on a CPU
+    PluginConfig.verify_and_update_config(config)
+    left = CUDAGraphMode.NONE if kernels == "torch" else CUDAGraphMode.PIECEWISE
+    assert config.compilation_config.cudagraph_mode == left

@@ -10,7 +10,7 @@ from operator import attrgetter
 import pytest
 
 ADAPTER = (
-    "registration config cache model parallel choice chat_renderer tokenizer tool_parser "
+    "registration config cache graphs model parallel choice chat_renderer tokenizer tool_parser "
     "reasoning_parser"
 )
 
