@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.inputs import TokensPrompt
-from vllm.renderers.chat_utils import ChatTemplateResolutionError
 from vllm.renderers.deepseek_v4 import DeepseekV4Renderer
 from vllm.renderers.params import ChatParams
 from vllm.utils.async_utils import make_async
 
+from vllm_ext.chat_compat import ChatTemplateResolutionError
 from vllm_ext.chat_encoder import ChatEncoder
 from vllm_ext.chat_request import plain_format, settle
 
