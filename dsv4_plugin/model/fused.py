@@ -59,6 +59,7 @@ _running: Running
 def begin(model: Transformer, step: DeviceStep, caches: Sequence[LayerCache]) -> None:
     """`forward` or `run` of the model, which come next in this process, are of this step."""
     global _running
+    assert len(caches) == len(model.layers)
     _running = Running(cast("list[Block]", list(model.layers.values())), step, caches)
 
 

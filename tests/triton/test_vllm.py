@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -20,24 +19,6 @@ NEW = 4
 pytestmark = pytest.mark.skipif(mode.NAMES[0] != "sm80", reason="an engine, on one architecture")
 
 
-@contextmanager
-def engine_of(checkpoint, monkeypatch, **given):
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("DSV4_KERNELS", "triton")
-    from vllm import LLM
-
-    engine = LLM(
-        str(checkpoint), skip_tokenizer_init=True, dtype="bfloat16", kv_cache_dtype="fp8",
-        max_model_len=512, max_num_seqs=4, kv_cache_memory_bytes=100 << 20,
-        num_gpu_blocks_override=40, enforce_eager=True, **given,
-    )  # fmt: skip
-    try:
-        yield engine
-    finally:
-        engine.llm_engine.engine_core.shutdown()
-
-
 def generate(engine, prompts):
     from vllm import SamplingParams
 
@@ -45,19 +26,6 @@ def generate(engine, prompts):
     asked = [{"prompt_token_ids": p} for p in prompts]
     found = engine.generate(asked, params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in found]
-
-
-@pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
-def test_the_engine_gives_torch_s_tokens(gpu, small, monkeypatch):
-    """Greedy tokens; where two logits nearly tie, either may be chosen."""
-    prompts = [random_ids(n, seed=n).tolist() for n in (5, 140, 20)]
-    with engine_of(small, monkeypatch, max_num_batched_tokens=128) as engine, compiled() as late:
-        found = generate(engine, prompts)
-    assert not late  # the warm-up compiled whatever these need
-    monkeypatch.setenv("DSV4_KERNELS", "torch")
-    model = load(small, dtype="bfloat16", kv_dtype="fp8")
-    clear = [clear_choices(model, *pair) for pair in zip(prompts, found, strict=True)]
-    assert sum(clear) >= NEW
 
 
 class Graphs:
@@ -114,26 +82,43 @@ class Graphs:
 
 
 @pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
-def test_replayed_graphs_give_the_same_tokens(gpu, tmp_path, monkeypatch):
-    """Whole and breaking ones, with vLLM's own recorder of the latter."""
+def test_the_engine_gives_torch_s_tokens(gpu, tmp_path, monkeypatch):
+    """Greedy tokens; where two logits nearly tie, either may be chosen. From replayed graphs, whole
+    ones and, with vLLM's own recorder, breaking ones, come the same."""
     checkpoint = tmp_path / "three"
     overrides = SMALL | {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128]}
-    make_checkpoint(checkpoint, "tiny", 1, overrides, tokenizer=False)
+    make_checkpoint(checkpoint, "tiny", 2, overrides, tokenizer=False)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    from vllm import LLM
     from vllm.compilation import breakable_cudagraph
 
     monkeypatch.setattr(breakable_cudagraph, "weak_ref_tensor", lambda tensor: tensor)
-    prompts = [random_ids(n, seed=n).tolist() for n in (20, 12)]
-    with (
-        engine_of(checkpoint, monkeypatch, max_num_batched_tokens=8) as engine,
-        recorded(gpu, monkeypatch),
-    ):
-        runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
-        expected = generate(engine, prompts)
-        runner.model = graphs = Graphs(runner.model)
-        assert generate(engine, prompts) == expected
-    assert graphs.replays[False, 8] >= 3
-    assert graphs.replays[True, 2] >= 2
-    breaking = graphs.captured[False, 8][0]
+    prompts = [random_ids(n, seed=n).tolist() for n in (5, 140, 20, 12, 8)]
+    mixed, batches = prompts[:3], [prompts[2:3], prompts[3:]]  # of 20 rows each
+    engine = LLM(
+        str(checkpoint), skip_tokenizer_init=True, dtype="bfloat16", kv_cache_dtype="fp8",
+        max_model_len=512, max_num_seqs=4, max_num_batched_tokens=128, enforce_eager=True,
+        kv_cache_memory_bytes=100 << 20, num_gpu_blocks_override=40,
+    )  # fmt: skip
+    try:
+        with compiled() as late:
+            found = generate(engine, mixed)
+        assert not late  # the warm-up compiled whatever these need
+        expected = [generate(engine, batch) for batch in batches]
+        with recorded(gpu, monkeypatch):
+            runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+            runner.model = graphs = Graphs(runner.model)
+            assert [generate(engine, batch) for batch in batches] == expected
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+    assert graphs.replays == {(False, 20): 2, (True, 1): NEW - 1, (True, 2): NEW - 1}
+    breaking = graphs.captured[False, 20][0]
     assert breaking.num_eager_breaks == 1 + 3  # the step's metadata, and each layer's attention
     assert all(graph.__self__.launches for graph in breaking.segments[2::2])
+    monkeypatch.setenv("DSV4_KERNELS", "torch")
+    model = load(checkpoint, dtype="bfloat16", kv_dtype="fp8")
+    clear = [clear_choices(model, *pair) for pair in zip(mixed, found, strict=True)]
+    assert sum(clear) >= NEW
