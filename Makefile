@@ -67,8 +67,9 @@ lint: $(STAMP)
 unit: $(STAMP)
 	$(VLLM)/bin/python -m pytest --ignore tests/triton
 
-# Kernels: interpreted strictly, then as compiled code, executed on the CPU.
-TRITON_TESTS = OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/triton
+# Kernels: interpreted strictly, then as compiled code, executed on the CPU: a file per core, since
+# what a file launched on one architecture is known on the next.
+TRITON_TESTS = OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n auto --dist loadfile tests/triton
 unit-triton: $(STAMP)
 	TRITON_INTERPRET=1 $(TRITON_TESTS)
 	DSV4_TEST_GPU=sm80,sm120 $(TRITON_TESTS)

@@ -42,7 +42,7 @@ DEVICE, STEP, QKV = "device.py", "step/kernel.py", "qkv/kernel.py"
 COMPRESS, STREAMS, GATE = "compress/kernel.py", "streams/kernel.py", "gate/kernel.py"
 EXPERTS, PACKED = "experts/kernel.py", "packed/kernel.py"
 ATTENTION, INDEX, BITS = "paged_attention/kernel.py", "paged_index/kernel.py", "bits.py"
-ARRIVAL = "arrival.py"
+ARRIVAL, FUSED = "arrival.py", "../model/fused.py"
 
 MUTANTS = [
     # Masks and guards
@@ -107,6 +107,8 @@ MUTANTS = [
     Mutant("pieces past a row's last are waited for", ATTENTION, "is_last(counter + place, pieces)", "is_last(counter + place, places)", "paged_attention", "order"),
     Mutant("head blocks share a counter", ATTENTION, "tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)\n                if", "tl.program_id(0)\n                if", "paged_attention", "decode and 64-fp8-4-512"),
     Mutant("the last program chooses among its own", INDEX, "j < parts * K", "j < K", "paged_index", "many_blocks"),
+    # Graphs
+    Mutant("attention is captured with its metadata", FUSED, "out = model.attend(x, i)", "out = attend(x, i)", "vllm", compiled=True),
     # Addresses
     Mutant("int32 page addresses", COMPRESS, "number = tl.load(page_table + begin // PAGE).to(tl.int64)", "number = tl.load(page_table + begin // PAGE)", "compress", "gigabytes"),
     Mutant("int32 addresses of experts", EXPERTS, "e = tl.load(expert_of + block).to(tl.int64)", "e = tl.load(expert_of + block)", "experts", "gigabytes"),
