@@ -34,13 +34,9 @@ def reference(
     return out.to(x.dtype)
 
 
-def _fake(x: Tensor, ids: Tensor, weight: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
-    return torch.empty_like(x)
-
-
 @custom_op(
     "experts(Tensor x, Tensor ids, Tensor weight, Tensor w13, Tensor w2, float limit) -> Tensor",
-    _fake,
+    lambda x, *_: torch.empty_like(x),
 )
 def experts(
     x: Tensor, ids: Tensor, weight: Tensor, w13: Tensor, w2: Tensor, limit: float
