@@ -20,9 +20,9 @@ from dsv4_plugin.kernels.paged_attention import Queries
 from dsv4_plugin.kernels.paged_attention.kernel import paged_attention
 from dsv4_plugin.kernels.paged_index import kernel as index
 from tests.triton.cases import key_codec, kv_codec
-from tests.triton.production_experts import CASES as EXPERT_CASES
-from tests.triton.production_layer import CASES as LAYER_CASES
 
+MODULES = (__name__, "tests.triton.production_layer", "tests.triton.production_experts")
+"""Those of all kernels' CASES."""
 MILLION = 1 << 20
 PAGE = 256
 LAYERS = 43
@@ -73,30 +73,25 @@ def index_topk(rows: int, longest: int, k: int) -> None:
     index.topk(meta(rows, longest // 4), meta(rows, dtype=INT), 4, k)
 
 
-CASES: dict[str, Callable[[], None]] = (
-    {
-        "SWA decode, 64 heads": partial(attention, 64, 64, 0),
-        "SWA prefill, 64 heads": partial(attention, 8192, 64, 0),
-        "CSA decode of 1, 64 heads": partial(attention, 1, 64, 4, 512),
-        "CSA decode of 1,024, 64 heads": partial(attention, 1024, 64, 4, 512),
-        "CSA decode of 1,024, 8 heads": partial(attention, 1024, 8, 4, 512),
-        "CSA decode of 1, 128 heads": partial(attention, 1, 128, 4, 1024),
-        "CSA decode of 1, bfloat16 rows": partial(attention, 1, 64, 4, 512, "bfloat16"),
-        "HCA decode of 1, 64 heads": partial(attention, 1, 64, 128),
-        "HCA decode of 1,024, 64 heads": partial(attention, 1024, 64, 128),
-        "HCA prefill, 64 heads": partial(attention, 8192, 64, 128),
-        "HCA prefill, 8 heads": partial(attention, 8192, 8, 128),
-        "HCA prefill, bfloat16 rows": partial(attention, 8192, 64, 128, 0, "bfloat16"),
-        "indexer queries": partial(index_queries, 8192, 64, "fp8"),
-        "indexer queries, fp4 keys": partial(index_queries, 8192, 64, "fp4"),
-        "indexer scores, decode of 1": partial(index_scores, 1, 64, 1 << 16),
-        "indexer scores, decode of 64": partial(index_scores, 64, 64, MILLION),
-        "indexer scores, decode of 64, 8 heads": partial(index_scores, 64, 8, MILLION),
-        "indexer scores, decode of 64, fp4 keys": partial(index_scores, 64, 64, MILLION, "fp4"),
-        "indexer scores, prefill": partial(index_scores, 8192, 64, MILLION),
-        "indexer top-512 of 16,384": partial(index_topk, 1, 1 << 16, 512),
-        "indexer top-1024 of 262,144": partial(index_topk, 64, MILLION, 1024),
-    }
-    | LAYER_CASES
-    | EXPERT_CASES
-)
+CASES: dict[str, Callable[[], None]] = {
+    "SWA decode, 64 heads": partial(attention, 64, 64, 0),
+    "SWA prefill, 64 heads": partial(attention, 8192, 64, 0),
+    "CSA decode of 1, 64 heads": partial(attention, 1, 64, 4, 512),
+    "CSA decode of 1,024, 64 heads": partial(attention, 1024, 64, 4, 512),
+    "CSA decode of 1, 128 heads": partial(attention, 1, 128, 4, 1024),
+    "CSA decode of 1, bfloat16 rows": partial(attention, 1, 64, 4, 512, "bfloat16"),
+    "HCA decode of 1, 64 heads": partial(attention, 1, 64, 128),
+    "HCA decode of 1,024, 64 heads": partial(attention, 1024, 64, 128),
+    "HCA prefill, 64 heads": partial(attention, 8192, 64, 128),
+    "HCA prefill, 8 heads": partial(attention, 8192, 8, 128),
+    "HCA prefill, bfloat16 rows": partial(attention, 8192, 64, 128, 0, "bfloat16"),
+    "indexer queries": partial(index_queries, 8192, 64, "fp8"),
+    "indexer queries, fp4 keys": partial(index_queries, 8192, 64, "fp4"),
+    "indexer scores, decode of 1": partial(index_scores, 1, 64, 1 << 16),
+    "indexer scores, decode of 64": partial(index_scores, 64, 64, MILLION),
+    "indexer scores, decode of 64, 8 heads": partial(index_scores, 64, 8, MILLION),
+    "indexer scores, decode of 64, fp4 keys": partial(index_scores, 64, 64, MILLION, "fp4"),
+    "indexer scores, prefill": partial(index_scores, 8192, 64, MILLION),
+    "indexer top-512 of 16,384": partial(index_topk, 1, 1 << 16, 512),
+    "indexer top-1024 of 262,144": partial(index_topk, 64, MILLION, 1024),
+}

@@ -1,7 +1,7 @@
 """Every kernel compiles for every chip at production shapes, within its budget.
 
 Shared memory beyond the chip's limit is an error of the build itself. Compiled code is kept in
-Triton's cache: the second run takes seconds.
+Triton's cache: the second run takes a minute at most.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.kit import mode
-from tests.kit.compile import Built, build
-from tests.kit.targets import SHARED_LIMIT, TARGETS
+from tests.kit.compile import SIBLINGS, Built, build
+from tests.kit.targets import SHARED_LIMIT, TARGETS, FakeGPU
+from tests.triton.production import CASES, MODULES
 
 BUDGETS = tomllib.loads((Path(__file__).parent / "budgets.toml").read_text())
 CHOSEN = [t for t in os.environ.get("DSV4_TEST_TARGETS", ",".join(TARGETS)).split(",") if t]
@@ -27,7 +28,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def built() -> list[Built]:
-    return build("tests.triton.production", CHOSEN)
+    return build(MODULES, CHOSEN)
 
 
 def budget(b: Built) -> dict[str, int]:
@@ -52,3 +53,17 @@ def test_budgets(built: list[Built], target: str):
             over.append(f"{b.kernel} ({b.case}) takes {b.shared} bytes of shared memory")
     assert not over
     assert {b.kernel for b in mine} == set(BUDGETS)
+
+
+@pytest.mark.parametrize(("sibling", "elder"), SIBLINGS.items())
+def test_siblings_have_the_same_ptx(sibling: str, elder: str):
+    """As Triton writes it for each of them."""
+    found = []
+    for target in (sibling, elder):
+        with FakeGPU(target) as gpu:
+            CASES["indexer scores, prefill"]()
+        (kernel, _), *_ = gpu.compiled()
+        heading, body = kernel.asm["ptx"].split(".address_size", 1)
+        assert f".target {target.replace('sm', 'sm_')}" in heading
+        found.append(body)
+    assert found[0] == found[1]
