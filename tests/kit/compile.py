@@ -48,7 +48,6 @@ def build(modules: Sequence[str], targets: Sequence[str]) -> list[Built]:
 
 def _family(targets: Sequence[str], module: str) -> list[Built]:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same code, a tenth sooner
     from triton import knobs
 
     knobs.runtime.add_stages_inspection_hook = SharedPTX()
