@@ -91,7 +91,9 @@ def _sass(kernels: Sequence[Any]) -> list[list[Line]]:
         Path(file.name).write_bytes(b"".join(codes))
         text = _run("nvdisasm", "--binary", f"SM{arch[1]}", file.name)
     pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)"
-    lines = (Line(int(at, 16), *rest) for at, *rest in re.findall(pattern, text))
+    found = [Line(int(at, 16), *rest) for at, *rest in re.findall(pattern, text)]
+    assert len(found) * INSTRUCTION == sum(map(len, codes)), "instructions that were not read"
+    lines = iter(found)
     return [list(islice(lines, len(code) // INSTRUCTION)) for code in codes]
 
 
