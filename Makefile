@@ -64,26 +64,29 @@ lint: $(STAMP)
 	$(VLLM)/bin/mypy
 	$(VLLM)/bin/lint-imports
 
-unit: $(STAMP)
-	$(VLLM)/bin/python -m pytest --ignore tests/triton
+# A file per core: its tests share servers, and what kernels launched on another architecture. In
+# alphabetical order, which has servers that take long in the midst of much else.
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest \
+	-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# Kernels: interpreted strictly, then as compiled code, executed on the CPU: a file per core, since
-# what a file launched on one architecture is known on the next.
-TRITON_TESTS = OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n auto --dist loadfile tests/triton
+unit: $(STAMP)
+	$(call PYTEST,$(VLLM)) --ignore tests/triton
+
+# Kernels: interpreted strictly, then as compiled code, executed on the CPU.
 unit-triton: $(STAMP)
-	TRITON_INTERPRET=1 $(TRITON_TESTS)
-	DSV4_TEST_GPU=sm80,sm120 $(TRITON_TESTS)
+	TRITON_INTERPRET=1 $(call PYTEST,$(VLLM)) tests/triton
+	DSV4_TEST_GPU=sm80,sm120 $(call PYTEST,$(VLLM)) tests/triton
 
 # The other architectures whose code can be executed.
 unit-triton-all: unit-triton
-	DSV4_TEST_GPU=sm86,sm89,sm90 $(TRITON_TESTS)
+	DSV4_TEST_GPU=sm86,sm89,sm90 $(call PYTEST,$(VLLM)) tests/triton
 
 # Mistakes put into kernels, each of which the tests have to notice (10 minutes).
 mutants: $(STAMP)
 	$(VLLM)/bin/python -m tests.triton.mutants
 
 unit-sglang: $(SGLANG_STAMP)
-	$(SGLANG)/bin/python -m pytest tests/sglang
+	$(call PYTEST,$(SGLANG)) tests/sglang
 
 bench: $(CHECKPOINTS)/bench $(SGLANG_STAMP)
 	$(VLLM)/bin/python -m benchmarks.serving $< --sglang $(SGLANG)/bin/python

@@ -146,7 +146,8 @@ def plan(
     mtp = layout.num_speculative_tokens > 0
     # vLLM gives every stage as many blocks, so that the stage with the largest sets the size.
     block = max(_block_bytes(config, cache, part, mtp) for part in parts)
-    stages = [_stage(config, layout, cache, part, chunk, block) for part in parts]
+    tensors = stored_tensors(config, mtp)
+    stages = [_stage(config, layout, cache, part, chunk, block, tensors) for part in parts]
     return Plan(config, layout, stages, memory, context, requests)
 
 
@@ -190,11 +191,12 @@ def _stage(
     layers: range,
     chunk: int,
     block: int,
+    tensors: dict[str, Stored],
 ) -> Stage:
     mtp = layout.num_speculative_tokens > 0
     last = layers.stop == config.num_hidden_layers
     experts = dense = 0
-    for name, stored in stored_tensors(config, mtp).items():
+    for name, stored in tensors.items():
         if not _on_stage(name, layers, last, mtp):
             continue
         dtype = "F32" if _WIDE.search(name) else stored.dtypes[0]
