@@ -14,7 +14,7 @@ from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.kernels import linear
 from dsv4_plugin.model import fused, parallel
-from tests.conftest import random_ids
+from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
 from tests.device_batch import DeviceBatch
 
 OPERATIONS = {
@@ -29,7 +29,7 @@ def given(request, tmp_path, monkeypatch):
     """A model of each kind of layer, and the name of its format; linears as on GPUs."""
     monkeypatch.setenv("DSV4_KERNELS", "torch")
     monkeypatch.setattr(parallel, "pack", lambda weight: lambda x: linear.reference(x, weight))
-    overrides = {"vocab_size": 512, "num_hidden_layers": 3, "compress_ratios": [0, 4, 128]}
+    overrides = SMALL | A_LAYER_OF_EACH
     make_checkpoint(tmp_path / "it", "tiny", 1, overrides, tokenizer=False, fmt=request.param)
     return load(tmp_path / "it", dtype="bfloat16"), request.param
 

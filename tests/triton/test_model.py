@@ -13,7 +13,7 @@ from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.engine import Batch
 from dsv4_plugin.kernels.experts import kernel as experts_kernel
-from tests.conftest import random_ids
+from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
 from tests.device_batch import PADDING, DeviceBatch
 from tests.kit import mode
 from tests.kit.gpu import EmulatedGPU
@@ -128,7 +128,7 @@ def test_the_device_s_path_is_the_ordinary_one(unchosen, kv_dtype, monkeypatch):
 def test_a_decode_step_asks_the_device_for_nothing(gpu, fmt, tmp_path, monkeypatch):
     """Neither plain nor packed, experts and all: what a captured graph must not do. Rows of padding
     choose no experts, and the logits are torch's."""
-    overrides = {"vocab_size": 512, "num_hidden_layers": 3, "compress_ratios": [0, 4, 128]}
+    overrides = SMALL | A_LAYER_OF_EACH
     make_checkpoint(tmp_path / "it", "tiny", 1, overrides, tokenizer=False, fmt=fmt)
     model = load(tmp_path / "it", dtype="bfloat16")
     layout = CacheLayout.of(model.config, "fp8")

@@ -10,7 +10,7 @@ import pytest
 from dsv4_plugin import load
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.warmup import compiled
-from tests.conftest import SMALL, random_ids
+from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
 from tests.kit import mode
 from tests.kit.graphs import RecordedGraph, recorded
 from tests.tolerances import clear_choices
@@ -86,8 +86,7 @@ def test_the_engine_gives_torch_s_tokens(gpu, tmp_path, monkeypatch):
     """Greedy tokens; where two logits nearly tie, either may be chosen. From replayed graphs, whole
     ones and, with vLLM's own recorder, breaking ones, come the same."""
     checkpoint = tmp_path / "three"
-    overrides = SMALL | {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128]}
-    make_checkpoint(checkpoint, "tiny", 2, overrides, tokenizer=False)
+    make_checkpoint(checkpoint, "tiny", 2, SMALL | A_LAYER_OF_EACH, tokenizer=False)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
