@@ -16,6 +16,7 @@ from dsv4_plugin.checkpoint.mini import make_mini
 SMALL = {"vocab_size": 512}
 """tiny with few tokens, so that logits of long inputs fit in memory."""
 A_LAYER_OF_EACH = {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128]}
+"""tiny with one layer that sees its window only, one CSA and one HCA layer."""
 WIDE = {"vocab_size": 512, "head_dim": 128, "n_routed_experts": 16}
 """bench with its indexer (64 heads, top-k 512) and fewer of the rest."""
 

@@ -73,9 +73,7 @@ WORK = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("device") / "checkpoint"
-    make_checkpoint(
-        directory, "tiny", seed=1, overrides={"vocab_size": 512, "index_topk": 64}, tokenizer=False
-    )
+    make_checkpoint(directory, "tiny", 1, SMALL | {"index_topk": 64}, tokenizer=False)
     return load(directory, dtype="bfloat16")
 
 
