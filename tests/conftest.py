@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCa
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.checkpoint.mini import make_mini
 
+os.environ["DSV4_MODEL"] = "plugin"
+"""On machines where `auto` would leave the model to the engine too, as on CPUs with AMX."""
 SMALL = {"vocab_size": 512}
 """tiny with few tokens, so that logits of long inputs fit in memory."""
 A_LAYER_OF_EACH = {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128]}

@@ -66,7 +66,8 @@ def ask(
     Raises:
         RuntimeError: the engine failed; with the end of what it printed.
     """
-    environment = os.environ | {
+    environment = {"DSV4_MODEL": "plugin"} | os.environ
+    environment |= {
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([*([str(STUBS)] if engine == "sglang" else ()), str(ROOT)]),
         "VLLM_LOGGING_LEVEL": "WARNING",

@@ -29,7 +29,8 @@ class Server:
     Args:
         command: without `--host` and `--port`, which name a free local port.
         log: file that takes its output.
-        environ: further environment variables.
+        environ: further environment variables. The plugin's network serves unless DSV4_MODEL says
+            otherwise, also where `auto` would leave it to the engine, as on CPUs with AMX.
     """
 
     def __init__(
@@ -41,7 +42,8 @@ class Server:
         self.url, self.log = f"http://127.0.0.1:{port}", log
         self.command = ["timeout", "--foreground", str(LIFETIME), "nice", "-n", "5", *command]
         self.command += ["--host=127.0.0.1", f"--port={port}"]
-        self.environ = os.environ | {"HF_HUB_OFFLINE": "1", **(environ or {})}
+        self.environ = {"DSV4_MODEL": "plugin"} | os.environ | {"HF_HUB_OFFLINE": "1"}
+        self.environ |= environ or {}
 
     def __enter__(self) -> Server:
         self.launch()

@@ -57,6 +57,7 @@ def test_native_leaves_vllms_own(monkeypatch):
 
 
 def test_auto_goes_by_the_machine(monkeypatch):
+    monkeypatch.delenv(env.MODEL.name)
     assert choice.choose().plugin is not _compat.has_amx()
     monkeypatch.setattr(choice, "has_amx", lambda: True)
     assert not choice.choose().plugin
