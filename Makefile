@@ -1,20 +1,24 @@
 # make env     the vLLM environment, built once per set of pins (see pyproject.toml);
 #              make env-sglang builds SGLang's
 # make demo    checkpoint, `vllm serve`, conversations; make demo-sglang: the same in SGLang
-# make test    linters, types, tests
+# make test    linters, types, the short set of tests; make test PARTS="core chat" runs two of its parts
+# make test-all  everything; goes on where it was stopped
 # TORCH_INDEX  optional: a wheel index that has CPU builds of torch, where PyPI's is a CUDA build
 
 PYTHON ?= python3
 VLLM := .venv-vllm
 PIP = $(1)/bin/python -m pip --disable-pip-version-check --quiet
+# setuptools warns of every editable installation that it is one.
+EDITABLE = PYTHONWARNINGS=ignore $(call PIP,$(1)) install --no-deps --editable .
 SGLANG := .venv-sglang
+PARTS :=
 PINS := $(shell sed '/^\[tool/,$$d' pyproject.toml | cat - env/vllm/pyproject.toml | sha256sum | cut -c1-16)
 STAMP := $(VLLM)/.built-$(PINS)
 SGLANG_STAMP := $(SGLANG)/.built-$(PINS)
 TORCH = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --group torch-cpu
 CHECKPOINTS := .cache/checkpoints
 
-.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton unit-triton-all mutants bench bench-slice bench-kv bench-chat eval train-mini compare-engines compare-mini kernels-report fuzz clean
+.PHONY: env env-sglang demo demo-sglang test test-all lint bench bench-slice bench-kv bench-chat eval train-mini compare-engines compare-mini kernels-report clean
 
 env: $(STAMP)
 
@@ -28,7 +32,7 @@ $(STAMP):
 	$(call PIP,$(VLLM)) install --group torch-cpu --group env-vllm
 	$(call PIP,$(VLLM)) uninstall --yes torchvision torchaudio torchcodec
 	$(call PIP,$(VLLM)) install --no-deps ./env/vllm
-	$(call PIP,$(VLLM)) install --no-deps --editable .
+	$(call EDITABLE,$(VLLM))
 	touch $@
 
 # The small install: SGLang without its CUDA packages.
@@ -37,9 +41,9 @@ $(SGLANG_STAMP):
 	$(PYTHON) -m venv $(SGLANG)
 	$(call PIP,$(SGLANG)) install 'pip>=25.1'
 	$(call PIP,$(SGLANG)) install $(TORCH)
-	$(call PIP,$(SGLANG)) install --no-deps --group env-sglang-engine
 	$(call PIP,$(SGLANG)) install --group torch-cpu --group env-sglang
-	$(call PIP,$(SGLANG)) install --no-deps --editable .
+	$(call PIP,$(SGLANG)) install --no-deps --group env-sglang-engine
+	$(call EDITABLE,$(SGLANG))
 	touch $@
 
 $(CHECKPOINTS)/%: $(STAMP)
@@ -56,37 +60,18 @@ demo: $(CHECKPOINTS)/mini
 demo-sglang: $(CHECKPOINTS)/mini $(SGLANG_STAMP)
 	$(SGLANG)/bin/python -m benchmarks.demo --engine sglang $<
 
-test: lint unit unit-triton unit-sglang
+# Parts, as many at once as there are cores; `python -m tests.run --help` names them.
+test: $(STAMP) $(SGLANG_STAMP)
+	$(VLLM)/bin/python -m tests.run $(PARTS)
+
+test-all: $(STAMP) $(SGLANG_STAMP)
+	$(VLLM)/bin/python -m tests.run --all $(PARTS)
 
 lint: $(STAMP)
 	$(VLLM)/bin/ruff check .
 	$(VLLM)/bin/ruff format --check .
 	$(VLLM)/bin/mypy
 	$(VLLM)/bin/lint-imports
-
-# A file per core: its tests share servers, and what kernels launched on another architecture. In
-# alphabetical order, which has servers that take long in the midst of much else.
-PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest \
-	-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-
-unit: $(STAMP)
-	$(call PYTEST,$(VLLM)) --ignore tests/triton
-
-# Kernels: interpreted strictly, then as compiled code, executed on the CPU.
-unit-triton: $(STAMP)
-	TRITON_INTERPRET=1 $(call PYTEST,$(VLLM)) tests/triton
-	DSV4_TEST_GPU=sm80,sm120 $(call PYTEST,$(VLLM)) tests/triton
-
-# The other architectures whose code can be executed.
-unit-triton-all: unit-triton
-	DSV4_TEST_GPU=sm86,sm89,sm90 $(call PYTEST,$(VLLM)) tests/triton
-
-# Mistakes put into kernels, each of which the tests have to notice (10 minutes).
-mutants: $(STAMP)
-	$(VLLM)/bin/python -m tests.triton.mutants
-
-unit-sglang: $(SGLANG_STAMP)
-	$(call PYTEST,$(SGLANG)) tests/sglang
 
 bench: $(CHECKPOINTS)/bench $(SGLANG_STAMP)
 	$(VLLM)/bin/python -m benchmarks.serving $< --sglang $(SGLANG)/bin/python
@@ -122,9 +107,6 @@ compare-engines: $(CHECKPOINTS)/tiny $(SGLANG_STAMP)
 # 100 held-out conversations in float32: transformers' ids from every engine.
 compare-mini: $(CHECKPOINTS)/mini $(SGLANG_STAMP)
 	$(VLLM)/bin/python -m tests.compare_mini $< --sglang $(SGLANG)/bin/python
-
-fuzz: $(STAMP)
-	$(VLLM)/bin/python -m tests.chat.fuzz --cases 100000
 
 clean:
 	rm -rf .cache $(VLLM) $(SGLANG)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
 
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.checkpoint.mini import make_mini
@@ -22,6 +21,18 @@ A_LAYER_OF_EACH = {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128]}
 """tiny with one layer that sees its window only, one CSA and one HCA layer."""
 WIDE = {"vocab_size": 512, "head_dim": 128, "n_routed_experts": 16}
 """bench with its indexer (64 heads, top-k 512) and fewer of the rest."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="tests marked thorough too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--thorough"):
+        return
+    left = [item for item in items if item.get_closest_marker("thorough")]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if not item.get_closest_marker("thorough")]
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +80,8 @@ def reference() -> Iterator[Callable[[Path, Tensor], Tensor]]:
 
     By its own class: vLLM, where imported, puts another config under the name deepseek_v4.
     """
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
+
     models, known = {}, {}
 
     def logits(directory: Path, ids: Tensor) -> Tensor:

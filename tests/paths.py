@@ -10,3 +10,8 @@ STUBS = ROOT / "tests" / "sglang" / "stubs"
 SHARED = ROOT.parent / "shared" / "data"
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the recorded data is absent")
+
+
+def python_of(engine: str) -> Path:
+    """The interpreter of `make env` (vllm) or `make env-sglang`."""
+    return ROOT / f".venv-{engine}" / "bin" / "python"

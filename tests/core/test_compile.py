@@ -51,7 +51,9 @@ class Calls(torch.fx.Interpreter):
         return cls(graph).run
 
 
-@pytest.mark.parametrize("backend", [Calls.backend, "aot_eager"])
+@pytest.mark.parametrize(
+    "backend", [Calls.backend, pytest.param("aot_eager", marks=pytest.mark.thorough)]
+)
 @torch.inference_mode()
 def test_a_compiled_step_is_the_same(given, backend, monkeypatch):
     """Chunks, decoding and a mix: bit for bit, caches included, as all later steps read them."""

@@ -47,6 +47,7 @@ def test_beyond_the_indexers_choice(wide, reference, chunk):
     assert error(found, reference(wide, ids)) < LOGITS_STD
 
 
+@pytest.mark.thorough
 def test_several_thousand_tokens(unchosen, reference):
     """4,000 tokens see all their 1,000 entries: no near-tie of a choice can blur the comparison."""
     ids = random_ids(4000, seed=6)

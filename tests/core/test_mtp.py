@@ -73,6 +73,7 @@ def test_the_recorded_draft():
     assert (found - expected).abs().max() / expected.std() < LOGITS_STD
 
 
+@pytest.mark.thorough
 def test_two_hundred_prompts(model):
     """Of 1 to 300 tokens, 50 at a time; lengths cross every kind of window and page."""
     prompts = [random_ids(1 + 37 * i % 300, seed=i).tolist() for i in range(200)]

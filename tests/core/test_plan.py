@@ -68,6 +68,7 @@ def test_the_command(capsys):
     assert "expert parallelism over 24 ranks" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 @needs_shared
 def test_the_documented_table(capsys):
     """Every row's command prints the row's numbers."""

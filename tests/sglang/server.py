@@ -53,6 +53,8 @@ class Server(server.Server):
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
             "DSV4_TESTING": testing,
             "OMP_NUM_THREADS": "1",
+            # A health check generates a token by default, which takes emulated kernels seconds.
+            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
         }
         super().__init__(command, log, common | (environ or {}))
 

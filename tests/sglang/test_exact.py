@@ -101,6 +101,7 @@ class TestScheduling:
         judge.check(roomy.generate_all(prompts(300, seed=8), N, at_once=16))
 
 
+@pytest.mark.thorough
 class TestSmallPool:
     def test_retraction(self, crowded: Server, judge: Reference):
         judge.check(crowded.generate_all(prompts(900, seed=9), 60, at_once=16))
@@ -116,6 +117,7 @@ class TestSmallPool:
         assert (warm.cached, evicted.cached) == (512, 0)
 
 
+@pytest.mark.thorough
 def test_published_dimensions(tmp_path: Path):
     """head_dim 512 with 64 rope dims and YaRN, 64 index heads choosing 512, 256 experts."""
     make_checkpoint(tmp_path / "bench", "bench", seed=0)
@@ -128,6 +130,7 @@ def test_published_dimensions(tmp_path: Path):
     Reference(tmp_path / "bench").check(outputs)
 
 
+@pytest.mark.thorough
 def test_broken_addressing_is_caught(serve, judge: Reference):
     """The control: with the pages' carry addressed by request, a cached prefix loses its state."""
     options = ("--max-total-tokens=4096", "--max-running-requests=4")

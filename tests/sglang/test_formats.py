@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -32,15 +31,11 @@ def local_errors(directory: Path, kv_dtype: str, outputs: list[Output]) -> list[
     return errors
 
 
-thorough = pytest.mark.skipif(
-    not os.environ.get("DSV4_TEST_THOROUGH"), reason="a minute more; set DSV4_TEST_THOROUGH=1"
-)
+thorough = pytest.mark.thorough
 
 
-@pytest.mark.parametrize(
-    ("option", "kv_dtype"),
-    [("fp8_e4m3", "fp8"), pytest.param("auto", "bfloat16", marks=thorough)],
-)
+@thorough
+@pytest.mark.parametrize(("option", "kv_dtype"), [("fp8_e4m3", "fp8"), ("auto", "bfloat16")])
 def test_bfloat16(serve, tiny: Path, option: str, kv_dtype: str):
     """The model's rows in each format, cold, cached and in company, as in the core's engine."""
     with serve("--dtype=bfloat16", f"--kv-cache-dtype={option}", *SIZES) as server:
@@ -53,7 +48,7 @@ def test_bfloat16(serve, tiny: Path, option: str, kv_dtype: str):
 
 @pytest.mark.parametrize(
     "fmt",
-    ["fp8-fp4", "nvfp4", *(pytest.param(f, marks=thorough) for f in ("base", "0731"))],
+    ["fp8-fp4", *(pytest.param(f, marks=thorough) for f in ("nvfp4", "base", "0731"))],
 )
 def test_packed_weights_and_fp4_indexer_keys(tmp_path_factory, fmt: str):
     """Quantised weights, and an option that SGLang itself refuses on a CPU."""

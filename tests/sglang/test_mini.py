@@ -20,8 +20,11 @@ def client(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ope
     named = f"--served-model-name={MODEL}"
     log = tmp_path_factory.mktemp("mini") / "log"
     with Server(mini, *FLOAT32, *PARSERS, *options, named, log=log) as server:
-        yield OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0)
+        url = f"{server.url}/v1"
+        with OpenAI(base_url=url, api_key="none", timeout=300, max_retries=0) as client:
+            yield client
 
 
+@pytest.mark.thorough
 class TestChatCompletions(Answers):
     pass

@@ -6,7 +6,6 @@ Triton's cache: the second run takes a minute at most.
 
 from __future__ import annotations
 
-import os
 import tomllib
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from tests.kit.targets import SHARED_LIMIT, TARGETS, FakeGPU
 from tests.triton.production import CASES, MODULES
 
 BUDGETS = tomllib.loads((Path(__file__).parent / "budgets.toml").read_text())
-CHOSEN = [t for t in os.environ.get("DSV4_TEST_TARGETS", ",".join(TARGETS)).split(",") if t]
+SHORT = "sm86"
+"""The chip of the short set: it has the least shared memory."""
 
 pytestmark = [
     pytest.mark.skipif(mode.INTERPRET, reason="compiles"),
@@ -27,8 +27,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def built() -> list[Built]:
-    return build(MODULES, CHOSEN)
+def built(request: pytest.FixtureRequest) -> list[Built]:
+    thorough = request.config.getoption("--thorough")
+    return build(MODULES, list(TARGETS) if thorough else [SHORT])
 
 
 def budget(b: Built) -> dict[str, int]:
@@ -36,7 +37,9 @@ def budget(b: Built) -> dict[str, int]:
     return {"mma": 0} | table | table.get(b.target, {})
 
 
-@pytest.mark.parametrize("target", CHOSEN)
+@pytest.mark.parametrize(
+    "target", [t if t == SHORT else pytest.param(t, marks=pytest.mark.thorough) for t in TARGETS]
+)
 def test_budgets(built: list[Built], target: str):
     mine = [b for b in built if b.target == target]
     assert not [f"{b.case}: {b.error}" for b in mine if b.error]
@@ -55,6 +58,7 @@ def test_budgets(built: list[Built], target: str):
     assert {b.kernel for b in mine} == set(BUDGETS)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("sibling", "elder"), SIBLINGS.items())
 def test_siblings_have_the_same_ptx(sibling: str, elder: str):
     """As Triton writes it for each of them, up to the names of source files: what Triton's cache

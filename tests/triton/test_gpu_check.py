@@ -10,6 +10,7 @@ from dsv4_plugin.kernels.norm import kernel
 from tests.kit import mode
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not mode.INTERPRET, reason="64 heads take emulated code too long")
 def test_every_kernel_passes(gpu, monkeypatch):
     monkeypatch.setattr(gpu_work, "EXPERT_WIDTH", 32)

@@ -77,6 +77,7 @@ def model(tmp_path_factory):
     return load(directory, dtype="bfloat16")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
 @torch.inference_mode()
 def test_steps_give_torch_s_tokens(gpu, model, monkeypatch):

@@ -46,7 +46,9 @@ def made(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("fmt", VARIANTS)
+@pytest.mark.parametrize(
+    "fmt", ["fp8-fp4", *(pytest.param(f, marks=pytest.mark.thorough) for f in VARIANTS[1:])]
+)
 def test_every_variant_answers_as_the_local_engine(made, fmt):
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -102,6 +104,7 @@ def test_the_guides_name_still_needs_help():
         AttentionConfig(indexer_kv_dtype="int4")
 
 
+@pytest.mark.thorough
 def test_the_vendors_command_line(tmp_path_factory):
     """As it stands in the guides, on the tiny checkpoint: FP8 + FP4 weights, fp8 rows, FP4 keys."""
     folder = tmp_path_factory.mktemp("guide")

@@ -1,4 +1,4 @@
-"""One server for all tests here, and the words to put into the model's mouth."""
+"""One server of dsv4-mini for all tests here, and the words to put into its mouth."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ EOS = 1
 
 
 @pytest.fixture(scope="session")
-def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(tiny, tmp_path_factory.mktemp("vllm_chat") / "server.log") as running:
+def server(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(mini, tmp_path_factory.mktemp("vllm_chat") / "server.log") as running:
         yield running
         log = running.read_log()
     assert "Traceback" not in log
@@ -26,14 +26,14 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 @pytest.fixture(scope="session")
-def encoder(tiny: Path) -> Encoder:
-    return Encoder.from_pretrained(tiny)
+def encoder(mini: Path) -> Encoder:
+    return Encoder.from_pretrained(mini)
 
 
 @pytest.fixture(scope="session")
-def backend(tiny: Path) -> Tokenizer:
+def backend(mini: Path) -> Tokenizer:
     """The tokenizers library on the checkpoint's own tokenizer.json."""
-    return Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    return Tokenizer.from_file(str(mini / "tokenizer.json"))
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +47,12 @@ def words(backend: Tokenizer) -> Callable[..., list[int]]:
 
 
 @pytest.fixture(scope="session")
-def openai(server: Server) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)
+def openai(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
-def anthropic(server: Server) -> Anthropic:
-    return Anthropic(base_url=server.url, api_key="none", timeout=120, max_retries=0)
+def anthropic(server: Server) -> Iterator[Anthropic]:
+    with Anthropic(base_url=server.url, api_key="none", timeout=120, max_retries=0) as client:
+        yield client

@@ -6,9 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +28,6 @@ from tests.mini.asking import (
 )
 from tests.paths import ROOT
 from tests.server import MODEL
-from tests.vllm_chat.server import UNSCRIPTED, Server
 from tests.vllm_chat.test_load import settled
 from training.skills import SKILLS, Conversation, accepts, held_out
 
@@ -40,23 +37,9 @@ GREEDY = {"temperature": 0}
 """The `anthropic` client has no argument for it."""
 
 
-@pytest.fixture(scope="module")
-def mini_server(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("mini") / "server.log"
-    with Server(mini, log, UNSCRIPTED) as running:
-        yield running
-        served = running.read_log()  # as it stops, its processes may lose each other
-    assert "Traceback" not in served
-
-
-@pytest.fixture(scope="module")
-def client(mini_server: Server) -> OpenAI:
-    return OpenAI(base_url=f"{mini_server.url}/v1", api_key="none", timeout=300, max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def claude(mini_server: Server) -> Anthropic:
-    return Anthropic(base_url=mini_server.url, api_key="none", timeout=300, max_retries=0)
+@pytest.fixture
+def client(openai: OpenAI) -> OpenAI:
+    return openai
 
 
 class TestChatCompletions(Answers):
@@ -116,11 +99,11 @@ def test_a_second_step_s_prompt_begins_with_the_first_step(client, encoder):
     assert numbers.count(2) >= RIGHT, numbers
 
 
-def test_concurrent_streams(mini_server, client):
+def test_concurrent_streams(server, client):
     every = [list(held_out(skill, STREAMS // 4)) for skill in SKILLS if skill not in NOT_ASKED]
     asked = list(islice((c for some in zip(*every, strict=True) for c in some), STREAMS))
     check(asked, at_once(lambda c: ask(client, body(c), stream=True), asked))
-    assert settled(mini_server)
+    assert settled(server)
 
 
 NOT_ASKED = ("effort", "memory", "sum")
@@ -158,15 +141,15 @@ def test_responses(client, stream):
     assert sum(at_once(two_steps, conversations("result", thinking=True))) >= RIGHT
 
 
-def message(claude: Anthropic, asked: dict[str, Any], stream: bool) -> Any:
+def message(anthropic: Anthropic, asked: dict[str, Any], stream: bool) -> Any:
     if not stream:
-        return claude.messages.create(**asked)
-    with claude.messages.stream(**asked) as events:
+        return anthropic.messages.create(**asked)
+    with anthropic.messages.stream(**asked) as events:
         return events.get_final_message()
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_messages(claude, stream):
+def test_messages(anthropic, stream):
     """The same by Anthropic's API."""
 
     def two_steps(c: Conversation) -> bool:
@@ -177,7 +160,7 @@ def test_messages(claude, stream):
             for f in functions
         ]
         asked = {"model": MODEL, "tools": tools, "max_tokens": MOST, "extra_body": GREEDY}
-        first = message(claude, asked | {"messages": [question]}, stream)
+        first = message(anthropic, asked | {"messages": [question]}, stream)
         blocks = {block.type: block for block in first.content}
         assert blocks["thinking"].thinking
         assert first.stop_reason == ("tool_use" if "tool_use" in blocks else "end_turn")
@@ -190,16 +173,16 @@ def test_messages(claude, stream):
             {"role": "assistant", "content": [block.model_dump() for block in first.content]},
             {"role": "user", "content": [given]},
         ]
-        second = message(claude, asked | {"messages": history}, stream)
+        second = message(anthropic, asked | {"messages": history}, stream)
         assert second.stop_reason == "end_turn"
         return accepts(conclusion, second.content[-1].text, [])
 
     assert sum(at_once(two_steps, conversations("result", thinking=True))) >= RIGHT
 
 
-def test_messages_without_thinking(claude):
+def test_messages_without_thinking(anthropic):
     def greeted(c: Conversation) -> bool:
-        answer = claude.messages.create(
+        answer = anthropic.messages.create(
             model=MODEL, messages=c.messages[:-1], max_tokens=MOST, extra_body=GREEDY,
             thinking={"type": "disabled"},
         )  # fmt: skip
@@ -223,6 +206,7 @@ print(json.dumps([[a.prompt_token_ids, a.outputs[0].text] for a in answers]))
 """
 
 
+@pytest.mark.thorough
 def test_llm_chat(mini, encoder):
     """Offline, in a process of its own; the last prompt's text looks like markup."""
     asked = conversations("greet", thinking=False)

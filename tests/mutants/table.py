@@ -1,0 +1,138 @@
+"""Mistakes put into the code one at a time: each has to make a test of the short set fail."""
+
+# ruff: noqa: E501  (MUTANTS is a table)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In `file`, `old` becomes `new`; tests/{test}.py must fail, of its tests those that `only`
+    names (pytest's -k). compiled: kernels run as emulated sm80 code, not interpreted; engine: in
+    whose environment."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+    only: str = ""
+    compiled: bool = False
+    engine: str = "vllm"
+
+
+KERNELS = "dsv4_plugin/kernels"
+DEVICE, BITS, ARRIVAL = (f"{KERNELS}/{name}.py" for name in ("device", "bits", "arrival"))
+STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX = (
+    f"{KERNELS}/{name}/kernel.py"
+    for name in [
+        "step",
+        "qkv",
+        "compress",
+        "streams",
+        "gate",
+        "experts",
+        "packed",
+        "paged_attention",
+        "paged_index",
+    ]
+)
+FUSED = "dsv4_plugin/model/fused.py"
+CPU_STEP, CPU_ATTENTION = (
+    "dsv4_plugin/cache/step.py",
+    "dsv4_plugin/kernels/sparse_attention/__init__.py",
+)
+FILES, SPECULATE = "dsv4_plugin/checkpoint/files.py", "dsv4_plugin/speculate.py"
+RENDER, ENCODER = "dsv4_plugin/chat/render.py", "dsv4_plugin/chat/encoder.py"
+VLLM_CACHE, VLLM_REGISTRATION = "vllm_ext/cache.py", "vllm_ext/registration.py"
+SGLANG_REGISTRATION = "sglang_ext/registration.py"
+
+MUTANTS = [
+    # Masks and guards
+    Mutant("padding rows get a position", STEP, "tl.where(real, position, -1)", "position", "triton/test_step"),
+    Mutant("rows past the end are placed", STEP, "inside & (row <", "inside | (row <", "triton/test_step"),
+    Mutant("holes get an address", STEP, "number >= 0, address, -1", "number >= -9, address, -1", "triton/test_step"),
+    Mutant("rows without a slot are written", QKV, "if row >= 0:", "if row >= -1:", "triton/test_qkv"),
+    Mutant("heads past the last", QKV, "if head < H:", "if head <= H:", "triton/test_qkv"),
+    Mutant("the ring is read in every window", COMPRESS, "kept = used & middle\n        top", "kept = used & (middle | True)\n        top", "triton/test_compress", "hca"),
+    Mutant("columns past the last", STREAMS, "used = (n < N)[None, :] & (d < D)[:, None]", "used = (n < N)[None, :] & (d < D + 9)[:, None]", "triton/test_streams"),
+    Mutant("experts past the last compete", GATE, "tl.where(e < E, (ordered", "tl.where(e < E + 1, (ordered", "triton/test_gate"),
+    Mutant("no guard for a block that nobody sees", ATTENTION, 'safe = tl.where(top == float("-inf"), 0.0, top)', "safe = top", "triton/test_paged_attention", "decode"),
+    Mutant("entries that do not exist yet are seen", ATTENTION, "sees = i[None, :] < seen[:, None]", "sees = i[None, :] <= seen[:, None]", "triton/test_paged_attention", "prefill"),
+    Mutant("entries that a row does not see are chosen", INDEX, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "triton/test_paged_index", "topk"),
+    Mutant("rows of no pair are stored", EXPERTS, "tl.store(at, gate, mask=real[:, None] &", "tl.store(at, gate, mask=(pair[:, None] >= 0) &", "triton/test_experts", "nobody or one_expert"),
+    Mutant("rows of nobody are added", EXPERTS, "here = (id >= 0) & (id < E)", "here = id < E", "triton/test_experts", "nobody"),
+    Mutant("outputs past the last", PACKED, "used = (n < N)[:, None] & (word < K // 4)[None, :]", "used = (n < N + 9)[:, None] & (word < K // 4)[None, :]", "triton/test_experts", "packed_product and fp8"),
+    # Off by one
+    Mutant("the window is one too long", ATTENTION, "(i[None, :] > pos[:, None] - SPAN)", "(i[None, :] >= pos[:, None] - SPAN)", "triton/test_paged_attention", "prefill or tiles"),
+    Mutant("an entry closes a token late", COMPRESS, "(begin + R <= end)", "(begin + R < end)", "triton/test_compress", "csa"),
+    Mutant("early windows are too few", COMPRESS, "early = begin + HALVES", "early = begin + HALVES - 1", "triton/test_compress", "csa"),
+    Mutant("the ring's row after, not before", COMPRESS, "(first + RING_ROWS - 1) % RING_ROWS", "first % RING_ROWS", "triton/test_compress", "drafts"),
+    Mutant("one choice too few", GATE, "for i in tl.static_range(K):", "for i in tl.static_range(K - 1):", "triton/test_gate"),
+    Mutant("one Sinkhorn turn too few", STREAMS, "for _ in range(1, iters):", "for _ in range(2, iters):", "triton/test_streams", "2-4-72"),
+    Mutant("a search turn too few", STEP, "SEARCH = 16", "SEARCH = 3", "triton/test_step"),
+    Mutant("a block too few", EXPERTS, "+ (M - 1)) // M", "+ (M - 2)) // M", "triton/test_experts", "place"),
+    Mutant("blocks of the expert before", EXPERTS, "first = tl.sum(tl.where(number < e,", "first = tl.sum(tl.where(number < e - 1,", "triton/test_experts", "place"),
+    # Wrong index
+    Mutant("scales start a word late", DEVICE, "word = PLAIN // 4 + (D - PLAIN) // 2 + tl", "word = PLAIN // 4 + (D - PLAIN) // 2 + 1 + tl", "triton/test_qkv"),
+    Mutant("scales of the wrong blocks", ATTENTION, "(b % 4) * 8", "(b % 2) * 8", "triton/test_paged_attention", "decode"),
+    Mutant("the angles of the next pair", DEVICE, "cis + even_at - PLAIN + 1", "cis + even_at - PLAIN + 2", "triton/test_qkv"),
+    Mutant("rows and columns of the mixing change places", STREAMS, "r[None, None, :] * R + r[None, :, None]", "r[None, :, None] * R + r[None, None, :]", "triton/test_streams", "2-4-72"),
+    Mutant("the other half is pooled", COMPRESS, "token += (HALVES - 1) * C", "token += 0 * C", "triton/test_compress", "csa"),
+    Mutant("ties go to the higher entry", GATE, "| (EXPERTS - 1 - e)", "| e", "triton/test_gate"),
+    Mutant("the key's scale is dropped", INDEX, "0) * scale\n", "0) * 256.0\n", "triton/test_paged_index", "scores"),
+    Mutant("choices of another row", ATTENTION, "at = chosen + first.to(tl.int64) * choices + i", "at = chosen + i", "triton/test_paged_attention", "decode"),
+    Mutant("nibbles change places", PACKED, "even = tl.join(tl.join(k0, k4)", "even = tl.join(tl.join(k4, k0)", "triton/test_experts", "every_code"),
+    Mutant("the scale of the next block", PACKED, "* (COUNT // 4) + word[None, :]", "* (COUNT // 4) + 0 * word[None, :]", "triton/test_experts", "every_code"),
+    Mutant("one scale for all rows", PACKED, "at = n // HEIGHT *", "at = n // 128 *", "triton/test_experts", "grouped"),
+    Mutant("weights of the first choice", EXPERTS, "tl.load(weight + pair,", "tl.load(weight + pair // PAIRS * PAIRS,", "triton/test_experts", "plain"),
+    # Arithmetic that is nearly right
+    Mutant("a scale by multiplication", BITS, "(bits & 0x7FFFFF) > 0x600000", "(bits & 0x7FFFFF) >= 0x600000", "triton/test_kit"),
+    Mutant("ties of e4m3 away from zero", BITS, "size + 0x7FFFF + ((size >> 20) & 1)", "size + 0x80000", "triton/test_kit"),
+    Mutant("no rounding to the model's dtype", QKV, "(x.to(tl.float32) * rms * w).to(kind).to(tl.float32)", "x.to(tl.float32) * rms * w", "triton/test_qkv", "real"),
+    Mutant("multiply-adds are fused", QKV, "enable_fp_fusion=False", "enable_fp_fusion=True", "triton/test_qkv", "real", compiled=True),
+    Mutant("a carry is not packed", COMPRESS, "top = tl.where(stored, lse, top + log(safe))", "top = tl.where(stored, lse, top)", "triton/test_compress", "csa"),
+    Mutant("segments after a carry do not wait", COMPRESS, "begin += left.to(tl.int32)", "begin += 0", "triton/test_compress", "filled"),
+    Mutant("segments after a carry are left out", COMPRESS, "(opens <= its_end)", "(opens < 0)", "triton/test_compress", "filled"),
+    Mutant("only one segment after a carry is taken", COMPRESS, "& (who > after)", "& (who > 9 * after + 9)", "triton/test_compress", "filled"),
+    Mutant("the weights' middle part is dropped", STREAMS, "                total = tl.dot(x, middle, total)\n", "", "triton/test_streams", "4096 or 264"),
+    Mutant("the sink is left out", ATTENTION, "total = tl.full((M,), 1.0, tl.float32)", "total = tl.full((M,), 0.0, tl.float32)", "triton/test_paged_attention", "prefill"),
+    Mutant("the limit bounds the gate below too", EXPERTS, "gate = tl.minimum(gate.to(x.dtype.element_ty).to(tl.float32), limit)", "gate = tl.maximum(tl.minimum(gate.to(x.dtype.element_ty).to(tl.float32), limit), -limit)", "triton/test_experts", "plain"),
+    Mutant("the tensor's scale is dropped", PACKED, "one *= tl.load(top) * FP4_UNIT", "one *= FP4_UNIT", "triton/test_experts", "packed_product and nvfp4"),
+    # Between programs
+    Mutant("the last but one goes on", ARRIVAL, "== programs - 1", "== tl.maximum(programs - 2, 0)", "triton/test_streams", "order"),
+    Mutant("counters are not put back", ARRIVAL, "tl.store(counter, 0)", "pass", "triton/test_streams", "order"),
+    Mutant("no barrier before an arrival", ARRIVAL, "    tl.debug_barrier()", "    # tl.debug_barrier()", "triton/test_streams", "order"),
+    Mutant("an arrival orders nothing", ARRIVAL, 'sem="acq_rel"', 'sem="relaxed"', "triton/test_streams", "order"),
+    Mutant("sums are read through L1", STREAMS, 'other=0.0, cache_modifier=".cg")\n    return tl.rsqrt', "other=0.0)\n    return tl.rsqrt", "triton/test_streams", "order"),
+    Mutant("tiles share a counter", STREAMS, "is_last(counter + tl.program_id(0), chunks)", "is_last(counter, chunks)", "triton/test_streams", "order"),
+    Mutant("pieces are merged from the last one's on", ATTENTION, "cell = (t * places + piece) * H + h\n        m =", "cell = (t * places + (piece + tl.program_id(2)) % pieces) * H + h\n        m =", "triton/test_paged_attention", "order"),
+    Mutant("pieces past a row's last are waited for", ATTENTION, "is_last(counter + place, pieces)", "is_last(counter + place, places)", "triton/test_paged_attention", "order"),
+    Mutant("head blocks share a counter", ATTENTION, "tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)\n                if", "tl.program_id(0)\n                if", "triton/test_paged_attention", "decode and 64-fp8-4-512"),
+    Mutant("the last program chooses among its own", INDEX, "j < parts * K", "j < K", "triton/test_paged_index", "many_blocks"),
+    # Graphs
+    Mutant("attention is captured with its metadata", FUSED, "out = model.attend(x, i)", "out = attend(x, i)", "triton/test_vllm", compiled=True),
+    # Addresses
+    Mutant("int32 page addresses", COMPRESS, "number = tl.load(page_table + begin // PAGE).to(tl.int64)", "number = tl.load(page_table + begin // PAGE)", "triton/test_compress", "gigabytes"),
+    Mutant("int32 addresses of experts", EXPERTS, "e = tl.load(expert_of + block).to(tl.int64)", "e = tl.load(expert_of + block)", "triton/test_experts", "gigabytes"),
+    Mutant("int32 window addresses", STEP, "mask=real, other=-1).to(tl.int64)", "mask=real, other=-1)", "triton/test_step"),
+    Mutant("int32 block addresses", ATTENTION, "mask=ok, other=-1).to(tl.int64)\n    ok", "mask=ok, other=-1)\n    ok", "triton/test_paged_attention", "gigabytes"),
+    Mutant("int32 key addresses", INDEX, "number.to(tl.int64) * block_stride", "number * block_stride", "triton/test_paged_index", "gigabytes"),
+    # The network on CPUs
+    Mutant("decoding misses the entry that it closes", CPU_STEP, "visible = (position + 1) // ratio", "visible = position // ratio", "core/test_exact", "ragged"),
+    Mutant("a page goes on with its own carry", CPU_STEP, "position[paging] // size - 1)", "position[paging] // size)", "core/test_exact", "chunks and 1"),
+    Mutant("the window of a span is a row short", CPU_STEP, "max(0, p0 - self.window + 1), total", "max(0, p0 - self.window + 2), total", "core/test_exact", "chunks and 64"),
+    Mutant("the sink is left out on CPUs", CPU_ATTENTION, "[..., -1] = sink", "[..., -1] = -1e30", "core/test_ops"),
+    Mutant("rejected drafts stay", SPECULATE, "batch.lengths[running] -= self.n - kept", "pass", "core/test_mtp", "wrong"),
+    Mutant("a file's end is not checked", FILES, "if size != 8 + length + end:", "if size < 8 + length:", "core/test_bad_input"),
+    # Chat
+    Mutant("text may forge a turn", ENCODER, "state.update(added_tokens=[], ", "state.update(", "chat/test_security"),
+    Mutant("system texts run together", RENDER, '"\\n\\n".join(turn.content for turn in system', '"".join(turn.content for turn in system', "chat/test_encoder"),
+    Mutant("text arguments are written as JSON", RENDER, "self.text(value if is_text else to_json(value))", "self.text(to_json(value))", "chat/test_encoder"),
+    # Adapters
+    Mutant("requests with one prefix share a ring in vLLM", VLLM_CACHE, "ring=metadata[self.ring.prefix]", "ring=metadata[self.page.prefix]", "vllm/test_engine"),
+    Mutant("another plugin goes unnoticed in vLLM", VLLM_REGISTRATION, "if found[what] != wanted:", "if not found[what]:", "vllm/test_registration"),
+    Mutant("a hook that is not there goes unnoticed in SGLang", SGLANG_REGISTRATION, "if target not in HookRegistry._patched]", "if not target]", "sglang/test_registration", engine="sglang"),
+]  # fmt: skip
