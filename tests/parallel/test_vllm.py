@@ -23,6 +23,7 @@ FLAGS = (
     "--kv-cache-memory-bytes 200000000 --enforce-eager --enable-prompt-tokens-details"
 )
 
+pytestmark = pytest.mark.thorough
 TP_EP = "--tensor-parallel-size 2 --enable-expert-parallel"
 
 
@@ -81,21 +82,16 @@ def whole(tiny: Path) -> LocalModel:
     return load(tiny, "float32")
 
 
-LAYOUTS = [
+LAYOUTS = (
     TP_EP,
-    *(
-        pytest.param(options, marks=pytest.mark.thorough)
-        for options in (
-            "--pipeline-parallel-size 2",
-            "--data-parallel-size 2 --enable-expert-parallel --api-server-count 1",
-            "--tensor-parallel-size 2",
-            "--tensor-parallel-size 4",
-            "--data-parallel-size 2",
-            "--pipeline-parallel-size 2 --tensor-parallel-size 2",
-            "--data-parallel-size 2 --tensor-parallel-size 2 --enable-expert-parallel",
-        )
-    ),
-]
+    "--pipeline-parallel-size 2",
+    "--data-parallel-size 2 --enable-expert-parallel --api-server-count 1",
+    "--tensor-parallel-size 2",
+    "--tensor-parallel-size 4",
+    "--data-parallel-size 2",
+    "--pipeline-parallel-size 2 --tensor-parallel-size 2",
+    "--data-parallel-size 2 --tensor-parallel-size 2 --enable-expert-parallel",
+)
 
 
 @pytest.mark.parametrize("options", LAYOUTS)
@@ -113,7 +109,6 @@ def test_sixteen_requests_with_prefix_hits(tiny, whole, tmp_path, options):
     assert sum(cached for _, _, cached in warm) > 1000
 
 
-@pytest.mark.thorough
 def test_a_killed_rank_ends_the_server(tiny, whole, tmp_path):
     """With a clear message and nothing left behind; a restart serves again."""
     prompt = ids(300, 1)

@@ -31,10 +31,9 @@ def local_errors(directory: Path, kv_dtype: str, outputs: list[Output]) -> list[
     return errors
 
 
-thorough = pytest.mark.thorough
+pytestmark = pytest.mark.thorough
 
 
-@thorough
 @pytest.mark.parametrize(("option", "kv_dtype"), [("fp8_e4m3", "fp8"), ("auto", "bfloat16")])
 def test_bfloat16(serve, tiny: Path, option: str, kv_dtype: str):
     """The model's rows in each format, cold, cached and in company, as in the core's engine."""
@@ -46,10 +45,7 @@ def test_bfloat16(serve, tiny: Path, option: str, kv_dtype: str):
     assert sum(output.cached for output in warm) > 0
 
 
-@pytest.mark.parametrize(
-    "fmt",
-    ["fp8-fp4", *(pytest.param(f, marks=thorough) for f in ("nvfp4", "base", "0731"))],
-)
+@pytest.mark.parametrize("fmt", ["fp8-fp4", "nvfp4", "base", "0731"])
 def test_packed_weights_and_fp4_indexer_keys(tmp_path_factory, fmt: str):
     """Quantised weights, and an option that SGLang itself refuses on a CPU."""
     folder = tmp_path_factory.mktemp("packed")
@@ -66,7 +62,6 @@ def test_packed_weights_and_fp4_indexer_keys(tmp_path_factory, fmt: str):
     assert (torch.tensor(output.logprobs) - picked).abs().mean() / logits.std() < BF16
 
 
-@thorough
 @pytest.mark.parametrize("experts", [(), ("--ep-size=2",)])
 def test_two_ranks_without_radix_cache(serve, judge: Reference, experts: tuple[str, ...]):
     options = (*FLOAT32, *SIZES[:2], "--tp-size=2", "--disable-radix-cache", *experts)

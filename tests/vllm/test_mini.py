@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 from dsv4_plugin.engine import load
 from training.data import Renderer
 from training.skills import SKILLS, held_out
@@ -9,6 +11,7 @@ from training.skills import SKILLS, held_out
 NEW = 64
 
 
+@pytest.mark.thorough
 def test_greedy_answers(mini):
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["HF_HUB_OFFLINE"] = "1"
