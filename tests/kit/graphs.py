@@ -22,7 +22,9 @@ READS = ("aten._local_scalar_dense", "aten.item", "aten.nonzero", "aten.equal", 
 
 
 def _addresses(value: Any) -> set[int]:
-    return {t.untyped_storage().data_ptr() for t in tree_leaves(value) if isinstance(t, Tensor)}
+    """Of memory; weights that oneDNN has packed, as on CPUs with AMX, have none to show."""
+    tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor) and not t.is_mkldnn]
+    return {t.untyped_storage().data_ptr() for t in tensors}
 
 
 class _Recorder(TorchDispatchMode):
