@@ -36,12 +36,6 @@ KERNELS = Choice(
     "auto",
     "What computes the network's own operations. auto: Triton's kernels on GPUs, torch elsewhere.",
 )
-GRAPHS = Choice(
-    "DSV4_GRAPHS",
-    ("none", "decode"),
-    "none",
-    "Whether vLLM may capture decode steps in CUDA graphs. No GPU has captured one so far.",
-)
 EFFORT = Choice(
     "DSV4_DEFAULT_EFFORT",
     ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"),

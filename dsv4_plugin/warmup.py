@@ -2,14 +2,18 @@
 
 Kernels differ by what their launches are made for: few or many rows, decoding or prompts, and how
 long requests may be. A warm-up runs one step of padding for each: all launches, no row's work.
+First only to see which kernels are needed, which then compile side by side; then to load them.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +30,9 @@ from dsv4_plugin.model.block import Block
 from dsv4_plugin.model.transformer import Transformer
 
 log = logging.getLogger("dsv4")
+
+OFTEN = 5.0
+"""Seconds between two lines about progress."""
 
 
 def shapes(rows: int, requests: int, longest: int) -> list[tuple[int, int, int]]:
@@ -47,19 +54,26 @@ def warm_up(
     rows: int,
     requests: int,
     longest: int,
+    share: tuple[int, int] = (0, 1),
 ) -> Counter[str]:
     """Compile for at most `rows` rows, `requests` requests and `longest` tokens of a request.
 
-    caches, tables: those of serving, because strides and alignments are compiled in; nothing in
-    them is read or written. Returns how many variants of each kernel were compiled, and logs it;
+    caches, tables: laid out as those of serving, because strides and alignments are compiled in;
+    nothing in them is read or written. share: this process among those of the machine that compile
+    the same, and their number. Returns how many variants of each kernel were compiled, and logs it;
     does nothing where kernels are torch's.
     """
     if not use_triton(tables.window.device):
         return Counter()
     start = time.perf_counter()
-    with compiled() as found, torch.inference_mode():
+
+    def run() -> None:
         for shape in shapes(rows, requests, longest):
             _padding(model, steps, caches, tables, *shape)
+
+    with compiled() as found, torch.inference_mode():
+        _compile_together(run, share)
+        run()
     took = time.perf_counter() - start
     names = ", ".join(f"{name} {n}" for name, n in sorted(found.items()))
     log.info("Warm-up: %d kernels in %.1f s (%s).", found.total(), took, names or "all known")
@@ -116,3 +130,72 @@ def compiled() -> Iterator[Counter[str]]:
         yield found
     finally:
         triton.knobs.runtime.jit_post_compile_hook = before
+
+
+def _compile_together(run: Callable[[], None], share: tuple[int, int]) -> None:
+    """Compile what `run` would launch, in all threads of this process's share of the cores: most of
+    it is MLIR's, LLVM's and ptxas's work, which holds no lock of Python's. Nothing is launched, and
+    what torch computes in between is from memory that nobody wrote."""
+    import triton
+
+    if not hasattr(triton, "AsyncCompileMode"):  # before Triton 3.5
+        return
+    rank, ranks = share
+    work = _Queue()
+    with triton.AsyncCompileMode(work):
+        try:
+            with _not_launching():
+                run()
+        finally:
+            work.start(max(1, len(os.sched_getaffinity(0)) // ranks), rank / ranks)
+
+
+@contextmanager
+def _not_launching() -> Iterator[None]:
+    """Launches of kernels inside only compile them."""
+    from triton.runtime.jit import JITFunction
+
+    launch = JITFunction.run
+
+    def only_compile(self: JITFunction[Any], *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        return launch(self, *args, warmup=True, **kwargs)
+
+    JITFunction.run = only_compile
+    try:
+        yield
+    finally:
+        JITFunction.run = launch
+
+
+class _Queue(Executor):
+    """Keeps work until it is all known; then says how far it is."""
+
+    def __init__(self) -> None:
+        self.work: list[tuple[Future[Any], Callable[[], Any]]] = []
+        self.done, self.said = 0, time.perf_counter()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.work.append((future, functools.partial(fn, *args, **kwargs)))
+        return future
+
+    def start(self, threads: int, begin: float) -> None:
+        """Do it, from that part of the list on and then what is before it: processes that compile
+        the same begin at different places, and find what the others have put in Triton's cache."""
+        if not self.work:
+            return
+        log.info("Warm-up: %d kernels to compile in %d threads.", len(self.work), threads)
+        first = int(begin * len(self.work))
+        with ThreadPoolExecutor(threads) as pool:
+            for future, run in self.work[first:] + self.work[:first]:
+                pool.submit(self._do, future, run)
+
+    def _do(self, future: Future[Any], run: Callable[[], Any]) -> None:
+        try:
+            future.set_result(run())
+        except Exception as error:  # noqa: BLE001  (whoever waits for it gets it)
+            future.set_exception(error)
+        self.done += 1
+        if time.perf_counter() - self.said > OFTEN:
+            self.said = time.perf_counter()
+            log.info("Warm-up: %d of %d kernels compiled.", self.done, len(self.work))

@@ -1,16 +1,23 @@
-"""The attention backend: from SGLang's batch to the core's step, once per forward."""
+"""The attention backend: from SGLang's batch to the core's step, once per forward.
+
+On a GPU a decode step is captured in a CUDA graph. What differs from step to step then lies in
+buffers: block tables, which are filled before a replay, and SGLang's own lengths and request rows,
+which the graph reads. Rows beyond the batch have length 0 and are padding.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from torch import Tensor
 
 from dsv4_plugin.cache.device_step import DeviceStepBuilder
-from dsv4_plugin.cache.step import Step, StepBuilder
+from dsv4_plugin.cache.step import BlockTables, Step, StepBuilder
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import DeviceStep
+from dsv4_plugin.warmup import warm_up
 from sglang_ext.pool import KVPool
 
 if TYPE_CHECKING:
@@ -21,7 +28,10 @@ NAME = "dsv4_plugin"
 
 
 class Backend(AttentionBackend):
-    """Holds the step of the running forward; the attention itself is the core's."""
+    """Holds the step of the running forward; the attention itself is the core's.
+
+    Pools are asked for in every step: they are the runner's, which may replace them.
+    """
 
     forward_metadata: Step | DeviceStep
 
@@ -32,36 +42,132 @@ class Backend(AttentionBackend):
                 f"attention backend {NAME} serves dsv4-plugin's models only; "
                 "leave --attention-backend out"
             )
-        self.token_to_kv_pool = runner.token_to_kv_pool
-        self.req_to_token_pool = runner.req_to_token_pool
-        self.steps = StepBuilder(self.token_to_kv_pool.config, self.token_to_kv_pool.layout)
-        self.on_device = use_triton(torch.device(runner.device))
+        self.runner = runner
+        pool, device = self.token_to_kv_pool, torch.device(runner.device)
+        self.steps = StepBuilder(pool.config, pool.layout)
+        self.device_steps: DeviceStepBuilder | None = None
+        if use_triton(device):
+            args = runner.server_args
+            chunk = args.chunked_prefill_size or 0
+            rows = chunk if chunk > 0 else args.max_prefill_tokens
+            self.rows = max(rows, self.requests)
+            self.device_steps = DeviceStepBuilder(pool.config, pool.layout, self.rows, device)
+            self._warm_up(device)
+
+    @property
+    def token_to_kv_pool(self) -> KVPool:
+        pool: KVPool = self.runner.token_to_kv_pool
+        return pool
+
+    @property
+    def req_to_token_pool(self) -> Any:
+        return self.runner.req_to_token_pool
+
+    @property
+    def requests(self) -> int:
+        return int(self.req_to_token_pool.size)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a request, at most."""
+        return int(self.req_to_token_pool.req_to_token.shape[1])
+
+    def _warm_up(self, device: torch.device) -> None:
+        """Compile what serving needs, before a graph is captured."""
+        assert self.device_steps is not None
+        pool, parallel = self.token_to_kv_pool, self.runner.model.parallel
+        nothing = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        strides = pool.window.stride, pool.page.stride, pool.ring.stride
+        tables = BlockTables(nothing, nothing, nothing[0], *strides)
+        limits = self.rows, self.requests, self.longest
+        share = parallel.rank, parallel.size
+        warm_up(
+            self.runner.model.model, self.device_steps, pool.layers, tables, *limits, share=share
+        )
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Of a step that is not replayed."""
         batch = forward_batch
-        lengths = batch.seq_lens.long()
         extending = batch.forward_mode.is_extend()
+        lengths = batch.seq_lens.long()
         counts = batch.extend_seq_lens.long() if extending else torch.ones_like(lengths)
-        request = batch.req_pool_indices.long()
-        known = batch.seq_lens_cpu if batch.seq_lens_cpu is not None else lengths
-        longest = int(known.max())
-        firsts = torch.arange(0, longest, self.token_to_kv_pool.page_size, device=request.device)
-        slots = self.req_to_token_pool.req_to_token[request[:, None], firsts]
-        tables = self.token_to_kv_pool.tables(slots, request)
         start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        if self.on_device:
-            rows = len(batch.input_ids)
-            query = max(batch.extend_seq_lens_cpu) if extending else 1
-            builder = self._device_steps(rows, request.device)
-            step = builder.build(tables, start, lengths, rows, query, longest)
-            self.forward_metadata = step
-        else:
+        longest = self._longest(batch)
+        tables = self._tables(batch, longest)
+        if self.device_steps is None:
             self.forward_metadata = self.steps.build(tables, start, lengths)
+            return
+        rows = len(batch.input_ids)
+        query = max(batch.extend_seq_lens_cpu) if extending else 1
+        self.forward_metadata = self._room(rows).build(
+            tables, start.int(), lengths.int(), rows, query, longest
+        )
 
-    def _device_steps(self, rows: int, device: torch.device) -> DeviceStepBuilder:
-        """Fresh buffers: the overlap scheduler prepares a batch while another runs."""
+    def _room(self, rows: int) -> DeviceStepBuilder:
+        """The builder; a larger one from the first step on that is larger than SGLang said."""
+        assert self.device_steps is not None
+        if rows > self.rows:
+            self.rows = rows
+            pool = self.token_to_kv_pool
+            device = torch.device(self.runner.device)
+            self.device_steps = DeviceStepBuilder(pool.config, pool.layout, rows, device)
+        return self.device_steps
+
+    @staticmethod
+    def _longest(batch: ForwardBatch) -> int:
+        known = batch.seq_lens_cpu if batch.seq_lens_cpu is not None else batch.seq_lens
+        return int(known.max())
+
+    def _tables(self, batch: ForwardBatch, longest: int) -> BlockTables:
+        """Of every request, as far as the longest needs them; int32 on a GPU."""
+        pool, request = self.token_to_kv_pool, batch.req_pool_indices.long()
+        firsts = torch.arange(0, max(1, longest), pool.page_size, device=request.device)
+        slots = self.req_to_token_pool.req_to_token[request[:, None], firsts]
+        dtype = torch.int64 if self.device_steps is None else torch.int32
+        return pool.tables(slots, request, dtype)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Buffers that graphs of at most max_bs requests, one token each, read."""
+        assert self.device_steps is not None
+        assert max_num_tokens == max_bs
+        pool, device = self.token_to_kv_pool, torch.device(self.runner.device)
+        blocks = -(-self.longest // pool.page_size)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.graph_steps = DeviceStepBuilder(pool.config, pool.layout, max_bs, device)
+        self.graph_window, self.graph_page = zeros(max_bs, blocks), zeros(max_bs, blocks)
+        self.graph_ring = zeros(max_bs)
+        self.graph_rows = torch.arange(max_bs + 1, dtype=torch.int32, device=device)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Of requests beyond the batch."""
+        return 0
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
+        """Fill the block tables, before a capture or replay."""
+        found = self._tables(forward_batch, self._longest(forward_batch))
+        n, blocks = found.page.shape
+        self.graph_window[:n, :blocks] = found.window
+        self.graph_page[:n, :blocks] = found.page
+        self.graph_ring[:n] = found.ring
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Recorded: the step, of lengths and tables as they are when it is replayed. Made for the
+        longest request there may be; kernels go by the lengths on the device."""
+        lengths = forward_batch.seq_lens.int()
+        n = len(lengths)
+        real = (lengths > 0).sum(dtype=torch.int32)
         pool = self.token_to_kv_pool
-        return DeviceStepBuilder(pool.config, pool.layout, rows, device)
+        tables = BlockTables(
+            self.graph_window[:n], self.graph_page[:n], self.graph_ring[:n],
+            pool.window.stride, pool.page.stride, pool.ring.stride,
+        )  # fmt: skip
+        start = torch.minimum(self.graph_rows[: n + 1], real)
+        self.forward_metadata = self.graph_steps.build(tables, start, lengths, n, 1, self.longest)
 
     def support_triton(self) -> bool:
         return False

@@ -8,8 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
-from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+from sglang.srt.model_executor.cuda_graph_config import (
+    Backend,
+    CudaGraphConfig,
+    Phase,
+    with_phase,
+)
 from sglang.srt.server_args import ServerArgs
 from transformers.utils.hub import cached_file
 
@@ -17,6 +23,7 @@ from dsv4_plugin import env
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
 from dsv4_plugin.config import CSA, HCA, HF_QUANT, ModelConfig, with_exported
+from dsv4_plugin.kernels.dispatch import use_triton
 from sglang_ext.backend import NAME
 
 log = logging.getLogger("sglang.srt.dsv4")
@@ -96,21 +103,34 @@ def server_defaults(server_args: ServerArgs, hf_config: Any) -> dict[str, Any]:
 
 def fill_defaults(server_args: ServerArgs, previous: Callable[[ServerArgs], None]) -> None:
     """Resolution hook for defaults that SGLang takes from no provider: how many requests run (each
-    has a ring and window blocks), no CUDA graphs (block tables are made anew in every step), and
-    with the plugin's chat, that models think unless asked not to, as in the other engine."""
+    has a ring and window blocks), which CUDA graphs there are, and with the plugin's chat, that
+    models think unless asked not to, as in the other engine."""
     previous(server_args)
     config, args = model_config_of(server_args).hf_config, resolving_view(server_args)
     if env.CHAT.read() == "plugin" and config.model_type == "deepseek_v4":
         chat = {"thinking": True} | (args.default_chat_template_kwargs or {})
         declare_resolution(server_args, "dsv4-plugin", default_chat_template_kwargs=chat)
     if config.architectures == [SERVED_ARCHITECTURE]:
-        graphs = args.cuda_graph_config
-        for phase in Phase.ALL:
-            graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
+        graphs = _graphs(args.cuda_graph_config, args.device)
         requests = args.max_running_requests or MAX_RUNNING_REQUESTS
         declare_resolution(
             server_args, "dsv4-plugin", max_running_requests=requests, cuda_graph_config=graphs
         )
+
+
+def _graphs(config: CudaGraphConfig, device: str) -> CudaGraphConfig:
+    """Whole graphs of decode steps on a GPU, of the sizes that SGLang's options say, unless they
+    leave them out. Steps of prompts are not captured, and steps in plain torch cannot be."""
+    able = device == "cuda" and use_triton(torch.device(device))
+    wanted = [p for p in Phase.ALL if config[p].backend != Backend.DISABLED]
+    decode = Backend.FULL if able and Phase.DECODE in wanted else Backend.DISABLED
+    if wanted and device == "cuda":
+        log.info(
+            "CUDA graphs: %s; steps of prompts run without.",
+            "whole ones of decode steps" if able else "none, because kernels are torch's",
+        )
+    config = with_phase(config, Phase.DECODE, backend=decode)
+    return with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)
 
 
 def allow_fp4_indexer(server_args: ServerArgs, previous: Callable[[ServerArgs], None]) -> None:

@@ -104,15 +104,17 @@ class KVPool(BaseSWAKVPool):
             layers.append(LayerCache.bind(self.layout, ratio, self.window.layer(i), page, ring))
         return layers
 
-    def tables(self, slots: Tensor, request: Tensor) -> BlockTables:
+    def tables(
+        self, slots: Tensor, request: Tensor, dtype: torch.dtype = torch.int64
+    ) -> BlockTables:
         """Block tables of a step, from the slot of each block's first token int [B, blocks] and the
         requests' rows in ReqToTokenPool [B]. Numbers beyond a request's length mean nothing."""
         size = self.page_size
         slots = slots.long()
         return BlockTables(
-            window=self.full_to_swa_index_mapping[slots] // size,
-            page=slots // size,
-            ring=request.long(),
+            window=(self.full_to_swa_index_mapping[slots] // size).to(dtype),
+            page=(slots // size).to(dtype),
+            ring=request.to(dtype),
             window_stride=self.window.stride,
             page_stride=self.page.stride,
             ring_stride=self.ring.stride,

@@ -34,12 +34,12 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from dsv4_plugin import env
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import BlockLayout, CacheLayout
 from dsv4_plugin.cache.step import BlockTables
 from dsv4_plugin.config import SWA, ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
+from dsv4_plugin.model import fused
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -66,22 +66,19 @@ class MetadataBuilder(AttentionMetadataBuilder[GroupMetadata]):
 
     Where kernels are Triton's these are vLLM's own buffers, which stay where they are: a step built
     from them inside a captured graph is right whenever the graph is replayed. What the host knows
-    of lengths decides launches, so a graph is captured for the longest requests.
+    of lengths bounds launches, so a graph is captured for the longest requests; programs go by the
+    lengths on the device.
     """
 
     @classmethod
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
     ) -> AttentionCGSupport:
-        """Steps of one token a request, where DSV4_GRAPHS asks for it: a decode step of the device
-        asks the host for nothing, but no GPU has captured one so far. Drafts take the ordinary
-        path, stages hand streams over, and experts of data-parallel ranks gather as many rows as
-        the host says."""
-        parallel = vllm_config.parallel_config
-        alone = parallel.pipeline_parallel_size == parallel.data_parallel_size == 1
+        """Steps of one token a request, where the device runs them: they ask the host for nothing.
+        Stages take and leave their streams in vLLM's buffers, and data-parallel ranks have as many
+        rows as the graph. Steps with drafts take the ordinary path."""
         on_device = use_triton(torch.device(vllm_config.device_config.device))
-        drafting = vllm_config.speculative_config is not None
-        if env.GRAPHS.read() == "none" or not on_device or drafting or not alone:
+        if not on_device or vllm_config.speculative_config is not None:
             return AttentionCGSupport.NEVER
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
@@ -142,7 +139,9 @@ class CacheBlocks(nn.Module, AttentionLayerBase):
     stage.)
 
     vLLM finds it by `prefix` in the compilation config's static forward context; the prefix has
-    to hold exactly one number.
+    to hold exactly one number. It may bind memory more than once and take it back in between: 0.33
+    captures its graphs on a small set first, to measure what they take. `changed` is called with
+    this entry whenever that happens.
     """
 
     def __init__(
@@ -155,8 +154,9 @@ class CacheBlocks(nn.Module, AttentionLayerBase):
         self.words = words
         self.spec = spec
         self.storage: Tensor | None = None
-        self.bound: Callable[[], None] = _nothing
+        self.changed: Callable[[CacheBlocks], None] = _nothing
         self.stride = self.blocks = 0
+        self._given: Tensor | None = None
         context = get_current_vllm_config().compilation_config.static_forward_context
         if self.prefix in context:
             raise ValueError(f"cache entry {self.prefix} exists already: two models in one process")
@@ -180,7 +180,20 @@ class CacheBlocks(nn.Module, AttentionLayerBase):
         )
         start = offset * size // 4
         self.storage = words[start : start + (n - 1) * self.stride + self.words]
-        self.bound()
+        self._given = kv_cache
+        self.changed(self)
+
+    @property
+    def kv_cache(self) -> Tensor:
+        """What vLLM bound, under the name by which it looks for it."""
+        return torch.empty(0) if self._given is None else self._given
+
+    @kv_cache.setter
+    def kv_cache(self, empty: Tensor) -> None:
+        """vLLM takes its memory back by putting an empty tensor in its place."""
+        assert empty.numel() == 0
+        self.storage = self._given = None
+        self.changed(self)
 
     def layer(self, i: int) -> Tensor:
         """Storage from layer i's part of the first block on."""
@@ -188,8 +201,8 @@ class CacheBlocks(nn.Module, AttentionLayerBase):
         return self.storage[self.offsets[i] :]
 
 
-def _nothing() -> None:
-    """What an entry does when it is bound, outside PagedCaches."""
+def _nothing(entry: CacheBlocks) -> None:
+    """What an entry does when its memory changes, outside PagedCaches."""
 
 
 def cache_spec(kind: str, words: int, block_size: int, window: int = 0) -> KVCacheSpec:
@@ -228,19 +241,26 @@ class PagedCaches:
             self.page = entry("page", pages, block_size=layout.page_size)
             self.ring = entry("ring", rings, block_size=layout.page_size)
         self._layers: list[LayerCache] | None = None
-        self.allocated: Callable[[], None] = _nothing
+        self.allocated: Callable[[], None] = lambda: None
         self._entries = [blocks for blocks in (self.window, self.page, self.ring) if blocks]
+        self._anew: set[str] = set()
         for blocks in self._entries:
-            blocks.bound = self._bound
+            blocks.changed = self._changed
 
-    def _bound(self) -> None:
-        """vLLM has allocated an entry; report when it was the last one."""
-        if all(blocks.storage is not None for blocks in self._entries):
-            self._report()
+    def _changed(self, entry: CacheBlocks) -> None:
+        """No view of memory that is no longer an entry's may be used; a set is whole once each of
+        its entries has been bound anew."""
+        self._layers = None
+        fused.forget()
+        self._anew.discard(entry.kind)
+        if entry.storage is not None:
+            self._anew.add(entry.kind)
+        if len(self._anew) == len(self._entries):
+            self._anew.clear()
             self.allocated()
 
     def layers(self) -> list[LayerCache]:
-        """One LayerCache per layer; made on first use after allocation."""
+        """One LayerCache per layer; made on first use after a set of caches is bound."""
         if self._layers is None:
             order = [i for i, r in enumerate(self.ratios) if r != SWA]
             place = {layer: i for i, layer in enumerate(order)}
@@ -256,7 +276,7 @@ class PagedCaches:
             ]
         return self._layers
 
-    def _report(self) -> None:
+    def report(self) -> None:
         """One log line: what a token and a running request cost, and what fits."""
         block = 4 * self.window.stride
         growing = block / self.layout.page_size if self.page else 0
@@ -273,11 +293,20 @@ class PagedCaches:
             max(0, self.window.blocks - 1 - fixed // block) * self.layout.page_size,
         )
 
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Words from a window block, page and ring to the next: those that caches have, or that
+        they will have, since all entries share a physical block of the largest's size."""
+        block = max(e.words for e in self._entries)
+        window, page, ring = (
+            0 if e is None else e.stride or block for e in (self.window, self.page, self.ring)
+        )
+        return window, page, ring
+
     def nothing(self, device: torch.device) -> BlockTables:
         """Tables of a request without rows, with the strides of all others."""
         one = torch.zeros(1, 1, dtype=torch.int32, device=device)
-        strides = (e.stride if e is not None else 0 for e in (self.window, self.page, self.ring))
-        return BlockTables(one, one, one[0], *strides)
+        return BlockTables(one, one, one[0], *self.strides)
 
     def tables(self, metadata: dict[str, GroupMetadata]) -> BlockTables:
         """The step's block tables, from vLLM's metadata by cache entry."""

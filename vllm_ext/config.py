@@ -81,8 +81,7 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
             parallel.worker_cls = CPU_PIPELINE_WORKER
         cache_layout(config, vllm_config)
         mtp = vllm_config.speculative_config is not None
-        if mtp or env.KERNELS.read() == "torch":
-            _leave_out_graphs(vllm_config)
+        _settle_graphs(vllm_config)
         if mtp:
             config.with_mtp_layer()
         directory = vllm_config.model_config.model
@@ -95,13 +94,19 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
         log.info("DeepSeek-V4 is served by dsv4-plugin: %s.", choose().reason)
 
 
-def _leave_out_graphs(vllm_config: VllmConfig) -> None:
-    """The ordinary path of a step asks the device for values, which no graph can."""
+def _settle_graphs(vllm_config: VllmConfig) -> None:
+    """vLLM's options decide what is captured, but for the ordinary path of a step, which asks the
+    device for values: no graph can."""
     compilation = vllm_config.compilation_config
-    if compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE):
+    mode = compilation.cudagraph_mode
+    drafts = vllm_config.speculative_config is not None
+    if not drafts and env.KERNELS.read() != "torch":
+        return
+    if mode not in (None, CUDAGraphMode.NONE):
         log.warning(
-            "cudagraph_mode is %s; with drafts or torch's kernels it is NONE.",
-            compilation.cudagraph_mode.name,
+            "CUDA graphs: none (cudagraph_mode was %s), because steps %s are not captured.",
+            mode.name,
+            "with drafts" if drafts else "in torch's kernels",
         )
     compilation.cudagraph_mode = CUDAGraphMode.NONE
 

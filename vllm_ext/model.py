@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.sequence import IntermediateTensors
 
@@ -41,6 +41,9 @@ STREAMS = "streams"
 
 class DeepseekV4ForCausalLM(nn.Module):
     supports_pp: ClassVar[Literal[True]] = True
+    requires_raw_input_tokens: ClassVar[Literal[True]] = True
+    """Of later stages too: vLLM's V2 runner gives them no ids otherwise, and their number is the
+    step's."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -73,8 +76,10 @@ class DeepseekV4ForCausalLM(nn.Module):
         self.begin = eager_break_during_capture(self._begin)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.caches.allocated = self._allocated
+        self.cache_config = vllm_config.cache_config
         self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._streams: Tensor | None = None
+        self._compiled_for: tuple[int, int, int] | None = None
         if self.model.first:  # where vLLM looks for what a drafter shares with its target
             self.model.embed_tokens = self.model.embed
         if self.model.last:
@@ -92,11 +97,26 @@ class DeepseekV4ForCausalLM(nn.Module):
         return {name for name, _ in self.named_parameters()}
 
     def _allocated(self) -> None:
-        """vLLM has allocated the caches: report, and compile, so that nothing is while serving."""
-        self._report()
-        if self.device_steps is not None:
-            tables = self.caches.nothing(self.device)
-            warm_up(self.model, self.device_steps, self.caches.layers(), tables, *self.limits)
+        """vLLM has bound a set of caches: the one that serves has as many blocks as its
+        configuration then says."""
+        self._compile()
+        if self.caches.window.blocks == self.cache_config.num_gpu_blocks:
+            self.caches.report()
+            self._report()
+
+    def _compile(self) -> None:
+        """Compile what serving needs, once: before vLLM measures memory or captures a graph, or
+        when it binds caches, whichever comes first. Strides are compiled in, addresses are not."""
+        if self.device_steps is None or self._compiled_for == self.caches.strides:
+            return
+        self._compiled_for = self.caches.strides
+        caches, _, _ = nothing(self.model, self.layout, self.device)
+        tables = self.caches.nothing(self.device)
+        with override_forward_context(None):
+            warm_up(
+                self.model, self.device_steps, caches, tables, *self.limits,
+                share=(torch.distributed.get_rank(), torch.distributed.get_world_size()),
+            )  # fmt: skip
 
     def _report(self) -> None:
         """One line per rank."""
@@ -148,6 +168,7 @@ class DeepseekV4ForCausalLM(nn.Module):
     def _forward_on_device(
         self, input_ids: Tensor, intermediate_tensors: IntermediateTensors | None
     ) -> Tensor | IntermediateTensors:
+        self._compile()
         self.begin(len(input_ids))
         if self.model.first and self.model.last:
             return fused.forward(self.model, input_ids)
@@ -170,7 +191,8 @@ class DeepseekV4ForCausalLM(nn.Module):
         assert self.device_steps is not None
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # before caches exist, or to keep data-parallel ranks in step: padding
-            caches, tables, ends = nothing(self.model, self.layout, self.device)
+            caches, _, ends = nothing(self.model, self.layout, self.device)
+            tables = self.caches.nothing(self.device)
             given = tables, ends, ends[:1], n_tokens, n_tokens, n_tokens
         else:
             caches, tables = self.caches.layers(), self.caches.tables(metadata)

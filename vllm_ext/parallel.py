@@ -14,7 +14,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.distributed.utils import get_pp_indices
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     ReplicatedLinear,
@@ -127,16 +127,23 @@ def _packed(layer: nn.Module) -> nn.Module:
 class GatheredExperts(nn.Module):
     """Experts spread over data-parallel ranks: all ranks' tokens come together, every rank computes
     its experts' share, the shares are summed. vLLM keeps the ranks in step, by dummy batches where
-    one has nothing to do."""
+    one has nothing to do.
+
+    In a captured graph, whole or between breaks, all ranks have the same number of rows: vLLM pads
+    them to one graph's, or captures none. Outside of vLLM's steps (a warm-up) they do too.
+    """
 
     def __init__(self, experts: OwnExperts) -> None:
         super().__init__()
         self.experts = experts
 
     def forward(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
-        group, metadata = get_dp_group(), get_forward_context().dp_metadata
-        assert metadata is not None
-        n, most = len(x), int(metadata.num_tokens_across_dp_cpu.max())
+        group, n = get_dp_group(), len(x)
+        most = n
+        if is_forward_context_available():
+            metadata = get_forward_context().dp_metadata
+            assert metadata is not None
+            most = int(metadata.num_tokens_across_dp_cpu.max())
         padding = (0, 0, 0, most - n)
         everyone = [
             group.all_gather(nn.functional.pad(part, padding, value=fill), 0)

@@ -44,6 +44,10 @@ class DeviceStepBuilder:
         )
         size = len(self.grains) * rows * config.qk_rope_head_dim
         self.cis = torch.zeros(size, dtype=torch.float32, device=device)
+        if dispatch.use_triton(self.cis.device):
+            from dsv4_plugin.kernels import arrival
+
+            arrival.prepare(self.cis.device)
 
     def build(
         self,

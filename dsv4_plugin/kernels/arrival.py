@@ -3,8 +3,9 @@
 Programs that share a counter store their parts and arrive. Whoever comes last reads all parts, in
 an order that does not depend on who came when, and leaves the counter at 0 for the next launch.
 
-Counters are made once per kernel and device: a captured graph finds them where they were. Launches
-of one kernel have to follow one another, as those of one stream do.
+Counters are made once per kernel and device, and outside of graphs, whose memory goes with them: a
+captured graph finds them where they were. Launches of one kernel have to follow one another, as
+those of one stream do.
 """
 
 from __future__ import annotations
@@ -28,9 +29,17 @@ def counters(kernel: str, device: torch.device, needed: int) -> Tensor:
     return _made(kernel, device)
 
 
+def prepare(device: torch.device) -> None:
+    """Make what is missing, before anything is captured."""
+    for kernel in KERNELS:
+        _made(kernel, device)
+
+
 @cache
 def _made(kernel: str, device: torch.device) -> Tensor:
     assert kernel in KERNELS
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    assert not capturing, "a graph's memory goes with it"
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 

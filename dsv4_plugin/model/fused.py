@@ -53,7 +53,7 @@ class Running:
     caches: Sequence[LayerCache]
 
 
-_running: Running
+_running: Running | None = None
 
 
 def begin(model: Transformer, step: DeviceStep, caches: Sequence[LayerCache]) -> None:
@@ -63,10 +63,17 @@ def begin(model: Transformer, step: DeviceStep, caches: Sequence[LayerCache]) ->
     _running = Running(cast("list[Block]", list(model.layers.values())), step, caches)
 
 
+def forget() -> None:
+    """No step runs: its caches may go."""
+    global _running
+    _running = None
+
+
 @custom_op("attend(Tensor x, int block) -> Tensor", lambda x, block: torch.empty_like(x))
 def attend(x: Tensor, block: int) -> Tensor:
     """The attention of the running step's layer, counted from the stage's first: [T, D] -> same."""
     r = _running
+    assert r is not None
     return _attention(r.blocks[block].attn, x, r.step, r.caches[block])
 
 
@@ -90,6 +97,7 @@ def _blocks(
     out: Tensor | None = None
     by: Spread | None = None
     blocks = cast("list[Block]", list(model.layers.values()))
+    assert _running is not None
     padding = (_running.step.position < 0)[:, None] if use_triton(h.device) else None
     for i, block in enumerate(blocks):
         h, x, by = streams(out, h, by, _mixer(block.hc_attn, block.attn_norm))

@@ -109,8 +109,8 @@ MUTANTS = [
     Mutant("sums are read through L1", STREAMS, 'other=0.0, cache_modifier=".cg")\n    return tl.rsqrt', "other=0.0)\n    return tl.rsqrt", "triton/test_streams", "order"),
     Mutant("tiles share a counter", STREAMS, "is_last(counter + tl.program_id(0), chunks)", "is_last(counter, chunks)", "triton/test_streams", "order"),
     Mutant("pieces are merged from the last one's on", ATTENTION, "cell = (t * places + piece) * H + h\n        m =", "cell = (t * places + (piece + tl.program_id(2)) % pieces) * H + h\n        m =", "triton/test_paged_attention", "order"),
-    Mutant("pieces past a row's last are waited for", ATTENTION, "is_last(counter + place, pieces)", "is_last(counter + place, places)", "triton/test_paged_attention", "order"),
-    Mutant("head blocks share a counter", ATTENTION, "tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)\n                if", "tl.program_id(0)\n                if", "triton/test_paged_attention", "decode and 64-fp8-4-512"),
+    Mutant("pieces past a row's last are waited for", ATTENTION, "tl.minimum(pieces, step)):", "tl.minimum(places, step)):", "triton/test_paged_attention", "order"),
+    Mutant("head blocks share a counter", ATTENTION, "tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)\n            if", "tl.program_id(0)\n            if", "triton/test_paged_attention", "decode and 64-fp8-4-512"),
     Mutant("the last program chooses among its own", INDEX, "j < parts * K", "j < K", "triton/test_paged_index", "many_blocks"),
     # Graphs
     Mutant("attention is captured with its metadata", FUSED, "out = model.attend(x, i)", "out = attend(x, i)", "triton/test_vllm", compiled=True),

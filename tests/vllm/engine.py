@@ -4,7 +4,7 @@ generations are compared with transformers'."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from tests.conftest import random_ids
 from tests.tolerances import LOGPROB, TIE
+from vllm_ext.cache import CacheBlocks
 
 NEW = 64
 
@@ -46,6 +47,35 @@ def poison(model) -> None:
     """Fill the caches with NaN: whatever is read before it was written shows."""
     storage = model.caches.window.storage.untyped_storage()
     torch.empty(0).set_(storage)[:] = float("nan")
+
+
+def entries(llm: Any) -> list[Any]:
+    """The plugin's cache entries, as vLLM finds them."""
+    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    return [entry for entry in context.values() if isinstance(entry, CacheBlocks)]
+
+
+def rebind(llm: Any, blocks: int | None = None) -> Callable[[], bool]:
+    """Take all caches back and bind others, of `blocks` blocks or as many as before, as vLLM does
+    around its measurement of graphs. Both sets are full of NaN.
+
+    Returns whether the old set still is: in its place there would be anything by now.
+    """
+    llm.reset_prefix_cache()
+    views = [entry.kv_cache for entry in entries(llm)]
+    for entry in entries(llm):
+        entry.kv_cache = torch.tensor([])
+    old = views[0].untyped_storage()
+    new = torch.UntypedStorage(len(old))
+    words = [torch.empty(0, dtype=torch.int32).set_(storage) for storage in (old, new)]
+    for memory in words:
+        memory.fill_(-1)
+    for entry, view in zip(entries(llm), views, strict=True):
+        assert view.untyped_storage().data_ptr() == old.data_ptr()
+        shape = (blocks or len(view), *view.shape[1:])
+        again = torch.empty(0, dtype=view.dtype)
+        entry.bind_kv_cache(again.set_(new, view.storage_offset(), shape, view.stride()))
+    return lambda: bool((words[0] == -1).all())
 
 
 def sixteen_prompts() -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.vllm.engine import check, counters, engine, generate, sixteen_prompts
+from tests.vllm.engine import check, counters, engine, generate, rebind, sixteen_prompts
 
 POOL = 90
 """Blocks: about 10 of the 16 requests fit to their end, so some are preempted."""
@@ -41,6 +41,29 @@ def test_sixteen_at_once_in_a_small_pool(llm, small, reference, prompts):
     assert counters(llm)["num_preemptions"] > before["num_preemptions"]
     for prompt, output in zip(prompts, outputs, strict=True):
         check(reference, small, prompt, output)
+
+
+def test_caches_are_bound_again(llm, small, reference, prompts):
+    """No view of the set that was there before is used, however often that happens."""
+    for _ in range(2):
+        untouched = rebind(llm)
+        for prompt, output in zip(prompts[3:6], generate(llm, prompts[3:6]), strict=True):
+            check(reference, small, prompt, output)
+        assert untouched()
+
+
+def test_only_the_set_that_serves_is_reported(llm, monkeypatch):
+    """vLLM knows its number of blocks before it binds it, and none while it measures graphs."""
+    reported = []
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    monkeypatch.setattr(model, "_report", lambda: reported.append(model.caches.window.blocks))
+    config = llm.llm_engine.vllm_config.cache_config
+    monkeypatch.setattr(config, "num_gpu_blocks", None)
+    rebind(llm, 4)
+    assert reported == []
+    monkeypatch.setattr(config, "num_gpu_blocks", POOL)
+    rebind(llm, POOL)
+    assert reported == [POOL]
 
 
 def test_prefix_hits(llm, small, reference, prompts):

@@ -14,9 +14,8 @@ from vllm_ext.cache import MetadataBuilder
 from vllm_ext.config import PluginConfig
 
 
-def config(pipeline: int = 1, data: int = 1, drafts: object = None) -> SimpleNamespace:
+def config(drafts: object = None) -> SimpleNamespace:
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline, data_parallel_size=data),
         device_config=SimpleNamespace(device="cpu"),
         speculative_config=drafts,
         model_config=SimpleNamespace(max_model_len=4096),
@@ -24,28 +23,19 @@ def config(pipeline: int = 1, data: int = 1, drafts: object = None) -> SimpleNam
 
 
 @pytest.mark.parametrize(
-    ("graphs", "kernels", "given", "supported"),
+    ("kernels", "given", "supported"),
     [
-        ("decode", "triton", {}, True),
-        ("none", "triton", {}, False),
-        ("decode", "torch", {}, False),
-        ("decode", "triton", {"pipeline": 2}, False),
-        ("decode", "triton", {"data": 2}, False),
-        ("decode", "triton", {"drafts": object()}, False),
+        ("triton", {}, True),
+        ("torch", {}, False),
+        ("triton", {"drafts": object()}, False),
     ],
 )
-def test_only_decode_steps_and_only_when_asked(monkeypatch, graphs, kernels, given, supported):
-    monkeypatch.setenv("DSV4_GRAPHS", graphs)
+def test_decode_steps_of_the_device(monkeypatch, kernels, given, supported):
+    """Without a word from the user, in every layout of GPUs."""
     monkeypatch.setenv("DSV4_KERNELS", kernels)
     yes, no = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, AttentionCGSupport.NEVER
     found = MetadataBuilder.get_cudagraph_support(config(**given), None)
     assert found == (yes if supported else no)
-
-
-def test_unless_asked_there_are_none(monkeypatch):
-    monkeypatch.delenv("DSV4_GRAPHS", raising=False)
-    monkeypatch.setenv("DSV4_KERNELS", "triton")
-    assert MetadataBuilder.get_cudagraph_support(config(), None) == AttentionCGSupport.NEVER
 
 
 def test_a_captured_step_reads_vllm_s_buffers(monkeypatch):

@@ -8,7 +8,15 @@ import torch
 
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from tests.conftest import SMALL
-from tests.vllm.engine import NEW, check, counters, engine, generate, sixteen_prompts
+from tests.vllm.engine import (
+    NEW,
+    check,
+    counters,
+    engine,
+    generate,
+    rebind,
+    sixteen_prompts,
+)
 from tests.vllm.test_options import configure
 
 DRAFTS = 3
@@ -90,6 +98,19 @@ def test_prefix_hits(llm, small, reference, prompts):
     output = generate(llm, prompts[13:14])[0]
     assert counters(llm)["prefix_cache_hits"] > before["prefix_cache_hits"]
     check(reference, small, prompts[13], output)
+
+
+def test_caches_are_bound_again(llm, small, reference, prompts):
+    """The drafter's too: from its new memory come the drafts that came before."""
+    counts = []
+    for _ in range(2):
+        untouched = rebind(llm)
+        before = drafted(llm)
+        for prompt, output in zip(prompts[3:6], generate(llm, prompts[3:6]), strict=True):
+            check(reference, small, prompt, output)
+        assert untouched()
+        counts.append([a - b for a, b in zip(drafted(llm), before, strict=True)])
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("wrong", [False, True])

@@ -1,10 +1,14 @@
 """Triton: one program takes some heads of one query, or of a tile of queries.
 
 Keys come in pieces: the window, then every `piece` compressed rows. Each piece is a softmax of its
-own, and pieces are merged in order. With few queries every piece is a program, the last of which
-merges; with many, one program walks through all pieces. Both do the same arithmetic, blocks of
-keys begin at multiples of their size, and rows that a query does not see leave its sums as they
-are: so a query's result has the same bits whatever the batch, the chunk or the tile.
+own, and pieces are merged in order. With few queries the pieces are dealt out to programs, the last
+of which merges; with many, one program walks through all pieces. Both do the same arithmetic,
+blocks of keys begin at multiples of their size, and rows that a query does not see leave its sums
+as they are: so a query's result has the same bits whatever the batch, the chunk or the tile.
+
+A captured step is launched for the longest request there may be. Programs go by the lengths on the
+device: those that no piece is left for leave at once, and scratch of pieces that are not there is
+not touched.
 
 An e4m3 row is read as words. A word's bytes become four values by shifts, so the dims of a row
 fall into four parts (4w, 4w + 1, ...) which the query is cut into alike; a bfloat16 row falls into
@@ -32,7 +36,7 @@ LOG2E = 1.4426950408889634
 @dataclass(frozen=True)
 class Launch:
     """heads of a program, keys of a block, warps; queries of a tile where requests bring many
-    tokens; split: below this many programs every piece gets its own."""
+    tokens; split: below this many programs pieces are dealt out to twice as many at most."""
 
     heads: int
     keys: int
@@ -252,8 +256,10 @@ def _combine(
 
 
 @triton.jit(
-    do_not_specialize=["window_last", "window_tables", "entry_last", "entry_tables", "rows"]
-)
+    do_not_specialize=[
+        "window_last", "window_tables", "entry_last", "entry_tables", "rows", "places"
+    ]
+)  # fmt: skip
 def attend(
     q,
     sink,
@@ -281,6 +287,7 @@ def attend(
     counter,
     scale,
     rows,
+    places,
     q_stride,
     H,
     NOPE: tl.constexpr,
@@ -301,10 +308,17 @@ def attend(
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Program (tile, head block, piece). A row has no more pieces than its own keys fill."""
+    """Program (tile, head block, first of its pieces). A row has no more pieces than its own keys
+    fill, and room for `places` of them."""
     D: tl.constexpr = NOPE + ROPE
     M: tl.constexpr = TILE * HEADS
     first = tl.program_id(0) * TILE
+    if SPLIT:  # one row to a program
+        own = tl.maximum(tl.load(position + first) + 1, 0) // RATIO
+        if CHOOSING:
+            own = tl.minimum(own, choices)
+        if tl.program_id(2) > tl.cdiv(own, PIECE):
+            return
     lane = tl.arange(0, M)
     t = first + lane // HEADS
     h = tl.program_id(1) * HEADS + lane % HEADS
@@ -339,16 +353,17 @@ def attend(
         seen = (pos + 1) // RATIO if RATIO > 0 else pos * 0
         most = (last + 1) // RATIO if RATIO > 0 else 0
         if CHOOSING:
-            most = tl.where(last >= 0, choices, 0)
+            most = tl.minimum(most, choices)
         pieces = 1 + tl.cdiv(most, PIECE)
+        low_piece = 0
+        step = 1
         if SPLIT:
-            pieces = tl.minimum(pieces, tl.num_programs(2))
+            pieces = tl.minimum(pieces, places)
             low_piece = tl.program_id(2)
-            high_piece = tl.minimum(low_piece + 1, pieces)
-        else:
-            low_piece = 0
-            high_piece = pieces
-        for piece in range(low_piece, high_piece):
+            step = tl.num_programs(2)
+        from_row = first.to(tl.int64)
+        some = h < H
+        for piece in range(low_piece, pieces, step):
             top = tl.full((M,), float("-inf"), tl.float32)
             mass = tl.zeros((M,), tl.float32)
             a0 = tl.zeros((M, P), tl.float32)
@@ -388,19 +403,10 @@ def attend(
                     top, mass, a0, a1, a2, a3, ar,
                 )  # fmt: skip
             if SPLIT:
-                places = tl.num_programs(2)
-                from_row = first.to(tl.int64)
-                some = h < H
                 cell = (from_row * places + piece) * H + h
                 tl.store(part_top + cell, top, mask=some)
                 tl.store(part_sum + cell, mass, mask=some)
                 _store_parts(part_out + cell * D, some, a0, a1, a2, a3, ar, NOPE, P, FP8)
-                place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-                if is_last(counter + place, pieces):
-                    _combine(
-                        part_top, part_sum, part_out, sink, cis, out, from_row, h, some,
-                        pieces, places, H, NOPE, ROPE, WIDTH,
-                    )  # fmt: skip
             else:
                 total_top, keep, add = _weights(total_top, top)
                 total = _merge(total, mass, keep, add)
@@ -409,6 +415,13 @@ def attend(
                 t2 = _merge(t2, a2, keep[:, None], add[:, None])
                 t3 = _merge(t3, a3, keep[:, None], add[:, None])
                 tr = _merge(tr, ar, keep[:, None], add[:, None])
+        if SPLIT:
+            place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+            if is_last(counter + place, tl.minimum(pieces, step)):
+                _combine(
+                    part_top, part_sum, part_out, sink, cis, out, from_row, h, some,
+                    pieces, places, H, NOPE, ROPE, WIDTH,
+                )  # fmt: skip
     if not SPLIT:
         share = (1.0 / total)[:, None]
         tr = _unrotate(tr * share, cis + t * ROPE, inside)
@@ -453,13 +466,14 @@ def paged_attention(
     cells = n * pieces * heads if split else 0
     part = torch.empty(cells * (d + 2), dtype=torch.float32, device=q.device)
     part_out, part_top, part_sum = part.split([cells * d, cells, cells])
-    grid = (triton.cdiv(n, tile), head_blocks, pieces if split else 1)
+    dealt = min(pieces, triton.cdiv(launch.split, n * head_blocks)) if split else 1
+    grid = (triton.cdiv(n, tile), head_blocks, dealt)
     attend[grid](
         q, sink, queries.position, queries.request, queries.cis,
         *_arguments(window), *_arguments(entries_or_window),
         chosen if chosen is not None else queries.position, choices,
         out, part_top, part_sum, part_out, counters("attention", q.device, n * head_blocks * split),
-        d**-0.5 * LOG2E, n, q.stride(0),
+        d**-0.5 * LOG2E, n, pieces, q.stride(0),
         heads, NOPE=d - rope, ROPE=rope, P=max(MIN_DOT, triton.next_power_of_2((d - rope) // 4)),
         WIDTH=triton.next_power_of_2(d - rope), FP8=fp8, WORDS=window.pool.codec.words,
         ALIGN=min(_alignment(window), _alignment(entries_or_window)), SPAN=span,

@@ -3,6 +3,10 @@
 Keys are read as words, whose bytes fall into four parts of the dims (4w, 4w + 1, ...), as the
 query is stored. e4m3 codes become float16 of the same bits, exactly; products are float16 with
 float32 sums, on every architecture.
+
+A captured step is launched for the longest request there may be. Programs go by the lengths on the
+device: they share the blocks of entries that are there, and a row of few takes a short way through
+the choice.
 """
 
 from __future__ import annotations
@@ -24,18 +28,19 @@ BLOCKS = (1024, 4096, 16384)
 
 @dataclass(frozen=True)
 class Launch:
-    """entries of a block; blocks a program walks through where there are programs enough; warps;
-    rows that share a read of the keys where requests bring many tokens, and warps then."""
+    """entries of a block; warps; programs that share the blocks, at least, where there are so
+    many; rows that share a read of the keys where requests bring many tokens, warps then, and
+    blocks that a program gets then where there are programs enough."""
 
     entries: int
-    blocks: int
     warps: int
+    programs: int
     rows: int
     row_warps: int
+    blocks: int
 
 
-LAUNCH = {"any": Launch(entries=64, blocks=8, warps=4, rows=4, row_warps=8)}
-MANY_PROGRAMS = 432
+LAUNCH = {"any": Launch(entries=64, warps=4, programs=864, rows=4, row_warps=8, blocks=8)}
 BITS = {"bfloat16": 16, "fp8": 8, "fp4": 4}
 """Of a value, by the keys' format."""
 
@@ -160,15 +165,17 @@ def index_scores(
     RATIO: tl.constexpr,
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
-    BLOCKS: tl.constexpr,
 ):
-    """Program (row tile, range of BLOCKS * ENTRIES entries)."""
+    """Program (row tile, share of the blocks of ENTRIES entries that a row of the tile sees)."""
     first = tl.program_id(0) * ROWS
+    tile = first + tl.arange(0, ROWS)
+    last_pos = tl.max(tl.load(position + tile, mask=tile < rows, other=-1), 0)
+    blocks = tl.cdiv((last_pos + 1) // RATIO, ENTRIES)
     h = tl.arange(0, IP)
     p = tl.arange(0, P)
     some_q = (h < INDEX_HEADS)[:, None] & (p < C // 4)[None, :]
-    for block in range(BLOCKS):
-        begin = (tl.program_id(1) * BLOCKS + block) * ENTRIES
+    for block in range(tl.program_id(1), blocks, tl.num_programs(1)):
+        begin = block * ENTRIES
         entry = begin + tl.arange(0, ENTRIES)
         k0 = tl.zeros((ENTRIES, P), tl.float16)
         k1 = k0
@@ -184,10 +191,9 @@ def index_scores(
             if begin < seen:
                 if who != holds:
                     # All of the request's entries that a row of this tile may see.
-                    later = first + tl.arange(0, ROWS)
-                    near = later < rows
-                    mine = tl.load(request + later, mask=near, other=-1) == who
-                    far = tl.max(tl.where(mine, tl.load(position + later, mask=near, other=-1), -1))
+                    near = tile < rows
+                    mine = tl.load(request + tile, mask=near, other=-1) == who
+                    far = tl.max(tl.where(mine, tl.load(position + tile, mask=near, other=-1), -1))
                     ok = entry < (far + 1) // RATIO
                     place = entry // PAGE_ROWS
                     ok = ok & (place <= last)
@@ -339,15 +345,22 @@ def choose(
     K: tl.constexpr,
     RATIO: tl.constexpr,
     BLOCK: tl.constexpr,
+    SMALL: tl.constexpr,
     AGAIN: tl.constexpr,
     KP: tl.constexpr,
 ):
-    """Program (row, block): the K best of a block of scores. AGAIN: of what all blocks of a row
-    kept, not more than one block, the last program takes the K best."""
+    """Program (row, block): the K best of a block of scores, or of all SMALL ones at most. AGAIN:
+    of what all blocks of a row kept, not more than one block, the last program takes the K best."""
     t = tl.program_id(0).to(tl.int64)
     seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = score + t * score_stride
+    if BLOCK > SMALL:  # noqa: SIM102  (decided when it is compiled)
+        if seen <= SMALL:
+            if tl.program_id(1) == 0:
+                few = tl.arange(0, SMALL)
+                _best(row, row, few, few < seen, out + t * K, row, K, KP, False, False)
+            return
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if not AGAIN:
         _best(row, row, i, i < seen, out + t * K, row, K, KP, False, False)
     else:
@@ -408,14 +421,16 @@ def scores(
     launch = pick(LAUNCH)
     rows = launch.rows if tiles else 1
     tiles_of_rows, blocks = triton.cdiv(t, rows), triton.cdiv(n, launch.entries)
-    walk = launch.blocks if tiles_of_rows * blocks >= launch.blocks * MANY_PROGRAMS else 1
-    index_scores[(tiles_of_rows, triton.cdiv(blocks, walk))](
+    shares = triton.cdiv(launch.programs, tiles_of_rows)
+    if tiles:
+        shares = max(shares, triton.cdiv(blocks, launch.blocks))
+    index_scores[(tiles_of_rows, min(blocks, shares))](
         q, weight, position, request, keys.pool.storage, keys.table, keys.stride, keys.offset,
         keys.table.shape[1] - 1, keys.table.stride(0), out, t, width, heads,
         IP=max(16, triton.next_power_of_2(heads)), C=c,
         P=max(16, triton.next_power_of_2(c // 4)), FORMAT=BITS[kind],
         WORDS=keys.pool.codec.words, PAGE_ROWS=keys.rows, RATIO=ratio,
-        ROWS=rows, ENTRIES=launch.entries, BLOCKS=walk,
+        ROWS=rows, ENTRIES=launch.entries,
         num_warps=launch.row_warps if rows > 1 else launch.warps, num_stages=1,
     )  # fmt: skip
     return out
@@ -440,7 +455,8 @@ def topk(score: Tensor, position: Tensor, ratio: int, k: int) -> Tensor:
         choose[(t, parts)](
             score, position, out, part_entry, torch.empty_like(part_entry, dtype=torch.float32),
             counters("index", score.device, t * (parts > 1)), score.stride(0), n,
-            K=k, RATIO=ratio, BLOCK=block, AGAIN=parts > 1, KP=triton.next_power_of_2(k),
+            K=k, RATIO=ratio, BLOCK=block, SMALL=BLOCKS[0], AGAIN=parts > 1,
+            KP=triton.next_power_of_2(k),
             num_warps=16 if block > 4096 else 4,
         )  # fmt: skip
     return out
