@@ -35,3 +35,10 @@ def properties(function: Mapping[str, Any]) -> Mapping[str, Any]:
     parameters = function.get("parameters")
     found = parameters.get("properties") if isinstance(parameters, Mapping) else None
     return found if isinstance(found, Mapping) else {}
+
+
+def required(function: Mapping[str, Any]) -> list[str]:
+    """The names of the parameters that a function cannot do without."""
+    parameters = function.get("parameters")
+    found = parameters.get("required") if isinstance(parameters, Mapping) else None
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
