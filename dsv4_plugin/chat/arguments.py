@@ -13,6 +13,9 @@ from .tools import properties, required
 WRAPPERS = ("arguments", "input")
 """Parameter names under which models wrap all arguments: as one object, or the only one alone."""
 
+NAMELESS = WRAPPERS[0]
+"""What a parameter without a name is called: the format cannot hold an empty one in the history."""
+
 _WRAPPED = re.compile(rf'\{{\s*"(?:{"|".join(WRAPPERS)})"\s*:')
 
 

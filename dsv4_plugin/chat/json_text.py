@@ -38,12 +38,14 @@ def decode_start(text: str) -> tuple[Any, int]:
         raise ValueError(str(error)) from None
 
 
-def encode(value: Any) -> str:
+def encode(value: Any, where: str) -> str:
     """JSON as the authors write it into prompts: ", " and ": ", text unescaped.
 
-    Raises ValueError for values that JSON cannot hold.
+    Raises ValueError naming `where` for what JSON cannot hold, or UTF-8.
     """
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, RecursionError) as error:
-        raise ValueError(str(error)) from None
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    return text

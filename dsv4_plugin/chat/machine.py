@@ -13,7 +13,7 @@ from itertools import groupby
 from sys import maxsize
 from typing import Any
 
-from .arguments import Arguments
+from .arguments import NAMELESS, Arguments
 from .events import ArgumentsDelta, ContentDelta, ReasoningDelta, ToolCallEnd, ToolCallStart
 from .lexer import Tag
 from .prose import Prose, State
@@ -155,14 +155,10 @@ class Machine(Prose):
         opening = self._state is State.OPENING
         if self._trial is not None and (opening or self._arguments.empty):
             self._trial.room -= len(text)
-            if self._trial.room < 0:
-                self._outgrow(self._trial)
-
-    def _outgrow(self, trial: Trial) -> None:
-        if self._has_arguments():
-            trial.room = maxsize
-        else:
-            self._reject()
+            if self._trial.room < 0 and self._has_arguments():
+                self._trial.room = maxsize
+            elif self._trial.room < 0:
+                self._reject()
 
     # Between prose and calls.
 
@@ -284,7 +280,8 @@ class Machine(Prose):
             self._reject_before(tag)
 
     def _open_parameter(self, tag: Tag) -> None:
-        opened = self._arguments.open(tag.attribute("name") or "", tag.attribute("string"))
+        name = tag.attribute("name") or NAMELESS
+        opened = self._arguments.open(name, tag.attribute("string"))
         self._arguments_delta(opened)
         self._opened, self._last = tag.raw, ""
         self._enter(State.VALUE)

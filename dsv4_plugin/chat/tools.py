@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from . import json_text
+
+_UNFIT = re.compile(r"[\">\r\n\ud800-\udfff]")
 
 
 def functions(
@@ -28,6 +33,38 @@ def functions(
             raise ValueError(f"{where}.function.name: must be a non-empty string, not {name!r:.80}")
         found.append(function)
     return found
+
+
+def schema_lines(tools: Sequence[Mapping[str, Any]] | None, field: str = "tools") -> list[str]:
+    """What a prompt says of each tool; raises as `functions` does, and for what neither JSON nor
+    an attribute can hold."""
+    return [
+        _schema_line(function, f"{field}[{index}].function")
+        for index, function in enumerate(functions(tools, field))
+    ]
+
+
+def _schema_line(function: Mapping[str, Any], where: str) -> str:
+    check_name(function["name"], f"{where}.name")
+    for name in properties(function):
+        check_name(name, f"{where}.parameters.properties")
+    schema = {
+        "name": function["name"],
+        "description": function.get("description") or "",
+        "parameters": function.get("parameters") or {},
+    }
+    return json_text.encode(schema, where)
+
+
+def check_name(name: Any, where: str) -> None:
+    """Whether the name of a tool or argument fits between the quotes of an attribute."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{where}: must be a non-empty string, not {name!r:.80}")
+    if _UNFIT.search(name):
+        raise ValueError(
+            f"{where}: {name!a:.80} cannot be a name in DeepSeek-V4's format: "
+            "no quote, >, line break or lone surrogate may be in it"
+        )
 
 
 def properties(function: Mapping[str, Any]) -> Mapping[str, Any]:
