@@ -71,7 +71,7 @@ def _content(message: Mapping[str, Any], role: str, where: str) -> str:
     """The text of a message; a refusal is what the assistant said, too."""
     texts = [_text(message.get("content"), f"{where}.content")]
     if role == "assistant" and message.get("refusal") is not None:
-        texts.append(_string(message["refusal"], f"{where}.refusal"))
+        texts.append(read_string(message["refusal"], f"{where}.refusal"))
     return "\n\n".join(text for text in texts if text)
 
 
@@ -81,12 +81,12 @@ def _text(content: Any, where: str) -> str:
         return ""
     if isinstance(content, list | tuple):
         return "\n\n".join(_part_text(part, f"{where}[{n}]") for n, part in enumerate(content))
-    return _string(content, where)
+    return read_string(content, where)
 
 
 def _part_text(part: Any, where: str) -> str:
     if not isinstance(part, Mapping):
-        return _string(part, where)
+        return read_string(part, where)
     kind = part.get("type", "text")
     key = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
     if key is None:
@@ -94,10 +94,11 @@ def _part_text(part: Any, where: str) -> str:
             f"{where}.type: {kind!r:.80} is not one of {', '.join(_TEXT_PARTS)}; "
             "DeepSeek-V4 reads text only"
         )
-    return _string(part.get(key), f"{where}.{key}")
+    return read_string(part.get(key), f"{where}.{key}")
 
 
-def _string(text: Any, where: str) -> str:
+def read_string(text: Any, where: str) -> str:
+    """Text that UTF-8 can hold; raises ValueError naming `where` for anything else."""
     if not isinstance(text, str):
         raise ValueError(f"{where}: must be a string, not {type(text).__name__}")
     try:
@@ -129,7 +130,7 @@ def _call(call: Any, where: str) -> Call:
 def _function(function: Any, call_id: str | None, where: str) -> Call:
     if not isinstance(function, Mapping):
         raise ValueError(f"{where}: must be an object, not {function!r:.80}")
-    name = _string(function.get("name"), f"{where}.name")
+    name = read_string(function.get("name"), f"{where}.name")
     check_name(name, f"{where}.name")
     arguments = function.get("arguments")
     where = f"{where}.arguments"
@@ -145,7 +146,7 @@ def _function(function: Any, call_id: str | None, where: str) -> Call:
 
 
 def _id(value: Any, where: str) -> str | None:
-    return None if value is None else _string(value, where)
+    return None if value is None else read_string(value, where)
 
 
 def _arguments(text: str) -> Mapping[str, Any]:

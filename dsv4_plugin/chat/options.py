@@ -31,3 +31,13 @@ def read_thinking(value: Any, field: str) -> bool | None:
             f"not {value!r:.80}"
         )
     return value
+
+
+def thinks(kwargs: Mapping[str, Any], field: str = "chat_template_kwargs") -> bool | None:
+    """What `thinking` and `enable_thinking`, other templates' name for it, say together: one that
+    is false decides, since engines derive the other from the effort. None where both are silent."""
+    found = [
+        read_thinking(kwargs.get(name), f"{field}.{name}")
+        for name in ("thinking", "enable_thinking")
+    ]
+    return None if found == [None, None] else False not in found

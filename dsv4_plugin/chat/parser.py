@@ -70,22 +70,23 @@ class StreamParser(Machine):
             raise ValueError("feed_ids: StreamParser was made without a tokenizer")
         return self.feed(self._detokenizer.feed(ids))
 
-    def finish(self, reason: str = "stop") -> list[Event]:
+    def finish(self, reason: str = "stop", cut: bool | None = None) -> list[Event]:
         """End the output. `reason` is the engine's: "stop", "length" or another it knows.
 
-        Any reason but "stop" means that the output was cut: what may have been the start of
-        markup is then dropped, so that every field is a prefix of what it would have become.
+        Any reason but "stop" means that the output was cut, unless `cut` says otherwise (true for
+        a stop string of the client's): what may have been the start of markup is then dropped, so
+        that every field is a prefix of what it would have become.
         """
         before = self.feed(self._detokenizer.finish()) if self._detokenizer else []
         self._finished = True
         self._certain = []
         if self._trial is None:
             self._out = self._certain
-        cut = reason != "stop"
+        cut = reason != "stop" if cut is None else cut
         if not (cut and self._has_tools and _may_be_dsml(self._lexer.rest)):
             self._read("", last=True)
         complete = self._end_call(cut)
-        if not cut:
+        if not cut or reason == "stop":
             self._flush_newlines()
         if reason == "stop" and complete and self._index >= 0:
             reason = "tool_calls"

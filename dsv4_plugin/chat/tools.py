@@ -67,6 +67,16 @@ def check_name(name: Any, where: str) -> None:
         )
 
 
+def without_tools(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages for tool_choice none: system and developer messages carry no tools either."""
+    return [
+        {key: value for key, value in message.items() if key != "tools"}
+        if isinstance(message, Mapping)
+        else message
+        for message in messages
+    ]
+
+
 def properties(function: Mapping[str, Any]) -> Mapping[str, Any]:
     """The schemas of a function's parameters by name; empty where it declares none."""
     parameters = function.get("parameters")
