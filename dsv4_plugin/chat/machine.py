@@ -383,9 +383,8 @@ class Machine(Prose):
     def _end_trial(self, cut: bool) -> None:
         assert self._trial is not None
         if cut and is_blank(self._trial.pieces):
-            self._trial = None
-        else:
-            self._reject()
+            self._trial.pieces.clear()
+        self._reject()
 
     def _cut_call(self) -> None:
         if self._state is State.BODY and not self._is_meant():

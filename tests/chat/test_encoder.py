@@ -17,7 +17,7 @@ from dsv4_plugin.chat import Encoder, render
 from dsv4_plugin.chat.effort import EFFORTS
 from dsv4_plugin.chat.encoder import TextEncoder
 from dsv4_plugin.chat.messages import ROLES
-from dsv4_plugin.chat.options import read_thinking
+from dsv4_plugin.chat.options import read_thinking, thinks
 from dsv4_plugin.chat.tokens import (
     ABSOLUTE_EFFORT,
     BEYOND_EFFORT,
@@ -25,6 +25,7 @@ from dsv4_plugin.chat.tokens import (
     TOOLS_CONCLUSION,
     TOOLS_INTRODUCTION,
 )
+from dsv4_plugin.chat.tools import without_tools
 
 from .data import ENCODING, TOOLS, call, encoder, needs_encoding_data, tokenizer_file, tool
 
@@ -280,6 +281,25 @@ def test_tools_keep_all_reasoning() -> None:
         {"role": "system", "content": "", "tools": TOOLS}, USER, assistant("a", "r"), USER
     )
     assert in_system == prompt
+
+
+def test_no_message_offers_tools_under_tool_choice_none() -> None:
+    messages = [{"role": "system", "content": "s", "tools": TOOLS}, USER]
+    bare = [{"role": "system", "content": "s"}, USER]
+    assert text(*messages) != text(*bare) == text(*without_tools(messages))
+
+
+@pytest.mark.parametrize("value", [{}, {"thinking": None}, {"enable_thinking": None}])
+def test_nothing_said_about_thinking(value: dict[str, Any]) -> None:
+    assert thinks(value) is None
+
+
+@pytest.mark.parametrize("first", [True, False, None])
+@pytest.mark.parametrize("second", [True, False, None])
+def test_one_name_for_thinking_that_is_false_decides(first: Any, second: Any) -> None:
+    if (first, second) != (None, None):
+        asked = {"thinking": first, "enable_thinking": second}
+        assert thinks(asked) is (first is not False and second is not False)
 
 
 def test_developer_tools() -> None:

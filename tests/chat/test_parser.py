@@ -18,6 +18,7 @@ from dsv4_plugin.chat import (
     ToolCall,
     ToolCallEnd,
     ToolCallStart,
+    collect,
     parse,
 )
 from dsv4_plugin.chat.lexer import MAX_TAG
@@ -413,6 +414,26 @@ def test_a_value_that_eos_cuts(end: str) -> None:
     (call,) = laws.read([text + end], False).tool_calls
     assert call == ToolCall("c0", "f", '{"x": "v', False)
     laws.check_ids(text + end, False, laws.read([text + end], False))
+
+
+STOPPED = [
+    # (what came before the client's stop string, content, arguments, finish reason)
+    ("one\n", "one\n", [], "stop"),
+    (f'a\n\n<{DSML}tool_calls>\n<{DSML}invoke name="get_time">\n', "a\n\n", [], "stop"),
+    (f"{CALL[: CALL.index('</')]}", None, ['{"x": "v'], "stop"),
+    (f"{CALL[: CALL.rindex('</')]}", None, ['{"x": "v"'], "stop"),
+    (CALL, None, ['{"x": "v"}'], "tool_calls"),
+]
+
+
+@pytest.mark.parametrize(("text", "content", "arguments", "finish"), STOPPED)
+def test_a_stop_string_of_the_client_cuts(
+    text: str, content: str | None, arguments: list[str], finish: str
+) -> None:
+    parser = StreamParser(False, TOOLS)
+    message = collect([*parser.feed(text), *parser.finish("stop", cut=True)])
+    assert (message.content, message.finish_reason) == (content, finish)
+    assert [call.arguments for call in message.tool_calls] == arguments
 
 
 def test_a_call_amid_a_line_or_in_reasoning_waits_for_its_end() -> None:
