@@ -7,6 +7,7 @@ deepseek-v4`, `--tool-call-parser deepseekv4`) the output stays text.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
         Tool,
     )
 
+log = logging.getLogger("sglang.srt.dsv4")
+
 Message = dict[str, Any]
 
 
@@ -43,6 +46,10 @@ def build_adapter(context: ChatEncodingAdapterContext) -> ChatAdapter | None:
     """None with --skip-tokenizer-init: that server encodes no chat."""
     if context.tokenizer is None:
         return None
+    log.info(
+        "Chat: SGLang drops `enable_thinking` of a request itself before it gets here; send "
+        "`thinking`, or enable_thinking in chat_template_kwargs."
+    )
     FunctionCallParser.ToolCallParserEnum[ADAPTER_OUTPUT_PARSERS[CHAT_SPEC][1]] = CallGrammar
     return ChatAdapter(context)
 
@@ -135,8 +142,8 @@ class ChatAdapter:
             content["meta_info"]["finish_reason"] if finish_reason_type else None,
             keep_stop=request.no_stop_trim,
         )
-        if delta.calls:
-            has_tool_calls[index] = True
+        if delta.finish_reason is not None:
+            has_tool_calls[index] = delta.finish_reason == "tool_calls"
         return token_output_sse_chunks(
             chunk_id=content["meta_info"]["id"],
             created=created,

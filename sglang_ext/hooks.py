@@ -101,6 +101,23 @@ def chat_adapter(context: Any) -> Any:
     return build_adapter(context)
 
 
+def settle_request(original: Callable, self: Any, request: Any) -> str | None:
+    """AROUND OpenAIServingChat._validate_request, whose answer is what SGLang refuses with."""
+    from sglang_ext.chat import ChatAdapter
+    from sglang_ext.request import check_schemas, settle
+
+    if not isinstance(self._encoding_adapter, ChatAdapter):
+        return original(self, request)
+    try:
+        settle(request)
+        error = original(self, request)
+        if error is None:
+            check_schemas(request)
+    except ValueError as refusal:
+        return str(refusal)
+    return error
+
+
 def serves(model: Any) -> bool:
     from sglang_ext.config import SERVED_ARCHITECTURE
 

@@ -99,11 +99,13 @@ class OutputParser:
         if isinstance(matched, int) and not keep_stop and list(ids[-1:]) == [matched]:
             ids = ids[:-1]
         text = self.held + self.detokenizer.feed(ids) + self.detokenizer.finish()
-        if isinstance(matched, str) and matched in text:
-            cut = text.index(matched) + (len(matched) if keep_stop else 0)
-            text = text[:cut]
+        stopped = isinstance(matched, str) and matched in text
+        if stopped:
+            end = text.index(matched) + (len(matched) if keep_stop else 0)
+            text = text[:end]
         events = self.parser.feed(text)
-        return self._delta(events + self.parser.finish(reason["type"]))
+        cut = stopped or reason["type"] != "stop"
+        return self._delta(events + self.parser.finish(reason["type"], cut))
 
     def _delta(self, events: Iterable[Event]) -> Delta:
         delta = Delta()

@@ -43,6 +43,11 @@ HOOKS = (
         hooks.kv_cache_dtype,
         HookType.AROUND,
     ),
+    (
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._validate_request",
+        hooks.settle_request,
+        HookType.AROUND,
+    ),
 )
 """Target, hook, kind."""
 

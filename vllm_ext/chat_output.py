@@ -24,14 +24,15 @@ from dsv4_plugin.chat import (
     collect,
 )
 from dsv4_plugin.chat.tokens import END_THINK, EOS, THINK
-from vllm_ext.chat_request import Request, offered_tools, opens_in_reasoning
+from vllm_ext.chat_request import Request, offered_tools, opens_in_reasoning, stops_of
 
 
 class Output:
     """The text of one output, in pieces.
 
     Where reasoning is split off, the text of an output that starts inside reasoning comes with
-    `<think>` before it; else reasoning is content, with its markup.
+    `<think>` before it; else reasoning is content, with its markup. The text that stopped the
+    output is its end (`take_stops`): as much as could be a stop string waits.
     """
 
     def __init__(self, request: Request, splits_reasoning: bool) -> None:
@@ -42,15 +43,26 @@ class Output:
         self._parser = StreamParser(opened, offered_tools(request))
         self._splits_reasoning = splits_reasoning
         self._inside = opened
+        self._stops = stops_of(request)
+        self._hold = max(map(len, self._stops), default=0)
+        self._held = ""
         self._ended = False
 
     def feed(self, text: str) -> list[Event]:
         self._ended = text.endswith(EOS)
-        return self._events(self._parser.feed(text))
+        text = self._held + text
+        end = max(0, len(text) - self._hold)
+        self._held = text[end:]
+        return self._events(self._parser.feed(text[:end]))
 
     def finish(self) -> list[Event]:
-        """End the output: by the model itself if the eos token's text came last, else cut."""
-        return self._events(self._parser.finish("stop" if self._ended else "length"))
+        """End the output: by the model itself if the eos token's text came last, by the client if
+        a stop string did, else cut."""
+        text = self._held if self._ended else without_stop(self._held, self._stops)
+        stopped = self._ended or text != self._held
+        events = self._parser.feed(text)
+        events += self._parser.finish("stop" if stopped else "length", cut=not self._ended)
+        return self._events(events)
 
     def _events(self, events: list[Event]) -> list[Event]:
         return events if self._splits_reasoning else list(self._joined(events))
@@ -62,6 +74,11 @@ class Output:
                 self._inside = inside
                 yield ContentDelta(str(THINK if inside else END_THINK))
             yield ContentDelta(event.text) if isinstance(event, ReasoningDelta) else event
+
+
+def without_stop(text: str, stops: Iterable[str]) -> str:
+    """`text` without the client's stop string that ended it."""
+    return text.removesuffix(next(filter(text.endswith, stops), ""))
 
 
 def whole_message(text: str, request: Request, splits_reasoning: bool = True) -> Message:

@@ -9,6 +9,7 @@ from vllm.renderers.deepseek_v4 import DeepseekV4Renderer
 from vllm.renderers.params import ChatParams
 from vllm.utils.async_utils import make_async
 
+from dsv4_plugin.chat.tools import without_tools
 from vllm_ext.chat_compat import ChatTemplateResolutionError
 from vllm_ext.chat_encoder import ChatEncoder
 from vllm_ext.chat_request import plain_format, settle
@@ -35,9 +36,10 @@ class ChatRenderer(DeepseekV4Renderer):
             )
         settle(messages)
         kwargs = params.chat_template_kwargs
+        offers = params.tool_choice != "none"
         prompt = self._encoder.prompt(
-            messages,
-            None if params.tool_choice == "none" else kwargs.get("tools"),
+            messages if offers else without_tools(messages),
+            kwargs.get("tools") if offers else None,
             kwargs,
             plain_format(params.response_format),
         )

@@ -12,8 +12,14 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
 )
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.openai.responses.utils import construct_tool_dicts
+from vllm.logger import init_logger
 
 from dsv4_plugin.chat import render
+from dsv4_plugin.chat.messages import read_string
+from dsv4_plugin.chat.options import read_flag, thinks
+from dsv4_plugin.chat.tools import functions
+
+log = init_logger("vllm.dsv4_chat")
 
 Request = ChatCompletionRequest | ResponsesRequest
 
@@ -30,21 +36,19 @@ class ChatOptions:
 
     @classmethod
     def of(cls, kwargs: Mapping[str, Any] | None) -> ChatOptions:
-        """What the kwargs ask for.
-
-        `thinking` beats `enable_thinking`, which vLLM also derives from reasoning_effort.
-        """
+        """Raises ValueError naming the field for values that are not what it takes."""
         kwargs = kwargs or {}
         effort = kwargs.get("reasoning_effort")
-        thinking = kwargs.get("thinking")
-        if thinking is None:
-            thinking = kwargs.get("enable_thinking")
+
+        def flag(name: str, default: bool) -> bool:
+            return read_flag(kwargs.get(name), f"chat_template_kwargs.{name}", default)
+
         return cls(
-            thinking=effort != "none" and (thinking is None or bool(thinking)),
+            thinking=effort != "none" and thinks(kwargs) is not False,
             effort=effort,
-            continue_final_message=bool(kwargs.get("continue_final_message")),
-            add_generation_prompt=bool(kwargs.get("add_generation_prompt", True)),
-            drop_reasoning=kwargs.get("drop_thinking") is not False,
+            continue_final_message=flag("continue_final_message", False),
+            add_generation_prompt=flag("add_generation_prompt", True),
+            drop_reasoning=flag("drop_thinking", True),
         )
 
 
@@ -90,20 +94,62 @@ def offered_tools(request: Request) -> list[dict[str, Any]] | None:
 def adopt_message_tools(request: Request) -> None:
     """Make the tools of system and developer messages the request's own, once it is rendered.
 
-    vLLM parses no calls where the request itself offers nothing.
+    vLLM parses no calls where the request itself offers nothing. Raises ValueError for
+    tool_choice none that comes too late: vLLM tells its renderer of it only beside own tools.
     """
     if not isinstance(request, ChatCompletionRequest):
         return
-    carriers = [m for m in request.messages if m["role"] in ("system", "developer")]
-    found = [tool for message in carriers for tool in message.get("tools") or ()]
-    tools = [ChatCompletionToolsParam.model_validate(tool) for tool in found]
+    found = [
+        (f"messages[{index}].tools", function)
+        for index, message in enumerate(request.messages)
+        if message["role"] in ("system", "developer")
+        for function in functions(message.get("tools"), f"messages[{index}].tools")
+    ]
+    chosen = request.tools or "tool_choice" in request.model_fields_set
+    if found and request.tool_choice == "none" and chosen:
+        if not request.tools:
+            raise ValueError(f"{found[0][0]}: must be left out for tool_choice none")
+        return
     names = {tool.function.name for tool in request.tools or ()}
-    new = [tool for tool in tools if tool.function.name not in names]
+    new = [
+        ChatCompletionToolsParam.model_validate({"type": "function", "function": function})
+        for _, function in found
+        if function["name"] not in names
+    ]
     if not new:
         return
-    if not request.tools and "tool_choice" not in request.model_fields_set:
+    if not chosen:
         request.tool_choice = "auto"
     request.tools = [*(request.tools or ()), *new]
+
+
+def warn_of_unread_fields(request: Request) -> None:
+    """vLLM takes fields that it does not know, and shows them to no renderer."""
+    for field in ("thinking", "enable_thinking"):
+        if field in (request.model_extra or {}):
+            log.warning_once(
+                "A request's own `%s` has no effect in vLLM: send chat_template_kwargs.%s, or "
+                'reasoning_effort "none" for chat mode.',
+                field,
+                field,
+            )
+
+
+def take_stops(request: Request) -> None:
+    """Have the output end in the text that stopped it, the eos token's or one of the client's stop
+    strings: it says how the output ended. Not with the client's stop tokens, whose text is not
+    known here. `stops_of` has the strings that the client does not want to see."""
+    given = request.stop or []
+    stops = [given] if isinstance(given, str) else list(given)
+    for index, stop in enumerate(stops):
+        read_string(stop, f"stop[{index}]")
+    if not (request.stop_token_ids or request.include_stop_str_in_output):
+        request.include_stop_str_in_output = True
+        request.dsv4_stops = stops
+
+
+def stops_of(request: Request) -> list[str]:
+    return (request.model_extra or {}).get("dsv4_stops", [])
 
 
 def plain_format(response_format: Any) -> Mapping[str, Any] | None:

@@ -24,12 +24,14 @@ from vllm.tool_parsers import ToolParserManager
 from dsv4_plugin.chat import StreamParser, parse
 from dsv4_plugin.chat.grammar import response_tag
 from dsv4_plugin.chat.tokens import ASSISTANT, DSML, END_THINK, THINK, USER
-from vllm_ext.chat_output import delta_message, whole_message
+from vllm_ext.chat_output import delta_message, whole_message, without_stop
 from vllm_ext.chat_request import (
     Request,
     adopt_message_tools,
     opens_in_reasoning,
     plain_format,
+    stops_of,
+    warn_of_unread_fields,
 )
 from vllm_ext.registration import MODE, TOOL_PARSER
 
@@ -100,6 +102,7 @@ class DeepseekV4ReasoningParser(ReasoningParser):
     def adjust_request(self, request: Request) -> Request:
         """Where reasoning is not wanted back, vLLM applies a grammar from the first token on: have
         it cover the reasoning."""
+        warn_of_unread_fields(request)
         if tool_parser_runs():
             adopt_message_tools(request)
         if not isinstance(request, ChatCompletionRequest) or request.include_reasoning:
@@ -120,7 +123,7 @@ class DeepseekV4ReasoningParser(ReasoningParser):
         if tool_parser_runs() and isinstance(request.tool_choice, _CALLS_ARE_PARSED):
             handed_over = (THINK if self._opened else "") + model_output
             return whole_message(handed_over, request).reasoning, handed_over
-        message = parse(model_output, self._opened)
+        message = parse(without_stop(model_output, stops_of(request)), self._opened)
         return message.reasoning, message.content
 
     def extract_reasoning_streaming(

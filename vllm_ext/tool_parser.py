@@ -11,19 +11,30 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm.entrypoints.generate.base.protocol import DeltaMessage, ExtractedToolCallInformation
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionNamedToolChoiceParam,
+    ChatCompletionRequest,
+)
 from vllm.tool_parsers import ToolParser
 from vllm.tool_parsers.tool_strict_level import ToolStrictLevel
-from xgrammar import StructuralTag
+from xgrammar import Grammar, StructuralTag
 
 from dsv4_plugin.chat import Message
 from dsv4_plugin.chat.grammar import tool_tag
 from vllm_ext.chat_compat import REPORTS_CUT_CALLS
 from vllm_ext.chat_output import Output, delta_message, tool_calls, whole_message
-from vllm_ext.chat_request import Request, adopt_message_tools, offered_tools
+from vllm_ext.chat_request import (
+    Request,
+    adopt_message_tools,
+    offered_tools,
+    take_stops,
+    warn_of_unread_fields,
+)
 from vllm_ext.registration import MODE
 
 _FREE_CHOICES = ("auto", "required", None)
+_CUT_BY_STOP = ChatCompletionNamedToolChoiceParam(function={"name": "cut by stop"})
+"""The tool choice of a finished answer whose call a stop string cut."""
 
 
 class DeepseekV4ToolParser(ToolParser):
@@ -38,14 +49,11 @@ class DeepseekV4ToolParser(ToolParser):
         self._output: Output | None = None
 
     def adjust_request(self, request: Request) -> Request:
-        """Have the eos token's text at the end of the output.
-
-        Not with the client's own stops: their text would come too.
-        """
+        """Have the text that stopped the output at its end."""
+        warn_of_unread_fields(request)
         adopt_message_tools(request)
         request.skip_special_tokens = False
-        if not (request.stop or request.stop_token_ids):
-            request.include_stop_str_in_output = True
+        take_stops(request)
         return request
 
     def get_structural_tag(
@@ -67,6 +75,7 @@ class DeepseekV4ToolParser(ToolParser):
             reasoning=reasoning,
             parallel=parallel,
             envelope=strict_level >= ToolStrictLevel.FUNCTION or not parallel,
+            compile_schema=Grammar.from_json_schema,
         )
         return None if tag is None else StructuralTag.model_validate(tag)
 
@@ -101,16 +110,16 @@ class DeepseekV4ToolParser(ToolParser):
 
 
 def _keep_finish_reason(request: Request, message: Message) -> None:
-    """Have vLLM report `length` for a whole answer that was cut after or inside a call.
+    """Have vLLM report its own reason for a whole answer that was cut after or inside a call.
 
-    vLLM 0.32 reports `tool_calls` wherever it sees a call under tool_choice auto, but the engine's
-    own reason (and `tool_calls` for `stop`) under required. It reads the choice for that only.
+    vLLM 0.32 reports `tool_calls` wherever it sees a call under tool_choice auto, for `stop` alone
+    under required, and never for a named tool. It reads the choice for that only.
     """
     if REPORTS_CUT_CALLS or not isinstance(request, ChatCompletionRequest) or not request.tools:
         return
-    if request.tool_choice in _FREE_CHOICES:
-        cut = bool(message.tool_calls) and message.finish_reason != "tool_calls"
-        request.tool_choice = "required" if cut else "auto"
+    if request.tool_choice in (*_FREE_CHOICES, _CUT_BY_STOP):
+        choices = {"length": "required", "stop": _CUT_BY_STOP} if message.tool_calls else {}
+        request.tool_choice = choices.get(message.finish_reason, "auto")
 
 
 def _strict(tool: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from .encoder import load_tokenizer
-from .tokens import EOS
 
 _DECODER = getincrementaldecoder("utf-8")
 
@@ -27,7 +26,7 @@ _BYTES = _byte_alphabet()
 class TokenBytes(dict[int, bytes]):
     """The bytes of each token id, looked up when first wanted. Share one per tokenizer.
 
-    `tokenizer` is anything `Encoder` takes. The eos token and unknown ids have no bytes.
+    `tokenizer` is anything `Encoder` takes. Unknown ids have no bytes.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -36,7 +35,7 @@ class TokenBytes(dict[int, bytes]):
 
     def __missing__(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
-        if token is None or token == EOS:
+        if token is None:
             found = b""
         else:
             try:

@@ -7,9 +7,11 @@ generated token on; leave it out where the engine itself waits for `</think>`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from . import json_text
 from .messages import json_schema
 from .tokens import DSML, END_THINK, INVOKE, THINK, TOOL_CALLS
 from .tools import functions
@@ -31,13 +33,16 @@ def tool_tag(
     reasoning: bool = False,
     parallel: bool = True,
     envelope: bool = False,
+    compile_schema: Callable[[str], object] | None = None,
 ) -> Format | None:
     """The structural tag for OpenAI's `tools` and `tool_choice`; None where all text is free.
 
     auto: the arguments of tools with `strict: true` follow their schemas; with `envelope`, calls
     are well-formed even where no tool is strict. required, or a named
     function: one block of calls and nothing else, all by schema. none: no DSML at all. Without
-    `parallel` a block holds one call. Raises ValueError for a choice that `tools` cannot meet.
+    `parallel` a block holds one call. `compile_schema` is the engine's (xgrammar's
+    `Grammar.from_json_schema`): it tries each schema that is to be followed. Raises ValueError for
+    a choice that `tools` cannot meet, and for a schema that cannot be compiled, naming the tool.
     """
     offered = functions(tools)
     if tool_choice == "none":
@@ -45,6 +50,7 @@ def tool_tag(
     if tool_choice == "auto":
         if not envelope and not any(function.get("strict") for function in offered):
             return None
+        _check_schemas(offered, [f for f in offered if f.get("strict")], compile_schema)
         calls = _calls([(f, bool(f.get("strict"))) for f in offered], parallel)
         block = {"type": "tag", "begin": f"{_BLOCK}\n", "content": calls, "end": _BLOCK_END}
         text = {
@@ -56,6 +62,7 @@ def tool_tag(
         }
         return _tag(text, reasoning)
     chosen = _chosen(offered, tool_choice)
+    _check_schemas(offered, chosen, compile_schema)
     calls = _calls([(f, True) for f in chosen], parallel and tool_choice == "required")
     return _tag(_sequence(_constant(f"\n\n{_BLOCK}\n"), calls, _constant(_BLOCK_END)), reasoning)
 
@@ -74,6 +81,35 @@ def response_tag(
             f"json_schema.schema, not {response_format!r:.80}"
         )
     return _tag({"type": "json_schema", "json_schema": schema}, reasoning)
+
+
+_SOURCE_LINE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
+"""What xgrammar's messages begin with: time, file and line of its own source."""
+
+
+def _check_schemas(
+    offered: Sequence[Mapping[str, Any]],
+    followed: Sequence[Mapping[str, Any]],
+    compile_schema: Callable[[str], object] | None,
+) -> None:
+    if compile_schema is None:
+        return
+    for index, function in enumerate(offered):
+        if function not in followed:
+            continue
+        where = f"tools[{index}].function.parameters"
+        schema = json_text.encode(_parameters(function), where)
+        try:
+            compile_schema(schema)
+        except (RuntimeError, ValueError) as error:
+            reason = _SOURCE_LINE.sub("", str(error)).strip()
+            raise ValueError(
+                f"{where}: no grammar can be made of the schema of {function['name']!r}: {reason}"
+            ) from None
+
+
+def _parameters(function: Mapping[str, Any]) -> Any:
+    return function.get("parameters") or {"type": "object"}
 
 
 def _chosen(
@@ -108,7 +144,7 @@ def _call(function: Mapping[str, Any], by_schema: bool) -> Format:
     if by_schema:
         arguments = {
             "type": "json_schema",
-            "json_schema": function.get("parameters") or {"type": "object"},
+            "json_schema": _parameters(function),
             "style": "deepseek_xml",
             "max_whitespace_cnt": MAX_WHITESPACE,
         }

@@ -24,22 +24,31 @@ from .tokens import (
 MAX_TAG = 1024
 """Longest tag, in characters; anything longer is text."""
 
-_WRAPPERS = (TOOL_CALLS, *WRAPPER_SLIPS)
 _CONTROLS = (THINK, END_THINK, EOS)
-_CLOSED = [f"<{DSML}{name}>" for name in _WRAPPERS]
-_CLOSED += [f"</{DSML}{name}>" for name in (*_WRAPPERS, INVOKE, PARAMETER)]
-_HEADS = [f"<{DSML}{INVOKE}", f"<{DSML}{PARAMETER}"]
-_PREFIXES = frozenset(
-    tag[:end] for tag in (*_CONTROLS, *_CLOSED, *_HEADS) for end in range(1, len(tag) + 1)
-)
+_HEADS = [
+    f"{start}{DSML}{name}"
+    for start in ("<", "</")
+    for name in (TOOL_CALLS, *WRAPPER_SLIPS, INVOKE, PARAMETER)
+]
+_PREFIXES = frozenset(tag[:end] for tag in (*_CONTROLS, *_HEADS) for end in range(1, len(tag) + 1))
 
 _CANDIDATE = re.compile(r"<(?:[/｜t]|\Z)")
-_LITERAL = re.compile("|".join(map(re.escape, (*_CONTROLS, *_CLOSED))))
-_HEAD = re.compile(rf"<{DSML}({INVOKE}|{PARAMETER})(?=[\s>])")
-_PLAIN = r"""[^"'<>\n]*"""
-_ATTRIBUTES = re.compile(rf"""{_PLAIN}(?:(?:"[^"\n]*"|'[^'\n]*'){_PLAIN})*>""")
-_BROKEN_ATTRIBUTES = re.compile(r"[^>\n]*>")
+_CONTROL = re.compile("|".join(map(re.escape, _CONTROLS)))
+_HEAD = re.compile(rf"(?:{'|'.join(map(re.escape, _HEADS))})(?=[\s/<>]|\Z)")
 _ATTRIBUTE = re.compile(r"""([\w-]+)\s*=\s*(?:"([^"\n]*)"?|'([^'\n]*)'?|([^\s>]+))""")
+
+_PLAIN = r"""[^"'<>\n]*"""
+_STRICT = r"""[\w-]+\s*=\s*(?:"[^"\n]*"|'[^'\n]*'|[^\s"'<>=]+)"""
+_PART = r"""(?:\s+(?:[\w-]+(?:\s*(?:=\s*(?:"[^"\n]*|'[^'\n]*)?)?)?)?)?"""
+_ON_A_LINE = re.compile(rf"""{_PLAIN}(?:(?:"[^"\n]*"|'[^'\n]*'){_PLAIN})*>""")
+_ON_LINES = re.compile(rf"(?:\s+{_STRICT})*\s*/?>")
+_ON_LINES_SO_FAR = re.compile(rf"(?:\s+{_STRICT})*{_PART}\s*/?\Z")
+_WITH_A_QUOTE_LEFT_OUT = re.compile(r"[^<>\n]*>")
+_UNENDED = re.compile(rf"(?:[ \t]+{_STRICT})*(?:[ \t]*\n)?")
+
+_END = re.compile(r"\s*/?>")
+_END_SO_FAR = re.compile(r"\s*/?\Z")
+_NO_END = re.compile(r"[ \t]*(?=[\n<]|\Z)")
 
 
 @dataclass(slots=True)
@@ -50,6 +59,7 @@ class Tag:
     raw: str
     closes: bool = False
     attributes: str = ""
+    self_closing: bool = False
 
     def attribute(self, name: str) -> str | None:
         """The value of an attribute, quoted in any way or not at all."""
@@ -65,14 +75,15 @@ class Lexer:
     def __init__(self) -> None:
         self.rest = ""
 
-    def feed(self, text: str) -> Iterator[str | Tag]:
+    def feed(self, text: str, last: bool = False) -> Iterator[str | Tag]:
+        """`last`: nothing follows, so that nothing is held back."""
         if self.rest:
             text = self.rest + text
             self.rest = ""
         start = search = 0
         while candidate := _CANDIDATE.search(text, search):
             at = candidate.start()
-            tag = _tag(text, at)
+            tag = _tag(text, at, last)
             if tag is None:
                 search = at + 1
                 continue
@@ -87,28 +98,65 @@ class Lexer:
             yield text[start:]
 
 
-def _tag(text: str, at: int) -> Tag | str | None:
+def _tag(text: str, at: int, last: bool) -> Tag | str | None:
     """The tag at a "<", or the rest of `text` where it may still become one, or None."""
-    if literal := _LITERAL.match(text, at):
-        return _literal_tag(literal[0])
-    if len(text) - at <= MAX_TAG and text[at:] in _PREFIXES:
+    if control := _CONTROL.match(text, at):
+        return _control_tag(control[0])
+    if not last and len(text) - at <= MAX_TAG and text[at:] in _PREFIXES:
         return text[at:]
     head = _HEAD.match(text, at)
     if head is None:
         return None
+    name = head[0].strip("</").removeprefix(DSML)
+    closes = head[0][1] == "/"
     limit = min(len(text), at + MAX_TAG)
-    end = _ATTRIBUTES.match(text, head.end(), limit)
+    find = _attributes_end if name in (INVOKE, PARAMETER) and not closes else _end
+    end = find(text, head.end(), limit, last or limit == at + MAX_TAG)
     if end is None:
-        if limit < at + MAX_TAG and text.find("\n", at, limit) < 0:
-            return text[at:]
-        end = _BROKEN_ATTRIBUTES.match(text, head.end(), limit)
-    return Tag(head[1], text[at : end.end()], attributes=end[0][:-1]) if end else None
+        return None
+    if end == _OPEN:
+        return text[at:]
+    attributes = text[head.end() : end].removesuffix(">").rstrip()
+    return Tag(
+        name if name in (INVOKE, PARAMETER) else TOOL_CALLS,
+        text[at:end],
+        closes,
+        attributes.removesuffix("/"),
+        self_closing=not closes and attributes.endswith("/"),
+    )
 
 
-def _literal_tag(raw: str) -> Tag:
+_OPEN = -1
+"""The end of a tag that is not there yet."""
+
+
+def _end(text: str, start: int, limit: int, last: bool) -> int | None:
+    """Where a tag without attributes ends: after its ">", or with its line."""
+    if end := _END.match(text, start, limit):
+        return end.end()
+    if not last and _END_SO_FAR.match(text, start):
+        return _OPEN
+    end = _NO_END.match(text, start, limit)
+    return end.end() if end else None
+
+
+def _attributes_end(text: str, start: int, limit: int, last: bool) -> int:
+    """Where a tag ends that may have attributes, on this line or, well-formed, on the next ones.
+    Without a ">" it ends after the last of them, or with its line; what follows is text."""
+    if end := _ON_A_LINE.match(text, start, limit):
+        return end.end()
+    if not last and text.find("\n", start, limit) < 0:
+        return _OPEN
+    if end := _ON_LINES.match(text, start, limit):
+        return end.end()
+    if not last and _ON_LINES_SO_FAR.match(text, start):
+        return _OPEN
+    end = _WITH_A_QUOTE_LEFT_OUT.match(text, start, limit) or _UNENDED.match(text, start, limit)
+    assert end is not None, "no attributes are well-formed too"
+    return end.end()
+
+
+def _control_tag(raw: str) -> Tag:
     if raw == EOS:
         return Tag("eos", raw)
-    if raw in _CONTROLS:
-        return Tag("think", raw, closes=raw == END_THINK)
-    name = raw.strip("</>").removeprefix(DSML)
-    return Tag(TOOL_CALLS if name in _WRAPPERS else name, raw, closes=raw[1] == "/")
+    return Tag("think", raw, closes=raw == END_THINK)

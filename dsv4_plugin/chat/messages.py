@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from . import json_text
+from .options import read_flag
 from .tokens import JSON_FORMAT, SCHEMA_FORMAT, TASKS, Control
-from .tools import functions
+from .tools import check_name, schema_lines
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -33,7 +34,7 @@ class Turn:
     calls: list[Call]
     call_id: str | None
     task: Control | None
-    tools: list[Mapping[str, Any]]
+    tools: list[str]
     response_format: str
     prefix: bool
 
@@ -50,23 +51,28 @@ def read_message(message: Mapping[str, Any], index: int) -> Turn:
     if task is not None and task not in list(TASKS):
         raise ValueError(f"{where}.task: {task!r:.80} is not one of {', '.join(TASKS)}")
     reasoning = message.get("reasoning_content") or message.get("reasoning")
-    calls = message.get("tool_calls") if role == "assistant" else None
-    if calls is not None and not isinstance(calls, list | tuple):
-        raise ValueError(f"{where}.tool_calls: must be a list, not {calls!r:.80}")
     carries = role in ("system", "developer")
     return Turn(
         role=role,
-        content=_text(message.get("content"), f"{where}.content"),
+        content=_content(message, role, where),
         reasoning=_text(reasoning, f"{where}.reasoning_content") if role == "assistant" else "",
-        calls=[_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(calls or ())],
+        calls=_calls(message, where) if role == "assistant" else [],
         call_id=_id(message.get("tool_call_id"), f"{where}.tool_call_id"),
         task=TASKS[task] if task else None,
-        tools=functions(message.get("tools"), f"{where}.tools") if carries else [],
+        tools=schema_lines(message.get("tools"), f"{where}.tools") if carries else [],
         response_format=format_text(message.get("response_format"), f"{where}.response_format")
         if carries
         else "",
-        prefix=bool(message.get("prefix")),
+        prefix=read_flag(message.get("prefix"), f"{where}.prefix"),
     )
+
+
+def _content(message: Mapping[str, Any], role: str, where: str) -> str:
+    """The text of a message; a refusal is what the assistant said, too."""
+    texts = [_text(message.get("content"), f"{where}.content")]
+    if role == "assistant" and message.get("refusal") is not None:
+        texts.append(read_string(message["refusal"], f"{where}.refusal"))
+    return "\n\n".join(text for text in texts if text)
 
 
 def _text(content: Any, where: str) -> str:
@@ -75,12 +81,12 @@ def _text(content: Any, where: str) -> str:
         return ""
     if isinstance(content, list | tuple):
         return "\n\n".join(_part_text(part, f"{where}[{n}]") for n, part in enumerate(content))
-    return _string(content, where)
+    return read_string(content, where)
 
 
 def _part_text(part: Any, where: str) -> str:
     if not isinstance(part, Mapping):
-        return _string(part, where)
+        return read_string(part, where)
     kind = part.get("type", "text")
     key = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
     if key is None:
@@ -88,10 +94,11 @@ def _part_text(part: Any, where: str) -> str:
             f"{where}.type: {kind!r:.80} is not one of {', '.join(_TEXT_PARTS)}; "
             "DeepSeek-V4 reads text only"
         )
-    return _string(part.get(key), f"{where}.{key}")
+    return read_string(part.get(key), f"{where}.{key}")
 
 
-def _string(text: Any, where: str) -> str:
+def read_string(text: Any, where: str) -> str:
+    """Text that UTF-8 can hold; raises ValueError naming `where` for anything else."""
     if not isinstance(text, str):
         raise ValueError(f"{where}: must be a string, not {type(text).__name__}")
     try:
@@ -101,25 +108,45 @@ def _string(text: Any, where: str) -> str:
     return text
 
 
+def _calls(message: Mapping[str, Any], where: str) -> list[Call]:
+    """The calls of an assistant message: `tool_calls`, or the one of OpenAI's old API."""
+    calls, old = message.get("tool_calls"), message.get("function_call")
+    if calls is not None and not isinstance(calls, list | tuple):
+        raise ValueError(f"{where}.tool_calls: must be a list, not {calls!r:.80}")
+    if old is None:
+        return [_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(calls or ())]
+    if calls:
+        raise ValueError(f"{where}.function_call: must be null beside tool_calls")
+    return [_function(old, None, f"{where}.function_call")]
+
+
 def _call(call: Any, where: str) -> Call:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         raise ValueError(f"{where}.function: must be an object, not {function!r:.80}")
-    call_id = _id(call.get("id"), f"{where}.id")
-    name = _string(function.get("name"), f"{where}.function.name")
+    return _function(function, _id(call.get("id"), f"{where}.id"), f"{where}.function")
+
+
+def _function(function: Any, call_id: str | None, where: str) -> Call:
+    if not isinstance(function, Mapping):
+        raise ValueError(f"{where}: must be an object, not {function!r:.80}")
+    name = read_string(function.get("name"), f"{where}.name")
+    check_name(name, f"{where}.name")
     arguments = function.get("arguments")
-    where = f"{where}.function.arguments"
+    where = f"{where}.arguments"
     if arguments is None or isinstance(arguments, str):
         arguments = _arguments(_text(arguments, where))
     elif isinstance(arguments, Mapping):
-        to_json(arguments, where)
+        json_text.encode(arguments, where)
     else:
         raise ValueError(f"{where}: must be JSON text or an object, not {arguments!r:.80}")
+    for argument in arguments:
+        check_name(argument, where)
     return Call(call_id, name, arguments)
 
 
 def _id(value: Any, where: str) -> str | None:
-    return None if value is None else _string(value, where)
+    return None if value is None else read_string(value, where)
 
 
 def _arguments(text: str) -> Mapping[str, Any]:
@@ -127,16 +154,12 @@ def _arguments(text: str) -> Mapping[str, Any]:
     if not text.strip():
         return {}
     try:
-        decoded = json.loads(text, parse_constant=_reject)
+        decoded = json_text.decode(text)
         if "\\u" in text:
-            to_json(decoded)  # an escaped lone surrogate is JSON, but not text
-    except (ValueError, RecursionError):
+            json_text.encode(decoded, "")  # an escaped lone surrogate is JSON, but not text
+    except ValueError:
         decoded = None
     return decoded if isinstance(decoded, dict) else {"arguments": text}
-
-
-def _reject(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def format_text(response_format: Mapping[str, Any] | None, field: str) -> str:
@@ -154,19 +177,10 @@ def format_text(response_format: Mapping[str, Any] | None, field: str) -> str:
             f"{field}: must be of type text, json_object, or json_schema with json_schema.schema, "
             f"not {response_format!r:.80}"
         )
-    return SCHEMA_FORMAT.replace("{schema}", to_json(schema, field))
+    return SCHEMA_FORMAT.replace("{schema}", json_text.encode(schema, field))
 
 
 def json_schema(response_format: Mapping[str, Any]) -> Any:
     """The schema of a response format of type json_schema, None where it has none."""
     named = response_format.get("json_schema")
     return named.get("schema") if isinstance(named, Mapping) else None
-
-
-def to_json(value: Any, where: str = "arguments") -> str:
-    """JSON as the authors write it into prompts: ", " and ": ", text unescaped."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    return _string(text, where)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from .messages import Call, Turn, format_text, read_message, to_json
+from . import json_text
+from .messages import Call, Turn, format_text, read_message
 from .tokens import (
     ASSISTANT,
     BOS,
@@ -31,7 +32,7 @@ from .tokens import (
     Control,
     Part,
 )
-from .tools import functions
+from .tools import schema_lines
 
 _USER_ROLES = ("user", "developer", "tool")
 
@@ -69,7 +70,7 @@ def render(
     _check_order(turns, continue_final_message)
     system = [turn for turn in turns if turn.role == "system"]
     turns = [turn for turn in turns if turn.role != "system"]
-    offered = functions(tools) + [tool for turn in system for tool in turn.tools]
+    offered = schema_lines(tools) + [tool for turn in system for tool in turn.tools]
     formats = [format_text(response_format, "response_format")]
     formats += [turn.response_format for turn in system]
 
@@ -148,10 +149,10 @@ class _Writer:
                 parts.append("".join(run))
         return parts
 
-    def tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        if tools:
+    def tools(self, lines: Sequence[str]) -> None:
+        if lines:
             self._parts.extend(TOOLS_INTRODUCTION)
-            self.text("\n".join(map(_tool_schema, tools)) + TOOLS_CONCLUSION)
+            self.text("\n".join(lines) + TOOLS_CONCLUSION)
 
     def turns(self, turns: Sequence[Turn], thinking: bool, first_kept: int, is_open: bool) -> bool:
         """Write all turns; returns whether the last one is left open inside its reasoning."""
@@ -220,7 +221,7 @@ class _Writer:
             for name, value in call.arguments.items():
                 is_text = isinstance(value, str)
                 self._tag(f'{PARAMETER} name="{name}" string="{str(is_text).lower()}">')
-                self.text(value if is_text else to_json(value))
+                self.text(value if is_text else json_text.encode(value, "arguments"))
                 self._tag(f"{PARAMETER}>\n", "</")
             self._tag(f"{INVOKE}>\n", "</")
         self._tag(f"{TOOL_CALLS}>", "</")
@@ -252,12 +253,3 @@ def _runs(turns: Sequence[Turn]) -> list[list[Turn]]:
         else:
             runs.append([turn])
     return runs
-
-
-def _tool_schema(function: Mapping[str, Any]) -> str:
-    schema = {
-        "name": function["name"],
-        "description": function.get("description") or "",
-        "parameters": function.get("parameters") or {},
-    }
-    return to_json(schema, f"tools: {function['name']}")

@@ -29,7 +29,8 @@ BEGIN, END = "<!-- tables by tests/chat/compare.py -->", "<!-- end of the tables
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "a", "reasoning_content": "r"}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "t"}
-CALLING = {"role": "assistant", "content": "", "tool_calls": [call("f", '{"x": "v"}')]}
+CALLED = call("f", '{"x": "v"}')
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALLED]}
 
 Request = dict[str, Any]
 PROMPTS: dict[str, tuple[str, Request]] = {
@@ -70,6 +71,24 @@ PROMPTS: dict[str, tuple[str, Request]] = {
     "a 30 digit number in arguments": (
         "0731",
         {"messages": [USER, {**CALLING, "tool_calls": [call("f", f'{{"n": {10**29}}}')]}, RESULT]},
+    ),
+    "1e999 in arguments": (
+        "0731",
+        {"messages": [USER, {**CALLING, "tool_calls": [call("f", '{"n": 1e999}')]}, RESULT]},
+    ),
+    "a call of the old API": (
+        "0731",
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "content": "", "function_call": CALLED["function"]},
+                USER,
+            ]
+        },
+    ),
+    "a refusal": (
+        "0731",
+        {"messages": [USER, {"role": "assistant", "content": "", "refusal": "No."}, USER]},
     ),
     "JSON object asked": (
         "0731",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,9 +32,11 @@ def encoder(generation: str = "0731", effort: str = "high") -> Encoder:
     return Encoder(tokenizer_file(), generation, effort)
 
 
-def tool(name: str, **properties: Any) -> dict[str, Any]:
+def tool(name: str, required: Sequence[str] = (), **properties: Any) -> dict[str, Any]:
     """An OpenAI tool with the given property schemas."""
-    parameters = {"type": "object", "properties": properties}
+    parameters: dict[str, Any] = {"type": "object", "properties": properties}
+    if required:
+        parameters["required"] = list(required)
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
@@ -45,4 +48,7 @@ def call(name: str, arguments: str, call_id: str = "c1") -> dict[str, Any]:
 TOOLS = [
     tool("f", x={"type": "string"}, n={"type": "integer"}, o={"type": "object"}),
     tool("get_weather", city={"type": "string"}, days={"type": ["integer", "null"]}),
+    tool("bash", ["command"], command={"type": "string"}),
+    tool("question", ["questions"], questions={"type": "array"}),
+    tool("get_time"),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import count
 from random import Random
 from typing import Any
@@ -15,15 +16,16 @@ from dsv4_plugin.chat import (
     Finish,
     Message,
     StreamParser,
+    TokenBytes,
     ToolCallEnd,
     ToolCallStart,
     collect,
 )
-from dsv4_plugin.chat.lexer import Lexer
-from dsv4_plugin.chat.tokens import DSML, END_THINK, EOS, THINK
+from dsv4_plugin.chat.lexer import Lexer, Tag
+from dsv4_plugin.chat.tokens import DSML, END_THINK, EOS, PARAMETER, THINK
 
-from . import outputs
-from .data import TOOLS
+from . import outputs, shapes
+from .data import TOOLS, encoder
 
 Tools = Sequence[dict[str, Any]] | None
 
@@ -64,13 +66,15 @@ def strict_json(text: str) -> Any:
 
 
 def check_any(text: str, thinking: bool, tools: Tools, finish: str, random: Random) -> Message:
-    """Laws 1 to 4 for an output of any kind: splits, streaming, JSON, nothing lost."""
+    """Laws 1 to 4 and 8 for an output of any kind: splits, streaming, JSON, nothing lost, no call
+    made of nothing."""
     whole = read([text], thinking, tools, finish)
     assert read(text, thinking, tools, finish) == whole
     assert read(outputs.split(random, text), thinking, tools, finish) == whole
     for call in whole.tool_calls:
         if call.complete:
             assert isinstance(strict_json(call.arguments), dict)
+    check_nothing_invented(text, whole)
     if finish == "stop":
         check_nothing_lost(text, whole)
     return whole
@@ -79,11 +83,37 @@ def check_any(text: str, thinking: bool, tools: Tools, finish: str, random: Rand
 def check_nothing_lost(text: str, message: Message) -> None:
     """All ink outside of tags arrives, in order, and none arrives twice."""
     lexer = Lexer()
-    outside = "".join(piece for piece in lexer.feed(text) if isinstance(piece, str)) + lexer.rest
+    outside = "".join(piece for piece in lexer.feed(text, last=True) if isinstance(piece, str))
     arrived = Counter(ink((message.reasoning or "") + (message.content or "")))
     for call in message.tool_calls:
         arrived += Counter(ink(call.name + call.arguments))
     assert Counter(ink(outside)) <= arrived <= Counter(ink(text)), (text, message)
+
+
+def check_nothing_invented(text: str, message: Message) -> None:
+    """Each complete call has a parameter or an invoke that is closed, if only with its block, or a
+    JSON body; an incomplete one has begun a parameter or a body."""
+    tags = [piece for piece in Lexer().feed(text, last=True) if isinstance(piece, Tag)]
+    closed = sum(tag.self_closing or tag.closes for tag in tags)
+    opened = sum(tag.name == PARAMETER and not tag.closes for tag in tags)
+    bodies = text.count("{")
+    complete = sum(call.complete for call in message.tool_calls)
+    assert complete <= closed + bodies, (text, message)
+    assert len(message.tool_calls) - complete <= min(1, opened + bodies), (text, message)
+
+
+def check_ids(text: str, thinking: bool, whole: Message) -> None:
+    """Law 1 for ids: what the tokenizer makes of a whole output."""
+    numbers = count()
+    ids = encoder().tokenizer.encode(text, add_special_tokens=False).ids
+    parser = StreamParser(thinking, TOOLS, _bytes(), call_id=lambda: f"c{next(numbers)}")
+    events = [event for token in ids for event in parser.feed_ids([token])]
+    assert collect(events + parser.finish("stop")) == whole, text
+
+
+@cache
+def _bytes() -> TokenBytes:
+    return TokenBytes(encoder().tokenizer)
 
 
 def ink(text: str) -> str:
@@ -133,14 +163,26 @@ def check_cut(text: str, end: int, thinking: bool, whole: Message) -> None:
             assert part.arguments != full.arguments
 
 
+def check_slipped(random: Random, text: str) -> None:
+    """An output with named slips, also cut, also as ids."""
+    text, thinking = shapes.slipped(random, text), random.random() < 0.7
+    whole = check_any(text, thinking, TOOLS, "stop", random)
+    check_any(text[: random.randrange(len(text) + 1)], thinking, TOOLS, "length", random)
+    if random.random() < 0.2:
+        check_ids(text, thinking, whole)
+
+
 def check(random: Random) -> None:
     """One case of any kind."""
-    kind = random.randrange(4)
+    kind = random.randrange(6)
     if kind == 0:
         check_well_formed(random)
         return
     text = outputs.output_of(outputs.message(random), TOOLS)
-    text = outputs.noise(random) if kind == 1 else outputs.mutated(random, text)
+    if kind == 1:
+        check_slipped(random, text)
+        return
+    text = outputs.noise(random) if kind == 2 else outputs.mutated(random, text)
     tools = random.choice([TOOLS, TOOLS, TOOLS, None])
     finish = random.choice(["stop", "stop", "length"])
     check_any(text, random.random() < 0.7, tools, finish, random)

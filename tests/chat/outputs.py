@@ -40,6 +40,7 @@ FRAGMENTS = [
     *(f"<{DSML}parameter name=x>", f"<{DSML}parameter name='y' string='true' a=\"b\">"),
     *(f'<{DSML}parameter name="arguments">', f'<{DSML}parameter string="true">'),
     *(f"</{DSML}parameter>\n</{DSML}invoke>\n</{DSML}tool_calls>", f'<{DSML}invoke name="f'),
+    *(f'<{DSML}invoke name="bash">', f'<{DSML}invoke name="get_time"/>', f"<{DSML}tool_calls\n"),
     *('{"x": "1"}', '{"arguments": {"x": 1}}', "NaN", "[1, 2]", "null", "-0.5e3", "\\ud800"),
 ]
 
@@ -65,7 +66,7 @@ def message(random: Random) -> dict[str, Any]:
     for index in range(random.randrange(3)):
         keys = random.sample(["x", "n", "o", "input ", "漢"], random.randrange(4))
         arguments = {key: json_value(random) for key in keys}
-        function = {"name": random.choice(["f", "get_weather", "unknown-1"])}
+        function = {"name": random.choice(["f", "get_weather", "get_time", "unknown-1"])}
         function["arguments"] = json.dumps(arguments, ensure_ascii=False)
         calls.append({"id": f"c{index}", "type": "function", "function": function})
     found = {"role": "assistant", "content": words(random), "reasoning_content": words(random)}

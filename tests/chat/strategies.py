@@ -25,6 +25,10 @@ text = st.one_of(
     st.sampled_from(["", " ", "Hello.", "What is 2+2?", "It's 12345 €\n\n\n", "def f():\n    x"]),
 )
 name = st.from_regex(r"[a-zA-Z0-9_-]{1,12}", fullmatch=True)
+argument = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters='">\r\n'), min_size=1
+)
+"""Names that fit between an attribute's quotes."""
 number = st.one_of(
     st.integers(-(2**63), 2**64 - 1),
     st.floats(1e-4, 1e15) | st.floats(-1e15, -1e-4),
@@ -36,7 +40,7 @@ json_value = st.recursive(
     ),
     max_leaves=6,
 )
-json_object = st.dictionaries(unicode_text, json_value, max_size=4)
+json_object = st.dictionaries(argument, json_value, max_size=4)
 
 
 leaf_schema = st.fixed_dictionaries(
@@ -55,7 +59,7 @@ schema = st.recursive(
     max_leaves=4,
 )
 parameters = st.fixed_dictionaries(
-    {"type": st.just("object"), "properties": st.dictionaries(unicode_text, schema, max_size=3)},
+    {"type": st.just("object"), "properties": st.dictionaries(argument, schema, max_size=3)},
     optional={"title": text, "default": json_value, "additionalProperties": st.booleans()},
 )
 

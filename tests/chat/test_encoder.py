@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dsv4_plugin.chat import Encoder, render
 from dsv4_plugin.chat.effort import EFFORTS
 from dsv4_plugin.chat.encoder import TextEncoder
 from dsv4_plugin.chat.messages import ROLES
+from dsv4_plugin.chat.options import read_thinking, thinks
 from dsv4_plugin.chat.tokens import (
     ABSOLUTE_EFFORT,
     BEYOND_EFFORT,
@@ -23,8 +25,9 @@ from dsv4_plugin.chat.tokens import (
     TOOLS_CONCLUSION,
     TOOLS_INTRODUCTION,
 )
+from dsv4_plugin.chat.tools import without_tools
 
-from .data import ENCODING, TOOLS, call, encoder, needs_encoding_data, tokenizer_file
+from .data import ENCODING, TOOLS, call, encoder, needs_encoding_data, tokenizer_file, tool
 
 USER = {"role": "user", "content": "hi"}
 BOS = "<｜begin▁of▁sentence｜>"
@@ -209,6 +212,32 @@ TURNS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
         "## Response Format:\n\nReply with JSON object ONLY."
         f"<｜Assistant｜><think>r</think>a{EOS}",
     ),
+    "a call of the old API": (
+        [assistant(None, function_call={"name": "f", "arguments": '{"x": "v"}'})],
+        {"add_generation_prompt": False, "thinking": False},
+        '<｜Assistant｜></think>\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n'
+        '<｜DSML｜parameter name="x" string="true">v</｜DSML｜parameter>\n'
+        f"</｜DSML｜invoke>\n</｜DSML｜tool_calls>{EOS}",
+    ),
+    "a refusal": (
+        [assistant(None, refusal="I won't."), assistant("Hm.", refusal="No.")],
+        {"add_generation_prompt": False, "thinking": False},
+        f"<｜Assistant｜></think>I won't.{EOS}<｜Assistant｜></think>Hm.\n\nNo.{EOS}",
+    ),
+    "numbers that JSON cannot hold": (
+        [assistant(None, tool_calls=[call("f", '{"x": [1e999]}'), call("f", '{"x": NaN}')])],
+        {"add_generation_prompt": False, "thinking": False},
+        "<｜Assistant｜></think>\n\n<｜DSML｜tool_calls>\n"
+        '<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="arguments" string="true">'
+        '{"x": [1e999]}</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+        '<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="arguments" string="true">'
+        f'{{"x": NaN}}</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>{EOS}',
+    ),
+    "prefix: false": (
+        [USER, assistant("a", prefix=False)],
+        {"add_generation_prompt": False, "thinking": False},
+        f"<｜User｜>hi<｜Assistant｜></think>a{EOS}",
+    ),
     "task action": (
         [USER | {"task": "action"}],
         {},
@@ -254,6 +283,25 @@ def test_tools_keep_all_reasoning() -> None:
     assert in_system == prompt
 
 
+def test_no_message_offers_tools_under_tool_choice_none() -> None:
+    messages = [{"role": "system", "content": "s", "tools": TOOLS}, USER]
+    bare = [{"role": "system", "content": "s"}, USER]
+    assert text(*messages) != text(*bare) == text(*without_tools(messages))
+
+
+@pytest.mark.parametrize("value", [{}, {"thinking": None}, {"enable_thinking": None}])
+def test_nothing_said_about_thinking(value: dict[str, Any]) -> None:
+    assert thinks(value) is None
+
+
+@pytest.mark.parametrize("first", [True, False, None])
+@pytest.mark.parametrize("second", [True, False, None])
+def test_one_name_for_thinking_that_is_false_decides(first: Any, second: Any) -> None:
+    if (first, second) != (None, None):
+        asked = {"thinking": first, "enable_thinking": second}
+        assert thinks(asked) is (first is not False and second is not False)
+
+
 def test_developer_tools() -> None:
     developer = {"role": "developer", "content": "d", "tools": TOOLS}
     prompt = text(USER, assistant("a", "r"), developer)
@@ -271,6 +319,7 @@ def test_response_schema() -> None:
 
 
 CALLER = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}
+FUNCTION, PROPERTIES = r"tool_calls\[0\].function", r"function.parameters.properties"
 REFUSED: list[tuple[list[Any], dict[str, Any], str]] = [
     ([], {}, "messages: must hold at least one message"),
     (["hi"], {}, r"messages\[0\]: must be an object, not 'hi'"),
@@ -309,12 +358,57 @@ REFUSED: list[tuple[list[Any], dict[str, Any], str]] = [
     (
         [USER],
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": {1}}}]},
-        "tools: f: not JSON",
+        r"tools\[0\].function: not JSON",
     ),
     (
         [{"role": "system", "tools": [{"type": "x"}]}],
         {},
         r"messages\[0\].tools\[0\]: must be an object of type 'function'",
+    ),
+    *(
+        ([USER], {"tools": [tool(name)]}, r"tools\[0\].function.name: .* (cannot be a name|non-e)")
+        for name in ('a"b', "a>b", "a\nb", "a\rb", "a\ud800", "")
+    ),
+    *(
+        ([USER], {"tools": [TOOLS[0], tool("f", **{name: {}})]}, rf"tools\[1\].{PROPERTIES}: ")
+        for name in ('a"b', "a>b", "a\nb", "\ud800", "")
+    ),
+    *(
+        ([assistant(None, tool_calls=[call(name, "{}")])], {}, rf"messages\[0\].{FUNCTION}.name: ")
+        for name in ('a"b', "a>b", "a\nb", "\ud800", "")
+    ),
+    *(
+        (
+            [assistant(None, tool_calls=[call("f", json.dumps({name: 1}))])],
+            {},
+            rf"messages\[0\].{FUNCTION}.arguments: ",
+        )
+        for name in ('a"b', "a>b", "a\nb", "")
+    ),
+    *(
+        ([USER], {"tools": [TOOLS[0], tool("f", x=schema)]}, r"tools\[1\].function: not JSON: ")
+        for schema in ({"title": "\ud800"}, {"\udfff": 1}, {"const": math.inf}, [math.nan])
+    ),
+    (
+        [assistant(None, tool_calls=[call("f", {"x": -math.inf})])],  # type: ignore[arg-type]
+        {},
+        rf"messages\[0\].{FUNCTION}.arguments: not JSON: ",
+    ),
+    (
+        [USER],
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"x": math.inf}}}},
+        "response_format: not JSON: ",
+    ),
+    (
+        [assistant(None, function_call={"name": "f"}, tool_calls=[call("f", "{}")])],
+        {},
+        r"messages\[0\].function_call: must be null beside tool_calls",
+    ),
+    ([assistant(None, function_call=1)], {}, r"messages\[0\].function_call: must be an object"),
+    ([assistant(None, refusal=1)], {}, r"messages\[0\].refusal: must be a string, not int"),
+    *(
+        ([USER, assistant("a", prefix=value)], {}, r"messages\[1\].prefix: must be true or false")
+        for value in ("false", "off", 0, 1, {"type": "disabled"})
     ),
     ([USER], {"response_format": {"type": "xml"}}, "response_format: must be of type text"),
     ([USER], {"effort": "lots"}, f"effort: 'lots' is not one of {', '.join(EFFORTS)}"),
@@ -323,8 +417,28 @@ REFUSED: list[tuple[list[Any], dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("messages", "options", "error"), REFUSED)
 def test_refused(messages: list[Any], options: dict[str, Any], error: str) -> None:
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match=error) as refused:
         encoder().encode(messages, **options)
+    assert str(refused.value).encode()
+
+
+@pytest.mark.parametrize(
+    ("value", "thinks"),
+    [
+        *((None, None), (True, True), (False, False)),
+        *(({"type": "enabled"}, True), ({"type": "disabled"}, False)),
+    ],
+)
+def test_thinking_is_a_boolean_or_the_api_s_object(value: Any, thinks: bool | None) -> None:
+    assert read_thinking(value, "thinking") is thinks
+
+
+@pytest.mark.parametrize("value", ["false", "off", "", 0, 1, {}, {"type": []}, {"type": "off"}])
+def test_other_values_of_thinking_are_refused(value: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"^thinking: must be true, false, \{.type.: .enabled.\} or"
+    ):
+        read_thinking(value, "thinking")
 
 
 @pytest.mark.parametrize("source", ["/nowhere", 7])

@@ -113,6 +113,23 @@ def test_choices_that_cannot_be_met(choice: Any) -> None:
         tool_tag([] if choice == "required" else [WEATHER], choice)
 
 
+@pytest.mark.parametrize("schema", [{"type": "zzz"}, {"properties": []}, {"$ref": "#/x"}])
+def test_schemas_that_no_grammar_can_be_made_of(schema: Any) -> None:
+    """They are refused by index and name where they are to be followed, and nowhere else."""
+    function = {"name": "bad", "parameters": schema}
+    tools = [WEATHER, {"type": "function", "function": function}]
+    compile_schema = xgrammar.Grammar.from_json_schema
+    named = {"type": "function", "function": {"name": "weather"}}
+    assert tool_tag(tools, "auto", compile_schema=compile_schema) is None
+    assert tool_tag(tools, named, compile_schema=compile_schema)
+    refused = r"^tools\[1\]\.function\.parameters: no grammar .* 'bad': [^\[]+$"
+    with pytest.raises(ValueError, match=refused):
+        tool_tag(tools, "required", compile_schema=compile_schema)
+    tools[1] = {"type": "function", "function": function | {"strict": True}}
+    with pytest.raises(ValueError, match=refused):
+        tool_tag(tools, "auto", compile_schema=compile_schema)
+
+
 def test_formats_that_are_none() -> None:
     with pytest.raises(ValueError, match="response_format: must be of type text"):
         response_tag({"type": "xml"})

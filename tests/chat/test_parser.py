@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from dsv4_plugin.chat import (
     ToolCall,
     ToolCallEnd,
     ToolCallStart,
+    collect,
     parse,
 )
 from dsv4_plugin.chat.lexer import MAX_TAG
@@ -38,7 +40,9 @@ def block(*calls: str, name: str = "tool_calls") -> str:
     return f"\n\n<{DSML}{name}>\n" + "\n".join(calls) + f"\n</{DSML}{name}>"
 
 
+JSON = ' string="false"'
 CALL = invoke(parameter("v"))
+F = ("f", {})
 V = ("f", {"x": "v"})
 
 SLIPS: dict[str, tuple[str, str | None, str | None, list[tuple[str, Any]]]] = {
@@ -202,6 +206,153 @@ SLIPS: dict[str, tuple[str, str | None, str | None, list[tuple[str, Any]]]] = {
     "call without a name": (f"</think>a <{DSML}invoke> b", None, f"a <{DSML}invoke> b", []),
     "newlines kept": ("\nr\n</think>\n\nc\n\n", "\nr\n", "\n\nc\n\n", []),
     "three newlines before the block": ("</think>c\n" + block(CALL), None, "c\n", [V]),
+    # Prose that names the markup.
+    "invoke named in prose": (
+        f'</think>Type <{DSML}invoke name="bash"> to start.',
+        *(None, f'Type <{DSML}invoke name="bash"> to start.', []),
+    ),
+    "invoke named in the reasoning": (
+        f'Type <{DSML}invoke name="bash"> to start.</think>c',
+        *(f'Type <{DSML}invoke name="bash"> to start.', "c", []),
+    ),
+    "invoke and its end named in prose": (
+        f'</think>Put it between <{DSML}invoke name="get_time"> and </{DSML}invoke>.',
+        *(None, f'Put it between <{DSML}invoke name="get_time"> and </{DSML}invoke>.', []),
+    ),
+    "invoke without its required argument, named in prose": (
+        f'</think>Type <{DSML}invoke name="bash"></{DSML}invoke> to start.',
+        *(None, f'Type <{DSML}invoke name="bash"></{DSML}invoke> to start.', []),
+    ),
+    "invoke that needs no argument, named in prose": (
+        f'</think>Type <{DSML}invoke name="get_time"/> to start.',
+        *(None, f'Type <{DSML}invoke name="get_time"/> to start.', []),
+    ),
+    "parameter named in prose": (
+        f'</think>Use <{DSML}invoke name="f"><{DSML}parameter name="x"> to start.',
+        *(None, f'Use <{DSML}invoke name="f"><{DSML}parameter name="x"> to start.', []),
+    ),
+    "block named in prose": (
+        f"</think>A <{DSML}tool_calls> block ends in </{DSML}tool_calls>.",
+        *(None, f"A <{DSML}tool_calls> block ends in </{DSML}tool_calls>.", []),
+    ),
+    "call planned in the reasoning": (
+        f'r\n<{DSML}tool_calls>\n<{DSML}invoke name="bash">\n{parameter("ls", "command")}</think>c',
+        f'r\n<{DSML}tool_calls>\n<{DSML}invoke name="bash">\n{parameter("ls", "command")}',
+        "c",
+        [],
+    ),
+    "invoke without a parameter in a block": (
+        f'</think>\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">\n</{DSML}tool_calls>',
+        *(None, f'\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">\n</{DSML}tool_calls>', []),
+    ),
+    "required argument missing in a block": (
+        "</think>" + block(invoke("", "bash")),
+        *(None, None, [("bash", {})]),
+    ),
+    "call between quotes": (f"</think>Write `{CALL}` so.", None, f"Write `{CALL}` so.", []),
+    "block between quotes": (
+        f'</think>"<{DSML}tool_calls>{CALL}</{DSML}tool_calls>" it is.',
+        *(None, f'"<{DSML}tool_calls>{CALL}</{DSML}tool_calls>" it is.', []),
+    ),
+    "call after a quote": (f'</think>I run "ls"{CALL}', None, 'I run "ls"', [V]),
+    "call in a code fence": (f"</think>```xml{block(CALL)}\n```", None, "```xml\n```", [V]),
+    # Prose in every gap.
+    "text after a closed parameter, no </invoke>": (
+        f'</think><{DSML}invoke name="f">{parameter("v")}\nso\n{CALL}',
+        *(None, "\nso\n", [V, V]),
+    ),
+    "text after a closed JSON value": (
+        "</think>" + block(invoke(parameter("[1]", "questions", JSON) + "\nok", "question")),
+        *(None, "\nok\n", [("question", {"questions": [1]})]),
+    ),
+    "text after a JSON value, closed twice": (
+        "</think>" + block(invoke(parameter("1", "n", JSON) + f"ok</{DSML}parameter>")),
+        *(None, "ok", [("f", {"n": 1})]),
+    ),
+    "text after a JSON body": (
+        "</think>" + block(invoke('{"x": "v"}\nok')),
+        *(None, "\nok\n", [V]),
+    ),
+    "text before a call in its block": (
+        f"</think>\n\n<{DSML}tool_calls>\nso\n{CALL}\n</{DSML}tool_calls>",
+        *(None, "\nso\n", [V]),
+    ),
+    "text after a call in its block": (
+        f"</think>\n\n<{DSML}tool_calls>\n{CALL}\nso\n</{DSML}tool_calls>",
+        *(None, "\nso\n", [V]),
+    ),
+    # Tags that are not quite right.
+    "self-closing invoke": ("</think>" + block(f'<{DSML}invoke name="f"/>'), *(None, None, [F])),
+    "</parameter> twice": (
+        "</think>" + block(invoke(parameter("v") + f"</{DSML}parameter>")),
+        *(None, None, [V]),
+    ),
+    "all tags twice": (
+        "</think>" + re.sub(r"<[^<>]*>", r"\g<0>\g<0>", block(CALL)),
+        *(None, None, [V]),
+    ),
+    "no > after the block's tag": (
+        "</think>" + block(CALL).replace("tool_calls>", "tool_calls", 1),
+        *(None, None, [V]),
+    ),
+    "no > after any tag": (
+        "</think>" + re.sub(r"(?<=[\w\"])>", "\n", block(CALL)),
+        *(None, None, [V]),
+    ),
+    "attributes on the next line": (
+        "</think>" + block(CALL).replace(" ", "\n  "),
+        *(None, None, [V]),
+    ),
+    "</parameter >": ("</think>" + re.sub(">", " >", block(CALL)), *(None, None, [V])),
+    "call without a name between calls": (
+        "</think>" + block(CALL, f"<{DSML}invoke>\n</{DSML}invoke>", CALL),
+        *(None, None, [V, V]),
+    ),
+    "</think> in a call": (
+        "</think>" + block(invoke(f"</think>{parameter('v')}\n</think>")),
+        *(None, None, [V]),
+    ),
+    "<think> in a call": (
+        "</think>" + block(invoke(f"{parameter('v')}\n<think>r</think>")),
+        *("r", None, [V]),
+    ),
+    "eos in a value": (
+        "</think>" + block(invoke(parameter(f"a{EOS}b"))),
+        *(None, None, [("f", {"x": f"a{EOS}b"})]),
+    ),
+    "</parameter> between quotes in a value": (
+        "</think>" + block(invoke(parameter(f"`</{DSML}parameter>`, `</{DSML}invoke>`"))),
+        *(None, None, [("f", {"x": f"`</{DSML}parameter>`, `</{DSML}invoke>`"})]),
+    ),
+    # Types.
+    'string="True"': (
+        "</think>" + block(invoke(parameter("12", "x", ' string="True"'))),
+        *(None, None, [("f", {"x": "12"})]),
+    ),
+    'string="yes", a number for text': (
+        "</think>" + block(invoke(parameter("12", "x", ' string="yes"'))),
+        *(None, None, [("f", {"x": "12"})]),
+    ),
+    "1e999": (
+        "</think>" + block(invoke(parameter("1e999", "n", JSON))),
+        *(None, None, [("f", {"n": "1e999"})]),
+    ),
+    "text in arguments, one text required": (
+        "</think>" + block(invoke(parameter("ls -l", "arguments"), "bash")),
+        *(None, None, [("bash", {"command": "ls -l"})]),
+    ),
+    "JSON text in arguments, one text required": (
+        "</think>" + block(invoke(parameter('"ls -l"', "arguments", JSON), "bash")),
+        *(None, None, [("bash", {"command": "ls -l"})]),
+    ),
+    "JSON body with text in arguments, one text required": (
+        "</think>" + block(invoke('{"arguments": "ls -l"}', "bash")),
+        *(None, None, [("bash", {"command": "ls -l"})]),
+    ),
+    "text in arguments, none required": (
+        "</think>" + block(invoke(parameter("ls -l", "arguments"))),
+        *(None, None, [("f", {"arguments": "ls -l"})]),
+    ),
     "html": ("</think><td><b>a</b></td><t", None, "<td><b>a</b></td><t", []),
 }
 
@@ -230,8 +381,8 @@ def test_chat_mode_starts_in_content() -> None:
 
 CUTS = [
     (f'c\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f', []),
-    (f'c\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">', ["{"]),
-    (f'c\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">\n<{DSML}parameter name="x', ["{"]),
+    (f'c\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">', []),
+    (f'c\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">\n<{DSML}parameter name="x', []),
     (f'c<{DSML}invoke name="f"><{DSML}parameter name="x" string="true">a"b', ['{"x": "a\\"b']),
     (f'c<{DSML}invoke name="f">{parameter("v")}', ['{"x": "v"']),
     (f'c<{DSML}invoke name="f">{parameter("v")}\n</{DSML}', ['{"x": "v"']),
@@ -256,16 +407,64 @@ def test_eos_inside_a_value_is_not_a_call() -> None:
     assert (message.finish_reason, message.tool_calls[0].complete) == ("stop", False)
 
 
+@pytest.mark.parametrize("end", ["", EOS])
+def test_a_value_that_eos_cuts(end: str) -> None:
+    """The token itself is no text, whether it is spelled or an id."""
+    text = f'<{DSML}invoke name="f"><{DSML}parameter name="x" string="true">v'
+    (call,) = laws.read([text + end], False).tool_calls
+    assert call == ToolCall("c0", "f", '{"x": "v', False)
+    laws.check_ids(text + end, False, laws.read([text + end], False))
+
+
+STOPPED = [
+    # (what came before the client's stop string, content, arguments, finish reason)
+    ("one\n", "one\n", [], "stop"),
+    (f'a\n\n<{DSML}tool_calls>\n<{DSML}invoke name="get_time">\n', "a\n\n", [], "stop"),
+    (f"{CALL[: CALL.index('</')]}", None, ['{"x": "v'], "stop"),
+    (f"{CALL[: CALL.rindex('</')]}", None, ['{"x": "v"'], "stop"),
+    (CALL, None, ['{"x": "v"}'], "tool_calls"),
+]
+
+
+@pytest.mark.parametrize(("text", "content", "arguments", "finish"), STOPPED)
+def test_a_stop_string_of_the_client_cuts(
+    text: str, content: str | None, arguments: list[str], finish: str
+) -> None:
+    parser = StreamParser(False, TOOLS)
+    message = collect([*parser.feed(text), *parser.finish("stop", cut=True)])
+    assert (message.content, message.finish_reason) == (content, finish)
+    assert [call.arguments for call in message.tool_calls] == arguments
+
+
+def test_a_call_amid_a_line_or_in_reasoning_waits_for_its_end() -> None:
+    begun = f'<{DSML}invoke name="f"><{DSML}parameter name="x" string="true">v'
+    for thinking in (False, True):
+        parser = StreamParser(thinking, TOOLS, call_id=lambda: "id")
+        assert [event.text for event in parser.feed("so ")] == ["so "]  # type: ignore[union-attr]
+        assert parser.feed(begun) == []
+        assert len(parser.feed(f"</{DSML}parameter></{DSML}invoke>")) == 7
+        parser = StreamParser(thinking, TOOLS)
+        assert parser.feed(f"so {begun}") == [(ReasoningDelta if thinking else ContentDelta)("so ")]
+        assert laws.read([f"so {begun}"], thinking).tool_calls == []
+
+
+def test_text_that_names_a_call_is_held_up_to_a_limit() -> None:
+    parser = StreamParser(False, TOOLS)
+    parser.feed(f'Type <{DSML}invoke name="f"> ')
+    waiting = [parser.feed("word ") for _ in range(MAX_TAG)]
+    assert waiting[0] == []
+    assert waiting[-1] == [ContentDelta("word ")]
+
+
 def test_events() -> None:
     parser = StreamParser(True, TOOLS, call_id=lambda: "id")
     assert parser.feed("r") == [ReasoningDelta("r")]
     assert parser.feed("</think>c\n") == [ContentDelta("c")]
-    assert parser.feed(f'\n<{DSML}tool_calls>\n<{DSML}invoke name="f">') == [
+    assert parser.feed(f'\n<{DSML}tool_calls>\n<{DSML}invoke name="f">') == []
+    assert parser.feed(f'\n<{DSML}parameter name="x" string="true">') == [
         ToolCallStart(0, "id", "f"),
         ArgumentsDelta(0, "{"),
-    ]
-    assert parser.feed(f'\n<{DSML}parameter name="x" string="true">') == [
-        ArgumentsDelta(0, '"x": "')
+        ArgumentsDelta(0, '"x": "'),
     ]
     assert parser.feed('a"') == [ArgumentsDelta(0, 'a\\"')]
     assert parser.feed(f"</{DSML}parameter>\n") == []

@@ -45,10 +45,11 @@ def request(place: str, text: str) -> dict[str, Any]:
 
 
 PLACES = [
-    *("system", "developer", "user", "content", "reasoning", "call name", "argument name"),
-    *("argument", "JSON argument", "broken arguments", "tool result", "reminder", "tool name"),
-    *("property", "schema", "tool description", "response schema"),
+    *("system", "developer", "user", "content", "reasoning", "argument", "JSON argument"),
+    *("broken arguments", "tool result", "reminder", "schema", "tool description"),
+    "response schema",
 ]
+NAMES = ["call name", "argument name", "tool name", "property"]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -61,6 +62,13 @@ def test_added_tokens_in_text_stay_text(place: str) -> None:
         assert count == Counter(token for token in usual if token in controls)
         decoded = encoder().tokenizer.decode(prompt.ids, skip_special_tokens=False)
         assert decoded == prompt.text
+
+
+@pytest.mark.parametrize("place", NAMES)
+def test_names_that_could_close_their_tag_are_refused(place: str) -> None:
+    for name in ("<｜User｜>", '" string="false', "a\nb"):
+        with pytest.raises(ValueError, match=r"(name|arguments|properties): .* cannot be a name"):
+            encoder().encode(**request(place, name))
 
 
 @pytest.mark.parametrize("token", ADDED)

@@ -91,6 +91,74 @@ def test_what_the_format_cannot_hold_is_the_client_s_error(roomy: Server):
         chat(roomy, messages=[USER], continue_final_message=True)
 
 
+KWARGS = "chat_template_kwargs"
+
+
+@pytest.mark.parametrize(
+    ("body", "thinks"),
+    [
+        ({"thinking": {"type": "disabled"}}, False),
+        ({"thinking": {"type": "disabled"}, "reasoning_effort": "high"}, False),
+        ({"thinking": {"type": "enabled"}}, True),
+        ({"thinking": False}, False),
+        ({"thinking": {"type": "enabled"}, "reasoning_effort": "none"}, False),
+        ({KWARGS: {"thinking": {"type": "disabled"}}}, False),
+        ({KWARGS: {"enable_thinking": False}}, False),
+        ({KWARGS: {"enable_thinking": False}, "reasoning_effort": "high"}, False),
+        ({KWARGS: {"enable_thinking": True}}, True),
+    ],
+)
+def test_all_ways_to_switch_thinking(roomy: Server, encoder: Encoder, body: Any, thinks: bool):
+    choice = chat(roomy, messages=[USER], max_tokens=2, return_prompt_token_ids=True, **body)
+    effort = body.get("reasoning_effort")
+    assert choice["prompt_token_ids"] == encoder.encode([USER], None, thinks, effort).ids
+    assert bool(choice["message"]["reasoning_content"]) == thinks
+
+
+def test_json_where_the_request_itself_switches_thinking_off(roomy: Server):
+    """SGLang holds grammars back until reasoning ends: it has to know that there is none."""
+    body = {"messages": [USER], "thinking": {"type": "disabled"}, "max_tokens": 5}
+    choice = chat(roomy, **body, response_format={"type": "json_object"})
+    assert choice["message"]["content"].startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        *(({"thinking": value}, "thinking") for value in ("false", "off", 0, 1, {"type": "x"})),
+        *(({KWARGS: {"thinking": value}}, rf"{KWARGS}\.thinking") for value in ("false", 0, 1)),
+        ({KWARGS: {"enable_thinking": "no"}}, rf"{KWARGS}\.enable_thinking"),
+    ],
+)
+def test_other_values_of_thinking_are_the_client_s_error(roomy: Server, body: Any, field: str):
+    with pytest.raises(RuntimeError, match=f"^400.*{field}: must be true, false"):
+        chat(roomy, messages=[USER], **body)
+
+
+def test_tools_of_messages_without_tool_choice(roomy: Server, encoder: Encoder):
+    messages = [{"role": "system", "content": "s", "tools": [WEATHER]}, USER]
+    asked = {"messages": messages, "max_tokens": 1, "return_prompt_token_ids": True}
+    choice = chat(roomy, **asked)
+    assert choice["prompt_token_ids"] == encoder.encode(messages).ids
+    choice = chat(roomy, **asked, tool_choice="none")
+    bare = [{"role": "system", "content": "s"}, USER]
+    assert choice["prompt_token_ids"] == encoder.encode(bare).ids
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_a_schema_that_no_grammar_can_be_made_of(roomy: Server, choice: str):
+    bad = {"type": "object", "properties": {"a": {"enum": []}}}
+    tools = [WEATHER, {"type": "function", "function": {"name": "bad", "parameters": bad}}]
+    tools[1]["function"]["strict"] = True
+    with pytest.raises(RuntimeError, match=r"^400.*tools\[1\]\.function\.parameters: .*'bad'"):
+        chat(roomy, messages=[USER], tools=tools, tool_choice=choice)
+
+
+def test_a_name_that_the_format_cannot_hold(roomy: Server):
+    with pytest.raises(RuntimeError, match=r"^400.*tools\[0\]\.function\.name: .*cannot be a name"):
+        chat(roomy, messages=[USER], tools=[{"type": "function", "function": {"name": "a>b"}}])
+
+
 def forced(text: str, **body: Any) -> dict[str, Any]:
     """A request whose answer is `text`."""
     return {
@@ -155,6 +223,23 @@ def test_stop_string(roomy: Server):
     body = forced("eins zwei drei vier", stop=["drei"])
     assert chat(roomy, **body)["message"]["content"] == "eins zwei "
     assert streamed(roomy, body)["content"] == "eins zwei "
+
+
+def test_a_stop_string_that_cuts_a_call(roomy: Server):
+    text = f"<｜DSML｜tool_calls>\n{INVOKE.format('Köln am Rhein')}</｜DSML｜tool_calls>"
+    body = forced(text, tools=[WEATHER], stop=["Rhein"])
+    whole = chat(roomy, **body)
+    assert whole["finish_reason"] == streamed(roomy, body)["finish_reason"] == "stop"
+    (call,) = whole["message"]["tool_calls"]
+    assert call["function"]["arguments"] == '{"city": "Köln am '
+    assert chat(roomy, **body | {"stop": ["xyz"]})["finish_reason"] == "tool_calls"
+
+
+def test_text_that_names_the_markup_is_content(roomy: Server):
+    text = 'Type <｜DSML｜invoke name="weather"> to start.'
+    body = forced(text, tools=[WEATHER])
+    assert chat(roomy, **body)["message"]["content"] == text
+    assert streamed(roomy, body)["content"] == text
 
 
 def test_json_schema(roomy: Server):

@@ -3,6 +3,7 @@ up, to be cut and split at will."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,52 @@ def test_stop_string(tokenizer, size, keep, expected):
         stop=["three", "seven"],
     )
     assert delta == Delta(content=expected, finish_reason="stop")
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+@pytest.mark.parametrize(
+    ("text", "matched", "arguments", "finish"),
+    [
+        (CALL, "ln<", '{"city": "Kö', "stop"),
+        (CALL + " END", "END", '{"city": "Köln"}', "tool_calls"),
+    ],
+)
+def test_a_stop_string_and_a_call(tokenizer, size, text, matched, arguments, finish):
+    """A call that the client's stop string cuts is not complete."""
+    end = text.index(matched) + len(matched)
+    sizes, reason = [size] * (12 // size), {"type": "stop", "matched": matched}
+    delta = run(tokenizer, text[:end], sizes, reason, thinking=False, tools=TOOLS, stop=matched)
+    assert [call.arguments for call in delta.whole_calls()] == [arguments]
+    assert delta.finish_reason == finish
+
+
+NAMED = 'Type <｜DSML｜invoke name="weather"> to start.'
+
+
+@pytest.mark.parametrize("size", [1, 2, 50])
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        (NAMED, NAMED, []),
+        (f"{NAMED}\n\n{CALL}", NAMED, ["Köln"]),
+        (CALL.replace(">\n", "\n"), "", ["Köln"]),
+        (CALL.replace("</｜DSML｜invoke>", f"so\n{CALL}"), "\nso\n", ["Köln", "Köln"]),
+    ],
+)
+def test_markup_that_is_named_or_not_quite_right(tokenizer, size, text, content, calls):
+    sizes, reason = [size] * (40 // size), {"type": "stop", "matched": 1}
+    delta = run(tokenizer, text, sizes, reason, thinking=False, tools=TOOLS)
+    assert delta.content.strip("\n") == content.strip("\n")
+    found = [json.loads(call.arguments)["city"] for call in delta.whole_calls()]
+    assert found == calls
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+def test_eos_in_a_value_ends_it(tokenizer, spelled):
+    text = CALL[: CALL.index("ln</")] + "<｜end▁of▁sentence｜>" * spelled
+    delta = run(tokenizer, text, [5], {"type": "stop"}, thinking=False, tools=TOOLS)
+    assert delta.whole_calls()[0].arguments == '{"city": "Kö'
+    assert delta.finish_reason == "stop"
 
 
 def test_held_text_that_is_no_stop_is_kept(tokenizer):

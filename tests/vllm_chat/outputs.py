@@ -35,3 +35,13 @@ ONE_CALL = "I need it.\n</think>One moment." + block(call("weather", city='the "
 TWO_CALLS = "Both.</think>" + block(call("weather", city="Rome"), call("clock"))
 IN_REASONING = "I will just" + block(call("clock"))
 AGAIN = "a</think>b<think>c</think>d"
+
+NAMED = 'Type <｜DSML｜invoke name="weather"> to start.'
+SLIPS = {
+    "named in reasoning": f"{NAMED}</think>Done.",
+    "named in content": f"</think>{NAMED} Then\n\nwait.",
+    "text behind a closed parameter": "</think>"
+    + block(call("weather", city="Rome").replace("</｜DSML｜invoke>", "so"), call("clock")),
+    "no > at the line's end": "</think>" + block(call("weather", city="Rome")).replace(">\n", "\n"),
+    "</think> in a call": "</think>" + block(call("clock").replace(">\n", ">\n</think>\n", 1)),
+}

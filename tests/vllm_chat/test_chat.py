@@ -105,6 +105,28 @@ def test_a_stop_string_of_the_client(openai, words, stream):
     assert (message["reasoning"], message["content"], finish) == ("r", "one ", "stop")
 
 
+def test_a_stop_string_that_cuts_a_call(openai, words):
+    more = {"stop": ["Hague"], "tools": outputs.TOOLS, "max_tokens": 200}
+    message, finish, _ = ask(openai, words(outputs.ONE_CALL), False, **more)
+    assert (calls(message), finish) == ([("weather", '{"city": "the \\"')], "stop")
+
+
+def test_a_stop_string_that_is_not_met(openai, words):
+    more = {"stop": ["STOP"], "tools": outputs.TOOLS, "max_tokens": 200}
+    message, finish, _ = ask(openai, words(outputs.IN_REASONING), False, **more)
+    assert (message["content"], finish) == (None, "tool_calls")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("slip", outputs.SLIPS)
+def test_slips(openai, words, slip, stream):
+    text = outputs.SLIPS[slip]
+    message, finish, _ = ask(openai, words(text), stream, tools=outputs.TOOLS)
+    reasoning, content, wanted = expected(text, outputs.TOOLS)
+    assert (message["reasoning"] or None, message["content"] or None) == (reasoning, content)
+    assert (calls(message), finish) == (wanted, "tool_calls" if wanted else "stop")
+
+
 def test_completions_with_logprobs(openai, words):
     ids = words("plain <text>")
     answer = openai.completions.create(

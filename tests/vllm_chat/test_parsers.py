@@ -3,16 +3,20 @@ made up, because their cuts and oddities are what is tested."""
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import requires
 
 import pytest
 from packaging.requirements import Requirement
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionNamedToolChoiceParam,
+    ChatCompletionRequest,
+)
 from vllm.parser import ParserManager
 from vllm.tool_parsers import ToolParserManager
 
 import vllm_ext
-from dsv4_plugin.chat import parse
+from dsv4_plugin.chat import StreamParser, collect, parse
 from tests.vllm_chat import outputs
 from vllm_ext.chat_compat import REPORTS_CUT_CALLS
 from vllm_ext.reasoning_parser import DeepseekV4ReasoningParser
@@ -110,6 +114,68 @@ def test_reasoning_and_calls_in_any_order(tokenizer, text, tools):
 
 
 @pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("slip", outputs.SLIPS)
+def test_slips_give_what_the_core_gives(tokenizer, slip):
+    make, text = compose(tokenizer), outputs.SLIPS[slip]
+    wanted = expected(text, outputs.TOOLS, ended=True)
+    assert streamed(make, tokenizer, chat(tools=outputs.TOOLS), [*text, EOS]) == wanted
+    reasoning, content, calls = whole(make, tokenizer, chat(tools=outputs.TOOLS), text + EOS)
+    found = [(call.name, call.arguments) for call in calls or ()]
+    assert (reasoning or "", content or "", found) == wanted
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_eos_token_is_no_text_of_a_value(tokenizer):
+    make, text = compose(tokenizer), outputs.ONE_CALL[: outputs.ONE_CALL.index("Hague")]
+    wanted = expected(text, outputs.TOOLS, ended=True)
+    assert wanted[2][0][1] == '{"city": "the \\"'
+    assert streamed(make, tokenizer, chat(tools=outputs.TOOLS), [*text, EOS]) == wanted
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("stop", ["STOP", ["zzz", "STOP"]])
+@pytest.mark.parametrize("text", [outputs.PLAIN, outputs.ONE_CALL])
+def test_a_stop_string_anywhere(tokenizer, text, stop):
+    """It ends the text that vLLM hands over, and is not shown; a call that it cuts stays half."""
+    make = compose(tokenizer)
+    for end in range(1, len(text) + 1):
+        parser = StreamParser(True, outputs.TOOLS)
+        message = collect([*parser.feed(text[:end]), *parser.finish("stop", cut=True)])
+        found = [(call.name, call.arguments) for call in message.tool_calls]
+        wanted = message.reasoning or "", message.content or "", found
+        request = chat(tools=outputs.TOOLS, stop=stop)
+        assert streamed(make, tokenizer, request, [*text[:end], "ST", "OP"]) == wanted
+        request = chat(tools=outputs.TOOLS, stop=stop)
+        reasoning, content, calls = whole(make, tokenizer, request, f"{text[:end]}STOP")
+        found = [(call.name, call.arguments) for call in calls or ()]
+        assert (reasoning or "", content or "", found) == wanted
+        if found and not REPORTS_CUT_CALLS:
+            cut = message.finish_reason == "stop"
+            assert isinstance(request.tool_choice, ChatCompletionNamedToolChoiceParam) == cut
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_stop_string_that_is_not_met(tokenizer):
+    make, text = compose(tokenizer), outputs.TWO_CALLS
+    wanted = expected(text, outputs.TOOLS, ended=True)
+    request = chat(tools=outputs.TOOLS, stop="STOP")
+    assert streamed(make, tokenizer, request, [*text, EOS]) == wanted
+    request = chat(tools=outputs.TOOLS, stop="STOP")
+    reasoning, content, calls = whole(make, tokenizer, request, text + EOS)
+    found = [(call.name, call.arguments) for call in calls]
+    assert (reasoning, content or "", found) == wanted
+    assert content is None
+    assert request.tool_choice == "auto"
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_stop_that_the_client_wants_to_see(tokenizer):
+    make = compose(tokenizer)
+    request = chat(tools=outputs.TOOLS, stop="STOP", include_stop_str_in_output=True)
+    assert whole(make, tokenizer, request, "r</think>oneSTOP")[:2] == ("r", "oneSTOP")
+
+
+@pytest.mark.usefixtures("registered")
 def test_calls_that_nobody_asked_for_are_content(tokenizer):
     make = compose(tokenizer)
     for more in ({}, {"tools": outputs.TOOLS, "tool_choice": "none"}):
@@ -117,6 +183,32 @@ def test_calls_that_nobody_asked_for_are_content(tokenizer):
         assert streamed(make, tokenizer, chat(**more), [*outputs.ONE_CALL, EOS]) == wanted
         reasoning, content, calls = whole(make, tokenizer, chat(**more), outputs.ONE_CALL + EOS)
         assert (reasoning, content, calls) == (*wanted[:2], [])
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("schema", [{"type": "zzz"}, {"properties": []}, {"const": math.nan}])
+def test_a_schema_that_no_grammar_can_be_made_of_is_refused_by_name(tokenizer, schema, strict):
+    function = {"name": "bad", "parameters": schema} | ({"strict": True} if strict else {})
+    tools = [outputs.TOOLS[0], {"type": "function", "function": function}]
+    request = chat(tools=tools, tool_choice="auto" if strict else "required")
+    with pytest.raises(ValueError, match=r"^tools\[1\]\.function\.parameters: .*(bad|NaN|JSON)"):
+        compose(tokenizer)(tokenizer, request.tools).adjust_request(request)
+
+
+@pytest.mark.usefixtures("registered")
+def test_flat_tools_of_a_message_and_those_that_come_too_late(tokenizer):
+    make = compose(tokenizer)
+    flat = {"type": "function", **outputs.TOOLS[0]["function"]}
+    messages = [{"role": "system", "content": "s", "tools": [flat]}, *QUESTION]
+    text = outputs.ONE_CALL
+    wanted = expected(text, outputs.TOOLS, ended=True)
+    assert streamed(make, tokenizer, chat(messages=messages), [*text, EOS]) == wanted
+    for tools, match in (([{"type": "x"}], r"\[0\]: must be"), ([flat], "tool_choice none")):
+        messages[0]["tools"] = tools
+        request = chat(messages=messages, tool_choice="none")
+        with pytest.raises(ValueError, match=rf"^messages\[0\]\.tools.*{match}"):
+            make(tokenizer, None).adjust_request(request)
 
 
 @pytest.mark.usefixtures("registered")

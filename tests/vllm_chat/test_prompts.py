@@ -17,6 +17,15 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
 IMAGE = {"type": "image_url", "image_url": {"url": "file:///x.png"}}
 JSON = {"type": "json_object"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+CARRYING = [{"role": "system", "content": "s", "tools": outputs.TOOLS[:1]}, *QUESTION]
+OLD = [
+    *QUESTION,
+    {"role": "assistant", "content": None, "function_call": CALL["function"]},
+    *QUESTION,
+    {"role": "assistant", "content": None, "refusal": "I will not."},
+    *QUESTION,
+]
+"""What clients of OpenAI's old API keep of an answer, and a refusal."""
 HISTORY = [
     {"role": "system", "content": "s"},
     {"role": "developer", "content": "d", "tools": outputs.TOOLS[:1]},
@@ -44,6 +53,18 @@ def prompt_ids(server, **body):
         ({"tools": outputs.TOOLS, "tool_choice": "none"}, {}),
         ({"chat_template_kwargs": {"thinking": False}}, {"thinking": False}),
         ({"chat_template_kwargs": {"enable_thinking": False}}, {"thinking": False}),
+        ({"chat_template_kwargs": {"thinking": {"type": "disabled"}}}, {"thinking": False}),
+        ({"chat_template_kwargs": {"thinking": {"type": "enabled"}}}, {}),
+        (
+            {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "max"},
+            {"thinking": False},
+        ),
+        ({"messages": OLD}, {"messages": OLD}),
+        (
+            {"messages": CARRYING, "tools": outputs.TOOLS[1:], "tool_choice": "none"},
+            {"messages": [{"role": "system", "content": "s"}, *QUESTION]},
+        ),
+        ({"messages": CARRYING}, {"messages": CARRYING}),
         ({"reasoning_effort": "none"}, {"thinking": False}),
         ({"reasoning_effort": "high"}, {"effort": "high"}),
         ({"reasoning_effort": "max"}, {"effort": "max"}),
@@ -140,6 +161,25 @@ def test_tokenize_and_detokenize(server, encoder, backend):
     [
         ({"messages": [{"role": "user", "content": "a", "task": "x"}]}, "messages[0].task"),
         ({"chat_template_kwargs": {"reasoning_effort": "huge"}}, "effort: 'huge' is not one of"),
+        *(
+            ({"chat_template_kwargs": {field: value}}, f"chat_template_kwargs.{field}: must be")
+            for field in ("thinking", "enable_thinking", "drop_thinking")
+            for value in ("false", "off", 0, 1)
+        ),
+        (
+            {"messages": [*QUESTION, {"role": "assistant", "content": "a", "prefix": "false"}]},
+            "messages[1].prefix: must be true or false",
+        ),
+        ({"tools": [outputs.tool("a>b", {})]}, "tools[0].function.name: 'a>b' cannot be a name"),
+        ({"stop": ["a", "\ud800"]}, "stop[1]: not valid Unicode"),
+        (
+            {"messages": CARRYING, "tool_choice": "none"},
+            "messages[0].tools: must be left out for tool_choice none",
+        ),
+        (
+            {"tools": [outputs.tool("bad", [])], "tool_choice": "required"},
+            "tools[0].function.parameters: no grammar can be made of the schema of 'bad'",
+        ),
         (
             {"messages": [{"role": "user", "content": [IMAGE]}]},
             "DeepSeek-V4 reads text only",
@@ -150,3 +190,10 @@ def test_what_the_format_cannot_hold_is_refused(server, body, message):
     with pytest.raises(RuntimeError, match=r"^400") as refused:
         server.post("/v1/chat/completions", {"messages": QUESTION} | body)
     assert message in str(refused.value)
+
+
+def test_thinking_that_vllm_does_not_pass_on_is_logged(server, encoder):
+    for field in ({"thinking": {"type": "disabled"}}, {"enable_thinking": False}):
+        assert prompt_ids(server, **field) == encoder.encode(QUESTION).ids
+        (name,) = field
+        assert f"A request's own `{name}` has no effect in vLLM: send" in server.read_log()
