@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import deepseek_recipe
@@ -29,11 +30,21 @@ def ours(request: dict[str, Any]) -> tuple[list[int], str]:
     return prompt.ids, prompt.text
 
 
-@given(conversations())
-@settings(
-    max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+examples = partial(
+    settings, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
+
+
+@given(conversations())
+@examples(max_examples=500)
 def test_ids_equal_recipes(request: dict[str, Any]) -> None:
+    assert ours(request) == recipe.encode(request)
+
+
+@pytest.mark.thorough
+@given(conversations())
+@examples(max_examples=5000)
+def test_ids_of_many_equal_recipes(request: dict[str, Any]) -> None:
     assert ours(request) == recipe.encode(request)
 
 

@@ -46,6 +46,7 @@ CPU_STEP, CPU_ATTENTION = (
 )
 FILES, SPECULATE = "dsv4_plugin/checkpoint/files.py", "dsv4_plugin/speculate.py"
 RENDER, ENCODER = "dsv4_plugin/chat/render.py", "dsv4_plugin/chat/encoder.py"
+MACHINE, TRIAL = "dsv4_plugin/chat/machine.py", "dsv4_plugin/chat/trial.py"
 VLLM_CACHE, VLLM_REGISTRATION = "vllm_ext/cache.py", "vllm_ext/registration.py"
 SGLANG_REGISTRATION = "sglang_ext/registration.py"
 
@@ -130,7 +131,9 @@ MUTANTS = [
     # Chat
     Mutant("text may forge a turn", ENCODER, "state.update(added_tokens=[], ", "state.update(", "chat/test_security"),
     Mutant("system texts run together", RENDER, '"\\n\\n".join(turn.content for turn in system', '"".join(turn.content for turn in system', "chat/test_encoder"),
-    Mutant("text arguments are written as JSON", RENDER, "self.text(value if is_text else to_json(value))", "self.text(to_json(value))", "chat/test_encoder"),
+    Mutant("text arguments are written as JSON", RENDER, "self.text(value if is_text else ", "self.text(", "chat/test_encoder"),
+    Mutant("one sign is enough for a call", MACHINE, "sum(signs) >= 2", "sum(signs) >= 1", "chat/test_parser"),
+    Mutant("the first parameter always makes a call", TRIAL, "return not self.in_reasoning and not self.amid_line", "return True", "chat/test_parser"),
     # Adapters
     Mutant("requests with one prefix share a ring in vLLM", VLLM_CACHE, "ring=metadata[self.ring.prefix]", "ring=metadata[self.page.prefix]", "vllm/test_engine"),
     Mutant("another plugin goes unnoticed in vLLM", VLLM_REGISTRATION, "if found[what] != wanted:", "if not found[what]:", "vllm/test_registration"),
