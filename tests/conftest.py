@@ -15,6 +15,8 @@ from dsv4_plugin.checkpoint.mini import make_mini
 
 os.environ["DSV4_MODEL"] = "plugin"
 """On machines where `auto` would leave the model to the engine too, as on CPUs with AMX."""
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+"""Triton 3.9 warns where it is left open."""
 SMALL = {"vocab_size": 512}
 """tiny with few tokens, so that logits of long inputs fit in memory."""
 A_LAYER_OF_EACH = {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128]}

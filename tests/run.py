@@ -68,12 +68,19 @@ def pytest(name: str, paths: str, engine: str = "vllm", long: bool = False, **en
 
 SERVERS = [f"tests/sglang/test_{name}.py" for name in ("device", "formats", "mini")]
 """Files of SGLang's whose tests have servers of their own; the others share one."""
-OTHERS = " ".join(["tests/sglang", *(f"--ignore={path}" for path in SERVERS)])
+ENGINES = [f"tests/triton/test_{name}.py" for name in ("vllm", "budgets")]
+"""Files of emulated kernels that take as long as all others together."""
+
+
+def without(folder: str, files: Sequence[str]) -> str:
+    return " ".join([folder, *(f"--ignore={path}" for path in files)])
+
 
 PARTS = (
     # Those that take longest first; the others fill the cores beside them.
-    pytest("sglang", OTHERS, "sglang"),
-    pytest("emulated", "tests/triton", DSV4_TEST_GPU="sm80"),
+    pytest("sglang", without("tests/sglang", SERVERS), "sglang"),
+    pytest("emulated", without("tests/triton", ENGINES), DSV4_TEST_GPU="sm80"),
+    pytest("emulated-engine", " ".join(ENGINES), DSV4_TEST_GPU="sm80"),
     pytest("vllm", "tests/vllm tests/parallel"),
     pytest("mutants", "tests/mutants"),
     pytest("vllm-chat", "tests/vllm_chat"),

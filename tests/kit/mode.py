@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 
+import pytest
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 NAMES = ["interpret"] if INTERPRET else (os.environ.get("DSV4_TEST_GPU") or "sm80").split(",")
 """What every test is repeated for."""
@@ -21,6 +23,11 @@ if INTERPRET:
     from tests.kit import interpreter
 
     interpreter.apply(strict=True, shuffle=True)
+
+
+def interpreted_first(*values: object) -> object:
+    """A case of every interpreted run; compiled, where it takes far longer, of the long set's."""
+    return pytest.param(*values, marks=[] if INTERPRET else pytest.mark.thorough)
 
 
 def gpu(name: str) -> AbstractContextManager[object]:

@@ -44,8 +44,9 @@ def crowded(serve):
 
 
 class TestScheduling:
-    def test_cold_warm_serial(self, roomy: Server, judge: Reference):
-        asked = prompts(3000)
+    @pytest.mark.parametrize("longest", [1000, pytest.param(3000, marks=pytest.mark.thorough)])
+    def test_cold_warm_serial(self, roomy: Server, judge: Reference, longest: int):
+        asked = prompts(longest)
         cold = roomy.generate_all(asked, N, at_once=16)
         judge.check(cold)
         warm = roomy.generate_all(asked[::-1], N, at_once=16)

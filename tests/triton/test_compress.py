@@ -13,6 +13,7 @@ from dsv4_plugin.config import CSA, HCA
 from dsv4_plugin.kernels import compress
 from dsv4_plugin.kernels.compress import State, Target, kernel
 from tests.core.test_cache import flash
+from tests.kit.mode import interpreted_first
 from tests.triton.inputs import Caches, step_of, untouched
 
 EPS = 1e-6
@@ -72,7 +73,9 @@ def both(layer, y, counts, before, rows=None):
     assert torch.equal(found.caches.page, expected.caches.page)
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp8", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "kv_dtype", ["fp8", interpreted_first("bfloat16"), interpreted_first("float32")]
+)
 def test_csa(gpu, kv_dtype):
     """Steps of every kind in a row, on pages of 32 tokens."""
     layer = Layer(SMALL, CSA, kv_dtype, 4, 4, 32)
@@ -115,7 +118,7 @@ def test_a_page_filled_in_the_same_step(gpu, decoding, monkeypatch):
 
 
 @pytest.mark.parametrize("ratio", [CSA, HCA])
-@pytest.mark.parametrize("drafts", [1, 5])
+@pytest.mark.parametrize("drafts", [interpreted_first(1), 5])
 def test_rings_keep_what_rejected_drafts_go_back_to(gpu, ratio, drafts):
     layer = Layer(SMALL, ratio, "float32", 3, 2, 128, drafts)
     layer.run(compress.reference, layer.products(135), [7, 126, 2], [0, 0, 0])
@@ -126,7 +129,9 @@ def test_rings_keep_what_rejected_drafts_go_back_to(gpu, ratio, drafts):
         both(layer, layer.products(sum(counts)), counts, before)
 
 
-@pytest.mark.parametrize(("ratio", "kind"), [(CSA, "fp8"), (CSA, "fp4"), (HCA, "fp8")])
+@pytest.mark.parametrize(
+    ("ratio", "kind"), [interpreted_first(CSA, "fp8"), (CSA, "fp4"), (HCA, "fp8")]
+)
 def test_real_sizes(gpu, ratio, kind):
     layer = Layer(FLASH, ratio, kind, 2, 2)
     layer.run(compress.reference, layer.products(257), [252, 5], [0, 0])

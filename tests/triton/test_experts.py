@@ -19,6 +19,7 @@ from dsv4_plugin.model.parallel import OwnExperts, SplitExperts
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
 from dsv4_plugin.quant.e4m3 import e4m3_values, round_e4m3
 from tests.kit import mode
+from tests.kit.mode import interpreted_first
 from tests.tolerances import BF16_SUM, OP_FP32, QUANTISED
 from tests.triton.cases import generator
 from tests.triton.inputs import untouched
@@ -106,7 +107,7 @@ def test_there_is_room_for_the_worst():
         assert worst <= kernel.blocks_of(pairs, e, rows) <= worst + busy
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, interpreted_first(torch.float32)])
 @pytest.mark.parametrize(("tokens", "e", "d", "f"), [(5, 8, 96, 40), (40, 2, 136, 24)])
 def test_plain_experts(gpu, tokens, e, d, f, dtype):
     x, (w13, w2) = inputs(tokens, d, dtype), plain_layer(e, d, f, dtype)
@@ -116,7 +117,9 @@ def test_plain_experts(gpu, tokens, e, d, f, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("tokens", "e", "d", "f"), [(1, 8, 256, 64), (40, 3, 160, 96)])
+@pytest.mark.parametrize(
+    ("tokens", "e", "d", "f"), [interpreted_first(1, 8, 256, 64), (40, 3, 160, 96)]
+)
 def test_packed_experts(gpu, kind, tokens, e, d, f):
     """In float32, where nothing else rounds: inputs as they are."""
     x, layer = inputs(tokens, d, torch.float32), packed_layer(kind, e, d, f)
@@ -180,7 +183,7 @@ def test_experts_of_this_rank(gpu, monkeypatch):
     close(parts[0] + parts[1], plain.grouped(x, ids, weight, w13, w2, c.swiglu_limit))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [interpreted_first("fp8"), "fp4", interpreted_first("nvfp4")])
 def test_alone_and_in_company(gpu, kind):
     """The same bits, in tiles for few rows and for many. (Consumer chips have one tile.)"""
     x, layer = inputs(30, 160), packed_layer(kind, 3, 160, 32)
@@ -195,7 +198,7 @@ def test_alone_and_in_company(gpu, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1, 160, 130), (70, 32, 96)])
+@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1, 160, 130), interpreted_first(70, 32, 96)])
 def test_packed_product(gpu, kind, rows, n_in, n_out):
     matrix = stack(kind, 1, n_out, n_in).of(0)
     x = inputs(rows, n_in, torch.float32)

@@ -122,7 +122,14 @@ def test_the_device_s_path_is_the_ordinary_one(unchosen, kv_dtype, monkeypatch):
 
 @pytest.mark.skipif(mode.INTERPRET or mode.DEVICE != "cpu", reason="the emulator's launches")
 @pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
-@pytest.mark.parametrize("fmt", ["bf16", "fp8-fp4", "nvfp4"])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        pytest.param("bf16", marks=pytest.mark.thorough),
+        "fp8-fp4",
+        pytest.param("nvfp4", marks=pytest.mark.thorough),
+    ],
+)
 @torch.inference_mode()
 def test_a_decode_step_asks_the_device_for_nothing(gpu, fmt, tmp_path, monkeypatch):
     """Neither plain nor packed, experts and all: what a captured graph must not do. Rows of padding

@@ -11,6 +11,7 @@ from dsv4_plugin.cache.rows import Float32Rows, RowPool
 from dsv4_plugin.kernels.paged_attention import Queries, kernel, reference
 from dsv4_plugin.kernels.paged_attention.kernel import paged_attention
 from tests.kit import mode
+from tests.kit.mode import interpreted_first
 from tests.kit.order import seeded
 from tests.tolerances import ATTENTION_BF16
 from tests.triton.cases import far, generator, kv_codec, paged, pairs
@@ -67,7 +68,7 @@ def error(found, expected):
 DECODE = [
     # positions of each request's rows, heads, format, ratio, chosen
     ([[0], [130], [None], [40]], 8, "fp8", 0, None),
-    ([[127]], 64, "bfloat16", 0, None),
+    interpreted_first([[127]], 64, "bfloat16", 0, None),
     ([[700], [3]], 16, "fp8", 4, 128),
     ([[2600]], 64, "fp8", 4, 512),
     ([[900], [127]], 8, "bfloat16", 128, None),
@@ -81,7 +82,7 @@ def test_decode(gpu, positions, heads, kind, ratio, k):
     assert error(paged_attention(**case), reference(**case)) < ATTENTION_BF16
 
 
-@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("kind", ["fp8", interpreted_first("bfloat16")])
 def test_small_heads_of_the_tiny_model(gpu, kind):
     case = world([[300], [5]], 4, kind, 4, 64, d=64, rope=16)
     assert error(paged_attention(**case), reference(**case)) < ATTENTION_BF16

@@ -30,6 +30,7 @@ def tables(model, layout):
     return caches, BlockTables(block[:, None], block[:, None], block, *strides)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(mode.INTERPRET or mode.DEVICE != "cpu", reason="graphs are recorded emulated")
 @pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
 @torch.inference_mode()
