@@ -25,16 +25,19 @@ MAX_TAG = 1024
 """Longest tag, in characters; anything longer is text."""
 
 _CONTROLS = (THINK, END_THINK, EOS)
-_HEADS = [
-    f"{start}{DSML}{name}"
+_NAMES = dict.fromkeys((TOOL_CALLS, *WRAPPER_SLIPS), TOOL_CALLS)
+_NAMES |= {INVOKE: INVOKE, PARAMETER: PARAMETER}
+_HEADS = {
+    f"{start}{DSML}{spelled}": (name, start == "</")
     for start in ("<", "</")
-    for name in (TOOL_CALLS, *WRAPPER_SLIPS, INVOKE, PARAMETER)
-]
+    for spelled, name in _NAMES.items()
+}
+"""How a tag begins: its name and whether it closes."""
 _PREFIXES = frozenset(tag[:end] for tag in (*_CONTROLS, *_HEADS) for end in range(1, len(tag) + 1))
 
 _CANDIDATE = re.compile(r"<(?:[/｜t]|\Z)")
 _CONTROL = re.compile("|".join(map(re.escape, _CONTROLS)))
-_HEAD = re.compile(rf"(?:{'|'.join(map(re.escape, _HEADS))})(?=[\s/<>]|\Z)")
+_HEAD = re.compile(rf"</?{DSML}(?:{'|'.join(_NAMES)})(?=[\s/<>]|\Z)")
 _ATTRIBUTE = re.compile(r"""([\w-]+)\s*=\s*(?:"([^"\n]*)"?|'([^'\n]*)'?|([^\s>]+))""")
 
 _PLAIN = r"""[^"'<>\n]*"""
@@ -107,10 +110,9 @@ def _tag(text: str, at: int, last: bool) -> Tag | str | None:
     head = _HEAD.match(text, at)
     if head is None:
         return None
-    name = head[0].strip("</").removeprefix(DSML)
-    closes = head[0][1] == "/"
+    name, closes = _HEADS[head[0]]
     limit = min(len(text), at + MAX_TAG)
-    find = _attributes_end if name in (INVOKE, PARAMETER) and not closes else _end
+    find = _end if closes or name == TOOL_CALLS else _attributes_end
     end = find(text, head.end(), limit, last or limit == at + MAX_TAG)
     if end is None:
         return None
@@ -118,7 +120,7 @@ def _tag(text: str, at: int, last: bool) -> Tag | str | None:
         return text[at:]
     attributes = text[head.end() : end].removesuffix(">").rstrip()
     return Tag(
-        name if name in (INVOKE, PARAMETER) else TOOL_CALLS,
+        name,
         text[at:end],
         closes,
         attributes.removesuffix("/"),
@@ -143,9 +145,12 @@ def _end(text: str, start: int, limit: int, last: bool) -> int | None:
 def _attributes_end(text: str, start: int, limit: int, last: bool) -> int:
     """Where a tag ends that may have attributes, on this line or, well-formed, on the next ones.
     Without a ">" it ends after the last of them, or with its line; what follows is text."""
+    lines = text.find("\n", start, limit) >= 0
+    if not (last or lines) and text.find(">", start, limit) < 0:
+        return _OPEN
     if end := _ON_A_LINE.match(text, start, limit):
         return end.end()
-    if not last and text.find("\n", start, limit) < 0:
+    if not (last or lines):
         return _OPEN
     if end := _ON_LINES.match(text, start, limit):
         return end.end()

@@ -59,7 +59,7 @@ class Machine(Prose):
         self._trial: Trial | None = None
         self._saved: list[Piece] = []
         self._closing, self._nothing_since = "", True
-        self._opened = ""
+        self._opened = self._value_text = ""
         self._in_block = False
         self._index = -1
         self._arguments = Arguments({})
@@ -283,13 +283,13 @@ class Machine(Prose):
         name = tag.attribute("name") or NAMELESS
         opened = self._arguments.open(name, tag.attribute("string"))
         self._arguments_delta(opened)
-        self._opened, self._last = tag.raw, ""
+        self._opened, self._value_text = tag.raw, ""
         self._enter(State.VALUE)
         if self._trial is not None and self._trial.streams:
             self._commit()
 
     def _value(self, text: str) -> None:
-        self._last = text[-1]
+        self._value_text = text
         if delta := self._arguments.value(text):
             self._out.append(ArgumentsDelta(self._index, delta))
 
@@ -301,12 +301,12 @@ class Machine(Prose):
         elif tag.name == PARAMETER and self._arguments.expects(tag.attribute("name")):
             self._arguments_delta(self._arguments.close())
             self._open_parameter(tag)
-        elif self._last or tag.raw != self._opened:
+        elif self._value_text or tag.raw != self._opened:
             self._value(tag.raw)
 
     def _after_closing(self, text: str) -> None:
         directly = len(self._saved) == 1
-        quoted = directly and text[0] == self._last and is_quote(self._last)
+        quoted = directly and is_quote(text[0]) and self._value_text.endswith(text[0])
         self._saved.append(text)
         self._nothing_since = self._nothing_since and text.isspace()
         if quoted or self._closing == "eos":

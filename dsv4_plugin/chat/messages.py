@@ -63,16 +63,17 @@ def read_message(message: Mapping[str, Any], index: int) -> Turn:
         response_format=format_text(message.get("response_format"), f"{where}.response_format")
         if carries
         else "",
-        prefix=read_flag(message.get("prefix"), f"{where}.prefix"),
+        prefix="prefix" in message and read_flag(message["prefix"], f"{where}.prefix"),
     )
 
 
 def _content(message: Mapping[str, Any], role: str, where: str) -> str:
     """The text of a message; a refusal is what the assistant said, too."""
-    texts = [_text(message.get("content"), f"{where}.content")]
-    if role == "assistant" and message.get("refusal") is not None:
-        texts.append(read_string(message["refusal"], f"{where}.refusal"))
-    return "\n\n".join(text for text in texts if text)
+    content = _text(message.get("content"), f"{where}.content")
+    if role != "assistant" or message.get("refusal") is None:
+        return content
+    refusal = read_string(message["refusal"], f"{where}.refusal")
+    return f"{content}\n\n{refusal}" if content else refusal
 
 
 def _text(content: Any, where: str) -> str:

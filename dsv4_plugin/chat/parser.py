@@ -45,15 +45,16 @@ class StreamParser(Machine):
         """Parse the next piece of text, of any size."""
         if self._finished:
             raise ValueError("feed: the output was finished before")
-        self._certain = []
+        certain: list[Event] = []
+        self._certain = certain
         if self._trial is None:
-            self._out = self._certain
+            self._out = certain
             if "<" not in text and not self._lexer.rest:
                 if text:
                     self._on_text(text)
-                return self._certain
+                return certain
         self._read(text)
-        return self._certain
+        return certain
 
     def _read(self, text: str, last: bool = False) -> None:
         for piece in self._lexer.feed(text, last):

@@ -45,9 +45,11 @@ def schema_lines(tools: Sequence[Mapping[str, Any]] | None, field: str = "tools"
 
 
 def _schema_line(function: Mapping[str, Any], where: str) -> str:
-    check_name(function["name"], f"{where}.name")
-    for name in properties(function):
-        check_name(name, f"{where}.parameters.properties")
+    declared = properties(function)
+    if not _fit([function["name"], *declared]):
+        check_name(function["name"], f"{where}.name")
+        for name in declared:
+            check_name(name, f"{where}.parameters.properties")
     schema = {
         "name": function["name"],
         "description": function.get("description") or "",
@@ -56,11 +58,19 @@ def _schema_line(function: Mapping[str, Any], where: str) -> str:
     return json_text.encode(schema, where)
 
 
+def _fit(names: Sequence[Any]) -> bool:
+    """Whether all names pass `check_name`, asked at once."""
+    try:
+        return all(names) and not _UNFIT.search(" ".join(names))
+    except TypeError:
+        return False
+
+
 def check_name(name: Any, where: str) -> None:
-    """Whether the name of a tool or argument fits between the quotes of an attribute."""
+    """Raise ValueError for a name of a tool or argument that does not fit into an attribute."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"{where}: must be a non-empty string, not {name!r:.80}")
-    if _UNFIT.search(name):
+    if not _fit([name]):
         raise ValueError(
             f"{where}: {name!a:.80} cannot be a name in DeepSeek-V4's format: "
             "no quote, >, line break or lone surrogate may be in it"
