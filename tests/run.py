@@ -84,13 +84,13 @@ PARTS = (
     pytest("vllm", "tests/vllm tests/parallel"),
     pytest("mutants", "tests/mutants"),
     pytest("vllm-chat", "tests/vllm_chat"),
-    pytest("sglang-servers", " ".join(SERVERS), "sglang"),
     pytest("core", "tests/core"),
     pytest("chat", "tests/chat"),
     pytest("interpreted", "tests/triton", TRITON_INTERPRET="1"),
     pytest("mini", "tests/mini"),
     Part("lint", "make --no-print-directory lint"),
     pytest("emulated-others", "tests/triton", long=True, DSV4_TEST_GPU="sm120,sm86,sm89,sm90"),
+    pytest("sglang-servers", " ".join(SERVERS), "sglang", long=True),
     Part("fuzz", ".venv-vllm/bin/python -m tests.chat.fuzz --cases 100000", long=True),
 )
 

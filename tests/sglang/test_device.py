@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from dsv4_plugin import load
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from tests.conftest import A_LAYER_OF_EACH, random_ids
@@ -21,6 +23,7 @@ OPTIONS = (
 )
 
 
+@pytest.mark.thorough
 def test_the_server_gives_torch_s_tokens(tmp_path):
     """Greedy tokens of three requests; where two logits nearly tie, either may be chosen."""
     checkpoint = tmp_path / "three"

@@ -185,7 +185,11 @@ def test_unsupported_arguments_are_named(name: str, value: object):
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [
-        ("--enable-hierarchical-cache", "enable_hierarchical_cache is True; dsv4-plugin supports"),
+        pytest.param(
+            "--enable-hierarchical-cache",
+            "enable_hierarchical_cache is True; dsv4-plugin supports",
+            marks=pytest.mark.thorough,
+        ),
         ("--page-size=96", "page_size is 96; it must be a multiple of 128"),
     ],
 )

@@ -102,6 +102,7 @@ def test_steps_give_torch_s_tokens(gpu, model, monkeypatch):
         assert same[clear].all()
 
 
+@pytest.mark.skipif(not mode.INTERPRET, reason="launches nothing: once is enough")
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float32"])
 @torch.inference_mode()
 def test_the_device_s_path_is_the_ordinary_one(unchosen, kv_dtype, monkeypatch):

@@ -28,6 +28,7 @@ def test_the_plugin_serves_with_chunks_and_prefixes(llm):
     assert config.scheduler_config.enable_chunked_prefill
 
 
+@pytest.mark.thorough
 def test_alone(llm, small, reference, prompts):
     """One after another; 700 tokens come in chunks of at most 96."""
     for prompt in (prompts[4], prompts[8]):

@@ -99,6 +99,7 @@ def test_a_second_step_s_prompt_begins_with_the_first_step(client, encoder):
     assert numbers.count(2) >= RIGHT, numbers
 
 
+@pytest.mark.thorough
 def test_concurrent_streams(server, client):
     every = [list(held_out(skill, STREAMS // 4)) for skill in SKILLS if skill not in NOT_ASKED]
     asked = list(islice((c for some in zip(*every, strict=True) for c in some), STREAMS))
@@ -119,7 +120,7 @@ def respond(client: OpenAI, tools: list[dict[str, Any]], history: list[Any], str
     return events[-1].response
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_responses(client, stream):
     """Reasoning, a call, its result, what came of it."""
 
@@ -148,7 +149,7 @@ def message(anthropic: Anthropic, asked: dict[str, Any], stream: bool) -> Any:
         return events.get_final_message()
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_messages(anthropic, stream):
     """The same by Anthropic's API."""
 

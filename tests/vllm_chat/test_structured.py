@@ -53,6 +53,7 @@ def test_a_schema_after_the_reasoning(openai, words):
     assert json.loads(choice.message.content)["kind"] in ("cat", "dog")
 
 
+@pytest.mark.thorough
 def test_a_schema_where_reasoning_is_not_wanted_back(openai, words):
     schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
     extra = {"include_reasoning": False}
@@ -70,6 +71,7 @@ def test_a_call_is_required(openai, words, parallel):
         check(call)
 
 
+@pytest.mark.thorough
 def test_a_required_call_where_reasoning_is_not_wanted_back(openai, words):
     more = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
     (choice,) = ask(openai, words, extra={"include_reasoning": False}, **more).choices
