@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsv4_plugin.json_file import as_object, shown
+from dsv4_plugin.json_file import as_object, printable, shown
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def check_fields(found: Mapping[str, Any], table: Table, where: str = "") -> Non
         allowed = table.fields.get(name)
         if allowed is None:
             raise ValueError(
-                f"{where}{name} is {shown(value)}; it is no field that this version knows, and it "
-                "may ask for another network: remove it if it is harmless"
+                f"{where}{printable(name)} is {shown(value)}; it is no field that this version "
+                "knows, and it may ask for another network: remove it if it is harmless"
             )
         _check(f"{where}{name}", value, allowed)
 

@@ -43,7 +43,15 @@ def as_object(value: Any, where: str) -> dict[str, Any]:
 
 def shown(value: Any) -> str:
     """A value for a message: as Python writes it, cut where it is long."""
-    text = repr(value)
+    return _cut(ascii(value) if not repr(value).isprintable() else repr(value))
+
+
+def printable(name: str) -> str:
+    """A name for a message: as it is, if it can be printed on a line."""
+    return _cut(name if name.isprintable() else ascii(name))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 

@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv4_plugin import load
-from dsv4_plugin.checkpoint.files import INDEX, check_checkpoint, read_tensors
+from dsv4_plugin.checkpoint.files import (
+    INDEX,
+    check_checkpoint,
+    read_headers,
+    read_tensor,
+    read_tensors,
+)
 from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.checkpoint.names import stored_tensors
@@ -21,6 +27,7 @@ from dsv4_plugin.config import FIELDS, ModelConfig
 from dsv4_plugin.fields import Only, Unread, Whole
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
+from tests.conftest import A_LAYER_OF_EACH, SMALL
 from tests.paths import SHARED, needs_shared
 
 
@@ -160,6 +167,135 @@ def test_missing_unexpected_and_misshapen_tensors(broken):
     refused(
         broken, r"norm.weight is I64, config.json \(no quantization_config\) asks for BF16 or F32"
     )
+
+
+def rewrite(file, change):
+    """Let `change` work on a file's header, by tensor name; the data stays."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header = change(header) or header
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def shifted(header):
+    begin, end = header["norm.weight"]["data_offsets"]
+    header["norm.weight"]["data_offsets"] = [begin - 2, end - 2]
+
+
+HEADERS = {
+    "a list": (lambda h: b"[]", r"the header is \[\]; it must be a JSON object"),
+    "no JSON": (lambda h: b"{,}", r"model-.*safetensors: the header is not JSON that can be read"),
+    "no dtype": (lambda h: h["norm.weight"].pop("dtype") and None, "norm.weight is .* must have a"),
+    "no shape": (lambda h: h["norm.weight"].pop("shape") and None, "norm.weight is .* must have a"),
+    "no offsets": (
+        lambda h: h["norm.weight"].pop("data_offsets") and None,
+        r"norm.weight is .* must have a dtype \(text\), a shape \(a list of sizes\) and data_off",
+    ),
+    "a negative size": (
+        lambda h: h["norm.weight"].update(shape=[-128]),
+        "norm.weight is .* must have a dtype",
+    ),
+    "offsets before the data": (
+        lambda h: h["norm.weight"].update(data_offsets=[-256, 0]),
+        "norm.weight is .* must have a dtype",
+    ),
+    "offsets that overlap": (shifted, "norm.weight begins at byte .* the tensor before it ends"),
+    "a hole": (
+        lambda h: h.pop("layers.0.attn_norm.weight") and None,
+        r"begins at byte \d+ of the data; the tensor before it ends at",
+    ),
+    "a tensor twice": (
+        lambda h: json.dumps(h).encode()[:-1] + b', "norm.weight": {}}',
+        "the header is not JSON that can be read: 'norm.weight' stands in it twice",
+    ),
+    "a note that is no text": (
+        lambda h: h.update(__metadata__={"format": 1}),
+        "__metadata__ is {'format': 1}; its values must be text",
+    ),
+    "a name that cannot be printed": (
+        lambda h: {"a\nb\ud800" if n == "norm.weight" else n: e for n, e in h.items()},
+        r"norm.weight is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", HEADERS)
+def test_headers(broken, damage):
+    change, pattern = HEADERS[damage]
+    rewrite(shard(broken), change)
+    refused(broken, pattern)
+
+
+@pytest.mark.parametrize(
+    ("index", "pattern"),
+    [
+        ({}, "index.json: weight_map is None; it must be a JSON object"),
+        ({"weight_map": []}, r"index.json: weight_map is \[\]; it must be a JSON object"),
+        ({"weight_map": {}}, "index.json: weight_map is empty"),
+        ({"weight_map": {"norm.weight": 1}}, "weight_map.norm.weight is 1; it must be the name of"),
+        ({"weight_map": {"norm.weight": "../x"}}, "weight_map.norm.weight is '../x'; it must be"),
+    ],
+)
+def test_indexes(broken, index, pattern):
+    (broken / INDEX).write_text(json.dumps(index))
+    refused(broken, pattern)
+
+
+def test_a_tensor_in_two_files(broken):
+    index = json.loads((broken / INDEX).read_text())
+    save_file({"more": torch.ones(128)}, broken / "other.safetensors")
+    index["weight_map"] |= {"norm.weight": "other.safetensors"}
+    (broken / INDEX).write_text(json.dumps(index))
+    refused(broken, "norm.weight is in model-.*; model.safetensors.index.json says other.safe")
+    save_file({"norm.weight": torch.ones(128)}, broken / "other.safetensors")
+    (broken / INDEX).write_text(json.dumps(index))
+    refused(broken, "norm.weight is in .* and in .*; allowed is one")
+    (broken / INDEX).unlink()
+    refused(broken, "norm.weight is in .* and in .*; allowed is one")
+
+
+NAN = float("nan")
+VALUES = {
+    ("bf16", "norm.weight"): (NAN, "norm.weight has 128 values that are not finite among 128"),
+    ("bf16", "layers.0.hc_attn_scale"): (NAN, "hc_attn_scale has 3 values that are not finite"),
+    ("bf16", "layers.1.ffn.gate.bias"): (-torch.inf, "bias has 8 values that are not finite"),
+    ("bf16", "layers.0.ffn.gate.tid2eid"): (8, "tid2eid names expert 8; n_routed_experts is 8, so"),
+    ("base", "layers.0.attn.wq_a.scale"): (NAN, "wq_a.scale has .* scales that are not finite"),
+    ("base", "layers.0.attn.wq_b.scale"): (0, "wq_b.scale has nothing but zeros"),
+    ("base", "layers.0.ffn.experts.1.w1.scale"): (-1, "w1.scale has 1 negative scales"),
+    ("fp8-fp4", "layers.0.attn.wkv.scale"): (255, "wkv.scale has .* scales that are not numbers"),
+    ("fp8-fp4", "layers.0.ffn.experts.1.w1.scale"): (0, "w1.scale has nothing but zeros"),
+    ("nvfp4", "layers.0.ffn.experts.1.w1.weight_scale"): (255, "scales that are not numbers"),
+    ("nvfp4", "layers.0.ffn.experts.1.w2.weight_scale"): (129, "w2.weight_scale has .* negative"),
+    ("nvfp4", "layers.0.ffn.experts.1.w3.weight_scale_2"): (
+        NAN,
+        "has 1 scales that are not finite",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("variants")
+    for fmt in ("bf16", "base", "fp8-fp4", "nvfp4"):
+        overrides = SMALL | A_LAYER_OF_EACH
+        make_checkpoint(directory / fmt, "tiny", 1, overrides, tokenizer=False, fmt=fmt)
+    return directory
+
+
+@pytest.mark.parametrize(("fmt", "name"), VALUES, ids=lambda value: value)
+def test_values(variants, tmp_path, fmt, name):
+    value, pattern = VALUES[fmt, name]
+    copy = tmp_path / "copy"
+    shutil.copytree(variants / fmt, copy)
+    info = read_headers(copy)[name]
+    tensor = read_tensor(info)
+    with info.file.open("r+b") as f:
+        f.seek(info.offset)
+        f.write(torch.full_like(tensor, value).reshape(-1).view(torch.uint8).numpy().tobytes())
+    refused(copy, pattern)
 
 
 def test_truncated_and_missing_files(broken):
