@@ -220,10 +220,10 @@ _LAYERS = 1024
 _ROPE = {
     "type": Only("yarn"),
     "rope_type": Only("yarn"),
-    "factor": Only(16),
+    "factor": Only(16.0),
     "original_max_position_embeddings": Only(65536),
-    "beta_fast": Only(32),
-    "beta_slow": Only(1),
+    "beta_fast": Only(32.0),
+    "beta_slow": Only(1.0),
 }
 _PARTIAL = Only(0.125, 0.25, 0.5)
 _SEEN_IN_TENSORS = (
@@ -266,7 +266,7 @@ FIELDS = Table(
         "index_topk": Whole(1, 1 << 16),
         "qk_rope_head_dim": Only(16, 32, 64),
         "sliding_window": Only(16, 32, 64, 128),
-        "swiglu_limit": Only(1, 10),
+        "swiglu_limit": Only(1.0, 10.0),
         "routed_scaling_factor": Only(1.5, 2.5),
         "max_position_embeddings": Whole(1, 1 << 30),
         "torch_dtype": Only("bfloat16", "float32"),
@@ -280,8 +280,8 @@ FIELDS = Table(
         "hc_sinkhorn_iters": Only(20),
         "hc_eps": Only(1e-6),
         "rms_norm_eps": Only(1e-6),
-        "rope_theta": Only(10000),
-        "compress_rope_theta": Only(160000),
+        "rope_theta": Only(10000.0),
+        "compress_rope_theta": Only(160000.0),
         "rope_scaling": Table(_ROPE),
         # What the network is without asking: another value would be another network.
         "architectures": Each(Only(ARCHITECTURE), 1),
@@ -318,15 +318,15 @@ FIELDS = Table(
                 "main": Table(
                     {
                         "rope_type": Only("default"),
-                        "rope_theta": Only(10000),
+                        "rope_theta": Only(10000.0),
                         "partial_rotary_factor": _PARTIAL,
                     }
                 ),
                 "compress": Table(
                     _ROPE
                     | {
-                        "rope_theta": Only(160000),
-                        "attention_factor": Only(1),
+                        "rope_theta": Only(160000.0),
+                        "attention_factor": Only(1.0),
                         "partial_rotary_factor": _PARTIAL,
                     }
                 ),

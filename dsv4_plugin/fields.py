@@ -1,4 +1,4 @@
-"""What fields of a JSON object may be: tables of names and allowed values, and their check."""
+"""What fields of config.json may be: tables of names and allowed values, and their check."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsv4_plugin.json_file import as_object, printable, shown
 
 @dataclass(frozen=True)
 class Only:
-    """One of a few values. Numbers may be written as 10 or 10.0, but never as text or truth."""
+    """One of a few values, of their type; what may have a fraction may be written without one."""
 
     values: tuple[Any, ...]
 
@@ -19,8 +19,10 @@ class Only:
         object.__setattr__(self, "values", values)
 
     def permits(self, value: Any) -> bool:
-        truth = isinstance(value, bool)
-        return any(value == v and truth == isinstance(v, bool) for v in self.values)
+        return any(
+            value == v and (type(value) is type(v) or (type(value) is int and type(v) is float))
+            for v in self.values
+        )
 
     def __str__(self) -> str:
         if not self.values:
@@ -87,8 +89,8 @@ def check_fields(found: Mapping[str, Any], table: Table, where: str = "") -> Non
         allowed = table.fields.get(name)
         if allowed is None:
             raise ValueError(
-                f"{where}{printable(name)} is {shown(value)}; it is no field that this version "
-                "knows, and it may ask for another network: remove it if it is harmless"
+                f"{where}{printable(name)} is {shown(value)}; this version knows no such field of "
+                "config.json, and it may ask for another network: remove it if it is harmless"
             )
         _check(f"{where}{name}", value, allowed)
 

@@ -70,15 +70,15 @@ def read_headers(directory: str | Path) -> dict[str, TensorInfo]:
             raise FileNotFoundError(f"{file} is missing; {INDEX} names it")
         for name, info in _read_header(file).items():
             if name in tensors:
-                first = tensors[name].file.name
+                other = tensors[name].file.name
                 raise ValueError(
-                    f"{printable(name)} is in {first} and in {file.name}; allowed is one"
+                    f"{printable(name)} is in {other} and in {file.name}; allowed is one"
                 )
             tensors[name] = info
     for name, where in index.items():
         if name in tensors and tensors[name].file.name != where:
-            file = tensors[name].file.name
-            raise ValueError(f"{printable(name)} is in {file}; {INDEX} says {where}")
+            found = tensors[name].file.name
+            raise ValueError(f"{printable(name)} is in {found}; {INDEX} says {where}")
     return tensors
 
 
@@ -86,7 +86,8 @@ def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name. Raises ValueError."""
     files = as_object(read_object(path).get("weight_map"), f"{path}: weight_map")
     for name, file in files.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.isprintable():
+        plain = isinstance(file, str) and file.isprintable() and len(file) <= 255
+        if not plain or Path(file).name != file:
             raise ValueError(
                 f"{path}: weight_map.{printable(name)} is {shown(file)}; it must be the name of a "
                 "file beside it"
@@ -152,7 +153,8 @@ def check_checkpoint(
     problems = list(problems_of(config, found, mtp))
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ValueError(f"checkpoint {directory}: {'; '.join(problems[:3])}{more}")
+        named = "; ".join(problems[:3])
+        raise ValueError(f"checkpoint {directory} does not fit its config.json: {named}{more}")
     return found
 
 
