@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv4_plugin import load
+from dsv4_plugin.checkpoint.convert import convert_checkpoint
 from dsv4_plugin.checkpoint.files import (
     INDEX,
     check_checkpoint,
@@ -343,6 +345,19 @@ PUBLISHED = [
     if "inference" not in path.name  # the authors' own argument file, not a Hugging Face config
 ]
 WRONG = (0, -1, 1e300, float("nan"), "", "text", True, [], [None], {}, {"type": "text"})
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_the_umask_says_who_may_read(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        make_checkpoint(tmp_path / "made", "tiny", 1, SMALL | A_LAYER_OF_EACH, tokenizer=False)
+        convert_checkpoint(tmp_path / "made", tmp_path / "converted", "base")
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "made", tmp_path / "converted"):
+        modes = {file.stat().st_mode & 0o777 for file in folder.iterdir()}
+        assert modes == {0o666 & ~mask}
 
 
 @needs_shared
