@@ -7,11 +7,13 @@ Both spellings in circulation are read: the published one (`compress_ratios`, `n
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from dsv4_plugin.fields import Each, Only, Table, Unread, Whole, check_fields
+from dsv4_plugin.json_file import as_object, read_object, shown
 
 Generation = Literal["april", "0731"]
 """Of a checkpoint: they were trained with different effort texts."""
@@ -24,6 +26,7 @@ FP8_BLOCK = 128
 """Rows and columns of a block of an FP8 weight that share a scale."""
 FP4_BLOCKS = {"fp4": 32, "nvfp4": 16}
 """Values along the input dim that share a scale in an FP4 weight."""
+CONFIG = "config.json"
 HF_QUANT = "hf_quant_config.json"
 """Where an exporter says NVFP4 if config.json does not."""
 
@@ -61,7 +64,6 @@ class ModelConfig:
     q_lora_rank: int
     o_groups: int
     o_lora_rank: int
-    sliding_window: int
     compress_ratios: tuple[int, ...]
     index_n_heads: int
     index_head_dim: int
@@ -70,11 +72,12 @@ class ModelConfig:
     num_experts_per_tok: int
     moe_intermediate_size: int
     num_hash_layers: int
+    routed_scaling_factor: float
     max_position_embeddings: int
     yarn: Yarn | None
+    sliding_window: int = 128
     n_shared_experts: int = 1
     num_nextn_predict_layers: int = 0
-    routed_scaling_factor: float = 1.5
     swiglu_limit: float = 10.0
     hc_mult: int = 4
     hc_sinkhorn_iters: int = 20
@@ -91,41 +94,78 @@ class ModelConfig:
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> ModelConfig:
         """Read `DIR/config.json`. Raises ValueError or FileNotFoundError in one sentence."""
-        path = Path(directory) / "config.json"
+        path = Path(directory) / CONFIG
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} does not exist; a checkpoint folder needs a config.json"
             )
         beside = Path(directory) / HF_QUANT
-        exported = json.loads(beside.read_text()) if beside.is_file() else {}
-        return cls.from_hf(with_exported(json.loads(path.read_text()), exported))
+        return cls.from_hf(read_hf(path, beside if beside.is_file() else None))
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
         """Build from the parsed config.json. Raises ValueError naming the field at fault."""
-        model_type = hf.get("model_type")
+        model_type = as_object(hf, CONFIG).get("model_type")
         if model_type != "deepseek_v4":
             raise ValueError(
-                f"model_type is {model_type!r}; this package serves 'deepseek_v4' only"
+                f"model_type is {shown(model_type)}; this package serves 'deepseek_v4' only"
             )
-        values: dict[str, Any] = {
-            f.name: hf[f.name] for f in fields(cls) if hf.get(f.name) is not None
+        check_fields(hf, FIELDS)
+        found = as_published(hf)
+        values = {f.name: found[f.name] for f in fields(cls) if found.get(f.name) is not None} | {
+            "yarn": _yarn(found),
+            "compress_ratios": _compress_ratios(found),
+            "experts": _experts(found),
+            "generation": generation_of(found),
         }
-        values |= {
-            "qk_rope_head_dim": _rope_head_dim(hf),
-            "compress_ratios": _compress_ratios(hf),
-            "num_hash_layers": _num_hash_layers(hf),
-            "yarn": _yarn(hf),
-            "torch_dtype": hf.get("torch_dtype") or hf.get("dtype") or "bfloat16",
-            "experts": _experts(hf),
-            "generation": generation_of(hf),
-        } | _rope_thetas(hf)
-        missing = [n for n in _REQUIRED if n not in values]
+        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
         if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}")
+            raise ValueError(f"{CONFIG} lacks {', '.join(missing)}")
         config = cls(**values)
-        config._validate()
+        for name, holds, must in config._relations():
+            if not holds:
+                raise ValueError(f"{name} is {getattr(config, name)}; it must {must}")
         return config
+
+    def _relations(self) -> Iterator[tuple[str, bool, str]]:
+        """What fields ask of each other: a field, whether it holds, and what it must do."""
+        c, block = self, FP4_BLOCKS.get(self.experts, 1)
+        per = f"be a multiple of {block}: {c.experts} experts have a scale per {block} values"
+        yield "hidden_size", c.hidden_size % block == 0, per
+        yield "moe_intermediate_size", c.moe_intermediate_size % block == 0, per
+        yield (
+            "o_groups",
+            c.num_attention_heads % c.o_groups == 0,
+            f"divide num_attention_heads ({c.num_attention_heads})",
+        )
+        yield (
+            "qk_rope_head_dim",
+            c.qk_rope_head_dim <= c.index_head_dim,
+            f"be at most index_head_dim ({c.index_head_dim})",
+        )
+        yield (
+            "head_dim",
+            c.head_dim > c.qk_rope_head_dim,
+            f"exceed qk_rope_head_dim ({c.qk_rope_head_dim})",
+        )
+        yield (
+            "num_experts_per_tok",
+            c.num_experts_per_tok <= c.n_routed_experts,
+            f"be at most n_routed_experts ({c.n_routed_experts})",
+        )
+        yield (
+            "num_hash_layers",
+            c.num_hash_layers <= c.num_hidden_layers,
+            f"be at most num_hidden_layers ({c.num_hidden_layers})",
+        )
+        yield (
+            "n_routed_experts",
+            c.n_routed_experts * c.num_hidden_layers <= MOST_EXPERTS,
+            f"be at most {MOST_EXPERTS:,} in all {c.num_hidden_layers} layers together",
+        )
+        for name in ("bos_token_id", "eos_token_id"):
+            must = f"be below vocab_size ({c.vocab_size})"
+            yield name, getattr(c, name) < c.vocab_size, must
 
     def is_fp8(self, module: str) -> bool:
         """Does a quantised checkpoint store this linear (its name without `.weight`) as FP8?"""
@@ -135,55 +175,6 @@ class ModelConfig:
     def experts_of(self, module: str) -> Experts:
         """How the experts of a layer are stored: NVFP4 is of the main layers only."""
         return "fp4" if self.experts == "nvfp4" and module.startswith("mtp.") else self.experts
-
-    def _validate(self) -> None:
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a positive integer")
-        for name in ("hidden_size", "moe_intermediate_size"):
-            if getattr(self, name) % 8:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a multiple of 8")
-        self._validate_blocks()
-        for layer, ratio in enumerate(self.compress_ratios):
-            if ratio not in (SWA, CSA, HCA):
-                raise ValueError(
-                    f"compress_ratios[{layer}] is {ratio!r}; allowed are {SWA}, {CSA} and {HCA}"
-                )
-        if len(self.compress_ratios) != self.num_hidden_layers:
-            raise ValueError(
-                f"compress_ratios has {len(self.compress_ratios)} entries; "
-                f"num_hidden_layers asks for at least {self.num_hidden_layers}"
-            )
-        if self.num_attention_heads % self.o_groups:
-            raise ValueError(
-                f"o_groups is {self.o_groups}; it must divide num_attention_heads "
-                f"({self.num_attention_heads})"
-            )
-        if self.qk_rope_head_dim % 2 or not 0 < self.qk_rope_head_dim <= self.index_head_dim:
-            raise ValueError(
-                f"qk_rope_head_dim is {self.qk_rope_head_dim}; it must be even and at most "
-                f"index_head_dim ({self.index_head_dim})"
-            )
-        if self.qk_rope_head_dim >= self.head_dim:
-            raise ValueError(
-                f"head_dim is {self.head_dim}; it must exceed "
-                f"qk_rope_head_dim ({self.qk_rope_head_dim})"
-            )
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise ValueError(
-                f"num_experts_per_tok is {self.num_experts_per_tok}; "
-                f"n_routed_experts is only {self.n_routed_experts}"
-            )
-
-    def _validate_blocks(self) -> None:
-        block = FP4_BLOCKS.get(self.experts, 1)
-        for name in ("hidden_size", "moe_intermediate_size"):
-            if getattr(self, name) % block:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; {self.experts} experts have a scale per "
-                    f"{block} values, so it must be a multiple of {block}"
-                )
 
     def require_tensor_parallel(self, size: int) -> None:
         """Raise ValueError unless `size` ranks can share the heads and expert widths evenly."""
@@ -222,28 +213,129 @@ class ModelConfig:
 _FP8_LINEARS = frozenset(
     ["wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3", "e_proj", "h_proj", "main_proj"]
 )
-_REQUIRED = [f.name for f in fields(ModelConfig) if f.default is MISSING]
-_POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "head_dim",
-    "q_lora_rank",
-    "o_groups",
-    "o_lora_rank",
-    "sliding_window",
-    "index_n_heads",
-    "index_head_dim",
-    "index_topk",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "n_shared_experts",
-    "hc_mult",
-    "hc_sinkhorn_iters",
-    "max_position_embeddings",
+MOST_EXPERTS = 1 << 16
+"""Of all layers together (Pro has 23,424): the names of their tensors are kept in memory."""
+
+_LAYERS = 1024
+_ROPE = {
+    "type": Only("yarn"),
+    "rope_type": Only("yarn"),
+    "factor": Only(16.0),
+    "original_max_position_embeddings": Only(65536),
+    "beta_fast": Only(32.0),
+    "beta_slow": Only(1.0),
+}
+_PARTIAL = Only(0.125, 0.25, 0.5)
+_SEEN_IN_TENSORS = (
+    "config_groups", "group_size", "ignore", "modules_to_not_convert", "producer",
+    "quantized_layers",
+)  # fmt: skip
+"""Which modules are packed, and how, is what their tensors' names, dtypes and shapes say."""
+_HARMLESS = (
+    # Of training.
+    "attention_dropout", "initializer_range", "router_aux_loss_coef", "router_jitter_noise",
+    # Of drafting. That they are there tells the generation.
+    "dspark_block_size", "dspark_markov_rank", "dspark_noise_token_id", "dspark_target_layer_ids",
+    # Of transformers, and of programs that pass checkpoints on.
+    "transformers_version", "use_cache", "pad_token_id", "return_dict", "problem_type",
+    "output_router_logits", "output_attentions", "output_hidden_states", "id2label", "label2id",
+    "chunk_size_feed_forward", "is_encoder_decoder", "auto_map", "unsloth_version",
+    "unsloth_fixed",
+)  # fmt: skip
+FIELDS = Table(
+    {
+        # Sizes. Tensors have them too, so that a wrong one is found in a checkpoint's headers.
+        "vocab_size": Whole(1, 1 << 20),
+        "hidden_size": Whole(8, 1 << 16, unit=8),
+        "num_hidden_layers": Whole(1, _LAYERS),
+        "num_attention_heads": Whole(1, 1024),
+        "head_dim": Whole(8, 4096, unit=8),
+        "q_lora_rank": Whole(1, 1 << 16),
+        "o_groups": Whole(1, 1024),
+        "o_lora_rank": Whole(1, 1 << 16),
+        "index_n_heads": Whole(1, 1024),
+        "index_head_dim": Only(16, 32, 64, 128, 256),  # a Hadamard matrix has a power of two
+        "n_routed_experts": Whole(1, 1 << 13),
+        "moe_intermediate_size": Whole(8, 1 << 16, unit=8),
+        "num_nextn_predict_layers": Whole(0, 16),
+        "compress_ratios": Each(Only(SWA, CSA, HCA), 2 * _LAYERS),
+        "num_hash_layers": Whole(0, _LAYERS),
+        # No tensor shows these. They differ between published checkpoints and small ones that were
+        # made for tests, by the authors' code among others.
+        "num_experts_per_tok": Whole(1, 64),
+        "index_topk": Whole(1, 1 << 16),
+        "qk_rope_head_dim": Only(16, 32, 64),
+        "sliding_window": Only(16, 32, 64, 128),
+        "swiglu_limit": Only(1.0, 10.0),
+        "routed_scaling_factor": Only(1.5, 2.5),
+        "max_position_embeddings": Whole(1, 1 << 30),
+        "torch_dtype": Only("bfloat16", "float32"),
+        "expert_dtype": Only("fp4", "fp8"),
+        "bos_token_id": Whole(0, 1 << 20),
+        "eos_token_id": Whole(0, 1 << 20),
+        # Nor these, and all checkpoints agree: another value is damage, which would show in nothing
+        # but worse answers.
+        "n_shared_experts": Only(1),
+        "hc_mult": Only(4),
+        "hc_sinkhorn_iters": Only(20),
+        "hc_eps": Only(1e-6),
+        "rms_norm_eps": Only(1e-6),
+        "rope_theta": Only(10000.0),
+        "compress_rope_theta": Only(160000.0),
+        "rope_scaling": Table(_ROPE),
+        # What the network is without asking: another value would be another network.
+        "architectures": Each(Only(ARCHITECTURE), 1),
+        "model_type": Only("deepseek_v4"),
+        "scoring_func": Only("sqrtsoftplus"),
+        "topk_method": Only("noaux_tc"),
+        "norm_topk_prob": Only(True),
+        "hidden_act": Only("silu"),
+        "attention_bias": Only(False),
+        "mlp_bias": Only(False),
+        "num_key_value_heads": Only(1),
+        "tie_word_embeddings": Only(False),
+        "quantization_config": Table(
+            {
+                "quant_method": Only("fp8"),
+                "fmt": Only("e4m3"),
+                "weight_block_size": Only([FP8_BLOCK, FP8_BLOCK]),
+                "scale_fmt": Only("ue8m0"),
+                "activation_scheme": Only("dynamic"),
+                "moe_quant_algo": Only("NVFP4"),
+                "quant_algo": Only("MIXED_PRECISION"),
+                "kv_cache_quant_algo": Only(),
+            }
+            | dict.fromkeys(_SEEN_IN_TENSORS, Unread())
+        ),
+        # How transformers (5.16 and later) writes some of them.
+        "dtype": Only("bfloat16", "float32"),
+        "layer_types": Each(Only(*_LAYER_TYPES), _LAYERS),
+        "mlp_layer_types": Each(Only("hash_moe", "moe"), _LAYERS),
+        "compress_rates": Table({kind: Only(r) for kind, r in _LAYER_TYPES.items()}),
+        "partial_rotary_factor": _PARTIAL,
+        "rope_parameters": Table(
+            {
+                "main": Table(
+                    {
+                        "rope_type": Only("default"),
+                        "rope_theta": Only(10000.0),
+                        "partial_rotary_factor": _PARTIAL,
+                    }
+                ),
+                "compress": Table(
+                    _ROPE
+                    | {
+                        "rope_theta": Only(160000.0),
+                        "attention_factor": Only(1.0),
+                        "partial_rotary_factor": _PARTIAL,
+                    }
+                ),
+            }
+        ),
+    }
+    | dict.fromkeys(_HARMLESS, Unread())
 )
+"""Every field of config.json that is read or known to be harmless, and what it may be."""
 
 
 def generation_of(hf: Mapping[str, Any]) -> Generation:
@@ -251,109 +343,112 @@ def generation_of(hf: Mapping[str, Any]) -> Generation:
     return "0731" if any(key.startswith("dspark_") for key in hf) else "april"
 
 
-def with_exported(hf: Mapping[str, Any], exported: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json, completed by what only hf_quant_config.json says (empty where there is none).
+def read_hf(config: str | Path, exported: str | Path | None) -> dict[str, Any]:
+    """config.json, completed by what only hf_quant_config.json says, where there is one.
 
-    Raises ValueError where that names another format than NVFP4.
+    Raises ValueError where that names another format than NVFP4, or a file is not JSON.
     """
-    asked = hf.get("quantization_config") or {}
-    layers = (exported.get("quantization") or {}).get("quantized_layers") or {}
-    algos = {layer.get("quant_algo") for layer in layers.values()}
-    if not algos or "moe_quant_algo" in asked:
-        return dict(hf)
-    if algos != {"NVFP4"}:
-        raise ValueError(
-            f"{HF_QUANT}: quantized_layers has {sorted(map(str, algos))}; allowed is 'NVFP4'"
-        )
-    return dict(hf) | {"quantization_config": {**asked, "moe_quant_algo": "NVFP4"}}
+    hf = read_object(config)
+    beside = {} if exported is None else read_object(exported)
+    asked = as_object(hf.get("quantization_config") or {}, "quantization_config")
+    quantization = as_object(beside.get("quantization") or {}, f"{HF_QUANT}: quantization")
+    name = f"{HF_QUANT}: quantized_layers"
+    layers = as_object(quantization.get("quantized_layers") or {}, name)
+    for layer, how in layers.items():
+        algo = as_object(how, f"{name}.{layer}").get("quant_algo")
+        if algo != "NVFP4":
+            raise ValueError(f"{name}.{layer} is {shown(algo)}; allowed is 'NVFP4'")
+    if not layers or "moe_quant_algo" in asked:
+        return hf
+    return hf | {"quantization_config": {**asked, "moe_quant_algo": "NVFP4"}}
 
 
-def _experts(hf: Mapping[str, Any]) -> Experts:
-    """The variant, from `quantization_config` and `expert_dtype`."""
-    asked = hf.get("quantization_config")
-    if not asked:
-        return "plain"
-    for field, allowed in _QUANTISATION.items():
-        if asked.get(field, allowed) != allowed:
-            raise ValueError(
-                f"quantization_config.{field} is {asked[field]!r}; allowed is {allowed!r}"
-            )
-    if "quant_method" not in asked:
-        raise ValueError("quantization_config lacks quant_method; allowed is 'fp8'")
-    algo = asked.get("moe_quant_algo")
-    if algo not in (None, "NVFP4"):
-        raise ValueError(f"quantization_config.moe_quant_algo is {algo!r}; allowed is 'NVFP4'")
-    dtype = hf.get("expert_dtype") or "fp4"  # the first release does not say
-    if dtype not in ("fp4", "fp8"):
-        raise ValueError(f"expert_dtype is {dtype!r}; allowed are 'fp4' and 'fp8'")
-    if algo == "NVFP4" and dtype != "fp4":
-        raise ValueError(f"expert_dtype is {dtype!r}; NVFP4 experts are 'fp4'")
-    if algo:
-        return "nvfp4"
-    return "fp8" if dtype == "fp8" else "fp4"
+def as_published(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked fields under the published names, where transformers wrote its own; none is null.
+
+    Raises ValueError where a field is missing that all have, or where two say different things.
+    """
+    found = {name: value for name, value in hf.items() if value is not None}
+    saved = {
+        "rope_scaling": ("rope_parameters", found.get("rope_parameters", {}).get("compress")),
+        "torch_dtype": ("dtype", found.get("dtype")),
+        "compress_ratios": ("layer_types", _ratios(found.get("layer_types"))),
+        "num_hash_layers": ("mlp_layer_types", _hash_layers(found.get("mlp_layer_types"))),
+        "qk_rope_head_dim": ("partial_rotary_factor", _rope_head_dim(found)),
+    }
+    for name, (other, value) in saved.items():
+        said = found.get(name, value)
+        if said is not None:
+            found[name] = said
+        # Constants of rope_scaling cannot differ; ratios go on with those of draft layers.
+        n = len(value) if isinstance(value, list) else None
+        if value is not None and name != "rope_scaling" and (said[:n] if n else said) != value:
+            raise ValueError(f"{name} is {shown(said)}, but {other} makes it {shown(value)}")
+    return found
 
 
-_QUANTISATION: dict[str, Any] = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-    "scale_fmt": "ue8m0",
-    "activation_scheme": "dynamic",
-}
-"""Fields of `quantization_config`, and the one value of each that is supported."""
+def _ratios(kinds: list[str] | None) -> list[int] | None:
+    return None if kinds is None else [_LAYER_TYPES[kind] for kind in kinds]
 
 
-def _rope_head_dim(hf: Mapping[str, Any]) -> int:
-    if "qk_rope_head_dim" in hf:
-        return int(hf["qk_rope_head_dim"])
-    return int(hf.get("partial_rotary_factor", 64 / 512) * hf.get("head_dim", 512))
-
-
-def _compress_ratios(hf: Mapping[str, Any]) -> tuple[int, ...]:
-    """One ratio per main layer; the published list goes on with the MTP layers' entries."""
-    n = hf.get("num_hidden_layers", 0)
-    if hf.get("compress_ratios") is not None:
-        return tuple(hf["compress_ratios"][:n])
-    if hf.get("layer_types") is None:
-        raise ValueError("config.json lacks compress_ratios (or layer_types)")
-    rates = hf.get("compress_rates") or {}
-    unknown = sorted(set(hf["layer_types"]) - set(_LAYER_TYPES))
-    if unknown:
-        raise ValueError(f"layer_types has {unknown}; allowed are {sorted(_LAYER_TYPES)}")
-    return tuple(rates.get(kind, _LAYER_TYPES[kind]) for kind in hf["layer_types"][:n])
-
-
-def _num_hash_layers(hf: Mapping[str, Any]) -> int:
-    if hf.get("num_hash_layers") is not None:
-        return int(hf["num_hash_layers"])
-    kinds = list(hf.get("mlp_layer_types") or ["hash_moe"] * 3)
+def _hash_layers(kinds: list[str] | None) -> int | None:
+    if kinds is None:
+        return None
     n = kinds.count("hash_moe")
     if "hash_moe" in kinds[n:]:
         raise ValueError("mlp_layer_types has a hash_moe layer after a moe layer; hash layers lead")
     return n
 
 
-def _yarn(hf: Mapping[str, Any]) -> Yarn | None:
-    nested = hf.get("rope_parameters") or {}
-    scaling = hf.get("rope_scaling") or nested.get("compress") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "yarn":
-        raise ValueError(f"rope_scaling type is {kind!r}; allowed are 'yarn' and none")
+def _rope_head_dim(found: Mapping[str, Any]) -> int | None:
+    factor, dim = found.get("partial_rotary_factor"), found.get("head_dim")
+    return None if factor is None or dim is None else int(factor * dim)
+
+
+def _compress_ratios(found: Mapping[str, Any]) -> tuple[int, ...]:
+    """One ratio per main layer; the published list goes on with those of draft layers, all 0."""
+    ratios, n = found.get("compress_ratios"), found.get("num_hidden_layers")
+    if ratios is None:
+        raise ValueError(f"{CONFIG} lacks compress_ratios (or layer_types)")
+    if n is None:
+        raise ValueError(f"{CONFIG} lacks num_hidden_layers")
+    if len(ratios) < n:
+        raise ValueError(
+            f"compress_ratios has {len(ratios)} entries; num_hidden_layers asks for at least {n}"
+        )
+    if any(ratios[n:]):
+        raise ValueError(
+            f"compress_ratios is {ratios[n:]} after the {n} main layers; draft layers have 0"
+        )
+    return tuple(ratios[:n])
+
+
+def _yarn(found: Mapping[str, Any]) -> Yarn:
+    scaling = found.get("rope_scaling")
+    if scaling is None:
+        raise ValueError(f"{CONFIG} lacks rope_scaling (or rope_parameters.compress)")
+    said = {name for name, value in scaling.items() if value is not None}
+    for needed in ({"type", "rope_type"}, {"factor"}, {"original_max_position_embeddings"}):
+        if not needed & said:
+            raise ValueError(f"rope_scaling lacks {min(needed)}; {_ROPE[min(needed)]}")
     return Yarn(
         factor=float(scaling["factor"]),
-        original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
-        beta_fast=float(scaling.get("beta_fast", 32)),
-        beta_slow=float(scaling.get("beta_slow", 1)),
+        original_max_position_embeddings=scaling["original_max_position_embeddings"],
+        beta_fast=float(scaling.get("beta_fast") or 32),
+        beta_slow=float(scaling.get("beta_slow") or 1),
     )
 
 
-def _rope_thetas(hf: Mapping[str, Any]) -> dict[str, float]:
-    nested = hf.get("rope_parameters") or {}
-    found = {
-        "rope_theta": hf.get("rope_theta") or (nested.get("main") or {}).get("rope_theta"),
-        "compress_rope_theta": hf.get("compress_rope_theta")
-        or (nested.get("compress") or {}).get("rope_theta"),
-    }
-    return {name: float(theta) for name, theta in found.items() if theta is not None}
+def _experts(found: Mapping[str, Any]) -> Experts:
+    """The variant, from `quantization_config` and `expert_dtype`."""
+    asked = found.get("quantization_config")
+    if not asked:
+        return "plain"
+    if asked.get("quant_method") is None:
+        raise ValueError("quantization_config lacks quant_method; allowed is 'fp8'")
+    dtype = found.get("expert_dtype", "fp4")  # the first release does not say
+    if asked.get("moe_quant_algo") is None:
+        return "fp8" if dtype == "fp8" else "fp4"
+    if dtype != "fp4":
+        raise ValueError(f"expert_dtype is {dtype!r}; NVFP4 experts are 'fp4'")
+    return "nvfp4"

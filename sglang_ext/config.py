@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers.utils.hub import cached_file
 from dsv4_plugin import env
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
-from dsv4_plugin.config import CSA, HCA, HF_QUANT, ModelConfig, with_exported
+from dsv4_plugin.config import CSA, HCA, HF_QUANT, ModelConfig, read_hf
 from dsv4_plugin.kernels.dispatch import use_triton
 from sglang_ext.backend import NAME
 
@@ -189,9 +188,8 @@ def take_over(hf_config: Any, model: str, revision: str | None, overrides: Mappi
 
 def config_json(model: str, revision: str | None) -> dict[str, Any]:
     """config.json of a checkpoint folder or hub name, with what hf_quant_config.json adds."""
-    parsed = json.loads(Path(cached_file(model, "config.json", revision=revision)).read_text())
-    exported = cached_file(model, HF_QUANT, revision=revision, **_OPTIONAL)
-    return with_exported(parsed, {} if exported is None else json.loads(Path(exported).read_text()))
+    path = cached_file(model, "config.json", revision=revision)
+    return read_hf(path, cached_file(model, HF_QUANT, revision=revision, **_OPTIONAL))
 
 
 _OPTIONAL = {

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 from transformers.utils.hub import cached_file
 
 from dsv4_plugin.chat import Encoder, Prompt
 from dsv4_plugin.config import generation_of
+from dsv4_plugin.json_file import read_object
 from vllm_ext.chat_request import ChatOptions
 
 
@@ -22,7 +21,7 @@ class ChatEncoder(Encoder):
         """`model` is the checkpoint, a directory or a repository: its config.json tells which
         texts it was trained with."""
         path = cached_file(model, "config.json", revision=revision)
-        return cls(tokenizer, generation_of(json.loads(Path(path).read_text(encoding="utf-8"))))
+        return cls(tokenizer, generation_of(read_object(path)))
 
     def prompt(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from vllm.platforms import current_platform
 from dsv4_plugin import env
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
-from dsv4_plugin.config import HF_QUANT, ModelConfig, with_exported
+from dsv4_plugin.config import HF_QUANT, ModelConfig, read_hf
 from vllm_ext.choice import choose
 
 if TYPE_CHECKING:
@@ -115,12 +114,11 @@ def model_config_of(vllm_config: VllmConfig) -> ModelConfig:
     """The core's configuration, from config.json itself and --hf-overrides."""
     model = vllm_config.model_config
     path = cached_file(model.model, "config.json", revision=model.revision)
-    hf = json.loads(Path(path).read_text())
+    exported = cached_file(model.model, HF_QUANT, revision=model.revision, **_OPTIONAL)
+    hf = read_hf(path, exported)
     if isinstance(model.hf_overrides, dict):
         hf |= model.hf_overrides
-    exported = cached_file(model.model, HF_QUANT, revision=model.revision, **_OPTIONAL)
-    beside = {} if exported is None else json.loads(Path(exported).read_text())
-    return ModelConfig.from_hf(with_exported(hf, beside))
+    return ModelConfig.from_hf(hf)
 
 
 _OPTIONAL = {

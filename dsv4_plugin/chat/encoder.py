@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self, TypedDict, Unpack
 
 from dsv4_plugin import env
 from dsv4_plugin.config import generation_of
+from dsv4_plugin.json_file import read_object
 
 from .effort import check_effort, check_generation, effort_text
 from .render import Rendered, render
@@ -83,7 +84,7 @@ class Encoder:
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
         """The encoder for a checkpoint directory: tokenizer.json and config.json."""
-        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+        config = read_object(Path(directory) / "config.json")
         return cls(directory, generation_of(config))
 
     def encode(

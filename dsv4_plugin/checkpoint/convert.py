@@ -14,6 +14,7 @@ from dsv4_plugin.checkpoint.formats import exported_files, format_fields, pack
 from dsv4_plugin.checkpoint.make import new_folder, plan, write_shards
 from dsv4_plugin.checkpoint.names import expected_tensors
 from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.json_file import read_object
 
 
 def convert_checkpoint(source: str | Path, directory: str | Path, fmt: str) -> ModelConfig:
@@ -37,7 +38,7 @@ def convert_checkpoint(source: str | Path, directory: str | Path, fmt: str) -> M
         raise ValueError(f"format is {fmt!r}; allowed are {', '.join(CONVERSIONS)}")
     mtp = any(name.startswith(MTP) for name in read_headers(source))
     headers = check_checkpoint(plain, source, mtp)
-    hf: dict[str, Any] = json.loads((source / "config.json").read_text())
+    hf: dict[str, Any] = read_object(source / "config.json")
     hf |= format_fields(fmt, hf | {"num_hidden_layers": plain.num_hidden_layers})
     config = ModelConfig.from_hf(hf)
 

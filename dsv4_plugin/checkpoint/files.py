@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import mmap
 import struct
@@ -10,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.json_file import LARGEST, as_object, parse_json, printable, read_object, shown
 
 log = logging.getLogger("dsv4_plugin")
 
@@ -55,12 +56,11 @@ def read_headers(directory: str | Path) -> dict[str, TensorInfo]:
         ValueError: a truncated or unreadable file.
     """
     directory = Path(directory)
-    index = directory / INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [directory / name for name in names]
+    index = _read_index(directory / INDEX) if (directory / INDEX).is_file() else {}
+    single = directory / "model.safetensors"
+    if index:
+        files = [directory / name for name in sorted(set(index.values()))]
     else:
-        single = directory / "model.safetensors"
         files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{directory} has no *.safetensors files")
@@ -68,31 +68,76 @@ def read_headers(directory: str | Path) -> dict[str, TensorInfo]:
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; {INDEX} names it")
-        tensors |= _read_header(file)
+        for name, info in _read_header(file).items():
+            if name in tensors:
+                other = tensors[name].file.name
+                raise ValueError(
+                    f"{printable(name)} is in {other} and in {file.name}; allowed is one"
+                )
+            tensors[name] = info
+    for name, where in index.items():
+        if name in tensors and tensors[name].file.name != where:
+            found = tensors[name].file.name
+            raise ValueError(f"{printable(name)} is in {found}; {INDEX} says {where}")
     return tensors
 
 
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name. Raises ValueError."""
+    files = as_object(read_object(path).get("weight_map"), f"{path}: weight_map")
+    for name, file in files.items():
+        plain = isinstance(file, str) and file.isprintable() and len(file) <= 255
+        if not plain or Path(file).name != file:
+            raise ValueError(
+                f"{path}: weight_map.{printable(name)} is {shown(file)}; it must be the name of a "
+                "file beside it"
+            )
+    if not files:
+        raise ValueError(f"{path}: weight_map is empty; it must name the file of every tensor")
+    return files
+
+
 def _read_header(file: Path) -> dict[str, TensorInfo]:
+    """What safetensors' own reader demands: tensors lie side by side and fill the file."""
     size = file.stat().st_size
     with file.open("rb") as f:
         start = f.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size:
             raise ValueError(f"{file} is truncated: {size} bytes do not hold its header")
-        header = json.loads(f.read(length))
-    header.pop("__metadata__", None)
-    end = max((info["data_offsets"][1] for info in header.values()), default=0)
-    if size != 8 + length + end:
-        raise ValueError(
-            f"{file} is truncated: {size} bytes, its header asks for {8 + length + end}"
-        )
-    tensors = {}
-    for name, info in header.items():
-        begin, stop = info["data_offsets"]
-        tensors[name] = TensorInfo(
-            file, info["dtype"], tuple(info["shape"]), 8 + length + begin, stop - begin
-        )
-    return tensors
+        if length > LARGEST:
+            raise ValueError(f"{file} has a header of {length:,} bytes; allowed are {LARGEST:,}")
+        header = as_object(parse_json(f.read(length), f"{file}: the header"), f"{file}: the header")
+    notes = as_object(header.pop("__metadata__", {}), f"{file}: __metadata__")
+    if not all(isinstance(note, str) for note in notes.values()):
+        raise ValueError(f"{file}: __metadata__ is {shown(notes)}; its values must be text")
+    first = 8 + length
+    found = [_tensor_info(file, name, info, first) for name, info in header.items()]
+    end = first
+    for name, info in sorted(found, key=lambda pair: (pair[1].offset, pair[1].nbytes)):
+        if info.offset != end:
+            raise ValueError(
+                f"{file}: {printable(name)} begins at byte {info.offset - first} of the data; "
+                f"the tensor before it ends at {end - first}"
+            )
+        end += info.nbytes
+    if size != end:
+        fault = "is truncated" if size < end else "is longer than its header says"
+        raise ValueError(f"{file} {fault}: {size} bytes, the header asks for {end}")
+    return dict(found)
+
+
+def _tensor_info(file: Path, name: str, info: Any, first: int) -> tuple[str, TensorInfo]:
+    """An entry of a header, as read. Raises ValueError."""
+    match info:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
+            len(shape) <= 8 and all(type(n) is int and n >= 0 for n in shape) and 0 <= begin <= end
+        ):
+            return name, TensorInfo(file, dtype, tuple(shape), first + begin, end - begin)
+    raise ValueError(
+        f"{file}: {printable(name)} is {shown(info)}; it must have a dtype (text), a shape (a list "
+        "of sizes) and data_offsets (begin and end)"
+    )
 
 
 def check_checkpoint(
@@ -108,7 +153,8 @@ def check_checkpoint(
     problems = list(problems_of(config, found, mtp))
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ValueError(f"checkpoint {directory}: {'; '.join(problems[:3])}{more}")
+        named = "; ".join(problems[:3])
+        raise ValueError(f"checkpoint {directory} does not fit its config.json: {named}{more}")
     return found
 
 
@@ -125,13 +171,15 @@ def problems_of(
             continue
         if info.dtype not in stored.dtypes:
             allowed = " or ".join(stored.dtypes)
-            yield f"{name} is {info.dtype}, config.json ({_variant(config)}) asks for {allowed}"
+            variant = _variant(config)
+            yield f"{name} is {printable(info.dtype)}, config.json ({variant}) asks for {allowed}"
         elif info.shape != stored.shape:
-            yield f"{name} has shape {list(info.shape)}, config.json asks for {list(stored.shape)}"
+            asked = list(stored.shape)
+            yield f"{name} has shape {shown(list(info.shape))}, config.json asks for {asked}"
         elif info.nbytes != prod(info.shape) * DTYPES[info.dtype].itemsize:
             yield f"{name} has {info.nbytes} bytes, which is not what its shape and dtype need"
     yield from (
-        f"{name} is unexpected"
+        f"{printable(name)} is unexpected"
         for name in found
         if name not in expected and not name.startswith(MTP)
     )

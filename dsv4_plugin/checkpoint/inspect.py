@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsv4_plugin.checkpoint.files import MTP, TensorInfo, problems_of, read_headers
+from dsv4_plugin.checkpoint.names import SCALE
 from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
 
 VARIANTS = {
@@ -30,7 +31,6 @@ PARTS = {
     r"": "norms",
 }
 """The first pattern that a tensor's name begins with decides its part."""
-SCALE = re.compile(r".*\.(scale|weight_scale|weight_scale_2|input_scale)")
 SHOWN = 10
 
 
@@ -72,7 +72,7 @@ def _table(found: dict[str, TensorInfo]) -> Iterator[str]:
 
 def count_parameters(name: str, info: TensorInfo) -> int:
     """Values of the network in a tensor: none in a scale or a token table, two in an FP4 byte."""
-    if SCALE.fullmatch(name) or name.endswith("tid2eid"):
+    if SCALE.fullmatch(name) or name.endswith(("input_scale", "tid2eid")):
         return 0
     n = 1
     for size in info.shape:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.checkpoint.names import EXPERT, parameter_name
+from dsv4_plugin.checkpoint.values import check_values
 from dsv4_plugin.model.parallel import take_shard
 from dsv4_plugin.model.transformer import Network, WeightBytes
 
@@ -25,7 +26,7 @@ def load_weights(
     part along it; others take all. Tensors of a checkpoint file are mapped, not read: only the
     parts that are taken come into memory.
 
-    Raises ValueError where one of the names `needed` did not come.
+    Raises ValueError where one of the names `needed` did not come, or a tensor is damaged.
     """
     parameters = dict(model.named_parameters())
     modules = dict(model.named_modules())
@@ -36,14 +37,17 @@ def load_weights(
             tensor = tensor.view(torch.uint8)  # codes and UE8M0 scales move as bytes
         expert = EXPERT.fullmatch(name)
         if expert is not None:
-            owner = modules.get(expert[1])
-            if owner is not None:
-                owner.load_expert(int(expert[2]), expert[3], tensor)
+            owner, number = modules.get(expert[1]), int(expert[2])
+            holds = getattr(owner, "holds", None)  # with expert parallelism: some of them
+            if owner is not None and (holds is None or holds(number)):
+                check_values(model.config, name, tensor)
+                owner.load_expert(number, expert[3], tensor)
             continue
         path = parameter_name(name)
         param = parameters.get(path)
         if param is None:
             continue
+        check_values(model.config, name, tensor)
         filled.add(path)
         rearrange = getattr(modules[path.rpartition(".")[0]], "rearrange", None)
         if rearrange is not None:

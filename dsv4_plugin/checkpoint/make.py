@@ -194,6 +194,8 @@ def new_folder(directory: str | Path) -> Iterator[Path]:
     rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
+    for file in partial.iterdir():  # safetensors' own are its owner's alone; the umask says who may
+        file.chmod(partial.stat().st_mode & 0o666)
     if directory.exists():
         directory.rmdir()
     partial.rename(directory)

@@ -15,6 +15,8 @@ EXPERT = re.compile(
     r"(?:\.weight)?"
 )
 """(module, expert, `w1` or what belongs to it, as `w1.scale`)."""
+SCALE = re.compile(r".*\.(scale|weight_scale|weight_scale_2)")
+"""A packed weight's scales."""
 DSPARK_STAGES = 3
 _HC = re.compile(r"\bhc_(attn|ffn|head)_(fn|base|scale)$")
 

@@ -83,6 +83,7 @@ class World:
             sliding_window=128, compress_ratios=(SWA, CSA, HCA), index_n_heads=INDEX_HEADS,
             index_head_dim=INDEX_D, index_topk=TOPK, n_routed_experts=EXPERTS,
             num_experts_per_tok=6, moe_intermediate_size=2048, num_hash_layers=0,
+            routed_scaling_factor=1.5,
             max_position_embeddings=1 << 20, yarn=None,
         )  # fmt: skip
         layout = CacheLayout.of(config, kv_dtype)

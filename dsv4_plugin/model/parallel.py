@@ -250,9 +250,11 @@ class OwnExperts(nn.Module):
             total.index_add_(0, token, part.float())
         return total.to(x.dtype)
 
+    def holds(self, expert: int) -> bool:
+        return self.first <= expert < self.first + self.count
+
     def load_expert(self, expert: int, name: str, tensor: Tensor) -> None:
-        if self.first <= expert < self.first + self.count:
-            self.experts.load_expert(expert - self.first, name, tensor)  # type: ignore[operator]
+        self.experts.load_expert(expert - self.first, name, tensor)  # type: ignore[operator]
 
 
 class LocalParallel:

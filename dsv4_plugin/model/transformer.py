@@ -37,6 +37,7 @@ class WeightBytes:
 class Network(nn.Module):
     """What is loaded from a checkpoint, tensor by tensor."""
 
+    config: ModelConfig
     weight_bytes = WeightBytes()
 
     def finalize_weights(self) -> None:

@@ -109,7 +109,7 @@ def flash(ratios: list[int]) -> ModelConfig:
         head_dim=512, qk_rope_head_dim=64, q_lora_rank=1024, o_groups=8, o_lora_rank=1024,
         sliding_window=128, compress_ratios=tuple(ratios), index_n_heads=64, index_head_dim=128,
         index_topk=512, n_routed_experts=256, num_experts_per_tok=6, moe_intermediate_size=2048,
-        num_hash_layers=3, max_position_embeddings=1 << 20, yarn=None,
+        num_hash_layers=3, routed_scaling_factor=1.5, max_position_embeddings=1 << 20, yarn=None,
     )  # fmt: skip
 
 

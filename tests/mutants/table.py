@@ -127,7 +127,7 @@ MUTANTS = [
     Mutant("the window of a span is a row short", CPU_STEP, "max(0, p0 - self.window + 1), total", "max(0, p0 - self.window + 2), total", "core/test_exact", "chunks and 64"),
     Mutant("the sink is left out on CPUs", CPU_ATTENTION, "[..., -1] = sink", "[..., -1] = -1e30", "core/test_ops"),
     Mutant("rejected drafts stay", SPECULATE, "batch.lengths[running] -= self.n - kept", "pass", "core/test_mtp", "wrong"),
-    Mutant("a file's end is not checked", FILES, "if size != 8 + length + end:", "if size < 8 + length:", "core/test_bad_input"),
+    Mutant("a file's end is not checked", FILES, "if size != end:", "if size < first:", "core/test_bad_input"),
     # Chat
     Mutant("text may forge a turn", ENCODER, "state.update(added_tokens=[], ", "state.update(", "chat/test_security"),
     Mutant("system texts run together", RENDER, '"\\n\\n".join(turn.content for turn in system', '"".join(turn.content for turn in system', "chat/test_encoder"),

@@ -146,9 +146,9 @@ def test_architecture_is_renamed_only_where_the_plugin_serves(tiny: Path, monkey
     hooks.take_over_config(config, str(tiny), False)
     assert config.architectures == [ARCHITECTURE]
     monkeypatch.setenv("DSV4_MODEL", "plugin")
-    hooks.take_over_config(config, str(tiny), False, None, {"sliding_window": 64})
+    hooks.take_over_config(config, str(tiny), False, None, {"index_topk": 32})
     assert config.architectures == [SERVED_ARCHITECTURE]
-    assert ModelConfig.from_hf(config.dsv4_json).sliding_window == 64
+    assert ModelConfig.from_hf(config.dsv4_json).index_topk == 32
     assert config.hybrid_layer_pattern == [1, 0, 0, 0, 0]
 
 
