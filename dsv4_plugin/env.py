@@ -23,6 +23,13 @@ class Choice:
         return value
 
 
+def check() -> None:
+    """Raise ValueError, naming the variable, where one has a value that it cannot have: adapters
+    ask at start, and not when a variable is first needed."""
+    for variable in VARIABLES:
+        variable.read()
+
+
 MODEL = Choice(
     "DSV4_MODEL",
     ("auto", "plugin", "native"),
@@ -50,3 +57,4 @@ CHAT = Choice(
     "plugin",
     "Whose prompt encoder, tool parser and reasoning parser are used.",
 )
+VARIABLES = (MODEL, CHAT, KERNELS, GRAPHS, EFFORT)

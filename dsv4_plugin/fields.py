@@ -48,6 +48,20 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Number:
+    """Any number from low to high."""
+
+    low: float
+    high: float
+
+    def permits(self, value: Any) -> bool:
+        return type(value) in (int, float) and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"allowed are numbers from {self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True)
 class Each:
     """A list of which every entry is allowed."""
 

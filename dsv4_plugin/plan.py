@@ -18,14 +18,21 @@ from dsv4_plugin.model.parallel import OutputGroups
 
 GIB = 1 << 30
 GPUS = {
+    "A100-40": 40,
     "A100-80": 80,
     "A6000": 48,
+    "L40S": 48,
+    "4090-24G": 24,
     "4090-48G": 48,
+    "5090": 32,
     "H100": 80,
     "H200": 141,
+    "B200": 180,
     "MI300X": 192,
 }
 """GiB of memory."""
+_USUAL = {"a100": "a10080", "4090": "409024"}
+"""What is meant where the name leaves the memory out."""
 _BYTES = {"F32": 4, "I64": 8, "I32": 4, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "U8": 1}
 _WIDE = re.compile(r"norm\.weight$|ffn\.gate\.weight$|compressor\.w(kv|gate)\.weight$|^head\.")
 """Stored in bfloat16, held in float32."""
@@ -149,6 +156,25 @@ def plan(
     tensors = stored_tensors(config, mtp)
     stages = [_stage(config, layout, cache, part, chunk, block, tensors) for part in parts]
     return Plan(config, layout, stages, memory, context, requests)
+
+
+def gpu_memory(name: str) -> int:
+    """GiB of a GPU, by its name in any spelling ("A100", "rtx 4090", "NVIDIA A100-80GB").
+
+    Raises ValueError naming the known ones.
+    """
+    asked = _short(name)
+    known = {_short(gpu): memory for gpu, memory in GPUS.items()}
+    found = known.get(_USUAL.get(asked, asked))
+    if found is None:
+        raise ValueError(
+            f"--gpu is {name}; known are {', '.join(GPUS)}, and --memory takes any other's GiB"
+        )
+    return found
+
+
+def _short(name: str) -> str:
+    return re.sub(r"nvidia|amd|geforce|rtx|instinct|[\W_]|g[ib]*b?$", "", name.lower())
 
 
 def split(config: ModelConfig, stages: int) -> list[range]:

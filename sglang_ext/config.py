@@ -22,7 +22,7 @@ from dsv4_plugin import env
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
 from dsv4_plugin.config import CSA, HCA, HF_QUANT, ModelConfig, read_hf
-from dsv4_plugin.kernels.dispatch import use_triton
+from dsv4_plugin.kernels.dispatch import require_driver, use_triton
 from sglang_ext.backend import NAME
 
 log = logging.getLogger("sglang.srt.dsv4")
@@ -80,11 +80,13 @@ def server_defaults(server_args: ServerArgs, hf_config: Any) -> dict[str, Any]:
         ValueError, NotImplementedError: in one sentence that names the argument.
     """
     refuse_unsupported(server_args)
+    if server_args.device == "cpu":
+        require_driver()
     config = ModelConfig.from_hf(hf_config.dsv4_json)
     config.require_tensor_parallel(server_args.tp_size)
     if server_args.ep_size not in (1, server_args.tp_size):
         raise NotImplementedError(
-            f"ep_size is {server_args.ep_size}; dsv4-plugin supports 1 and tp_size "
+            f"--ep-size is {server_args.ep_size}; dsv4-plugin supports 1 and --tp-size "
             f"({server_args.tp_size})"
         )
     config.require_expert_parallel(server_args.ep_size)
@@ -150,9 +152,9 @@ def refuse_unsupported(server_args: ServerArgs) -> None:
     for name, allowed in SUPPORTED.items():
         value = getattr(server_args, name)
         if value not in allowed:
-            named = ", ".join(str(v) for v in allowed)
+            named = ", ".join(str(v) for v in allowed if v) or "a server without it"
             raise NotImplementedError(
-                f"{name} is {value!r}; dsv4-plugin supports {named} so far "
+                f"--{name.replace('_', '-')} is {value!r}; dsv4-plugin supports {named} so far "
                 "(DSV4_MODEL=native leaves the model to SGLang)"
             )
 
@@ -163,7 +165,7 @@ def cache_layout(
     """The layout that --dtype, --kv-cache-dtype, --page-size and --enable-deepseek-v4-fp4-indexer
     ask for. Window blocks are as long as pages: SGLang allocates both tiers in step."""
     if page_size % HCA:
-        raise ValueError(f"page_size is {page_size}; it must be a multiple of {HCA}")
+        raise ValueError(f"--page-size is {page_size}; it must be a multiple of {HCA}")
     kv_dtype = resolve_kv_dtype(KV_DTYPES[kv_cache_dtype], dtype)
     return CacheLayout.of(
         config,

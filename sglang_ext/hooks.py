@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dsv4_plugin import env
 from dsv4_plugin.config import ARCHITECTURE
 from sglang_ext._compat import require_tested_version
 from sglang_ext.choice import choose
@@ -49,6 +50,8 @@ def take_over_config(
 ) -> None:
     """AFTER get_config. Raises RuntimeError on an SGLang version that was not tested."""
     published = (result.architectures or [""])[0] == ARCHITECTURE
+    if published:
+        env.check()
     if published and result.model_type == "deepseek_v4" and choose(serving_device()).plugin:
         require_tested_version()
         from sglang_ext.config import take_over

@@ -284,7 +284,8 @@ class PagedCaches:
         fixed = block * (windows + (self.ring is not None))
         log.info(
             "KV cache: %s, %d blocks of %.2f MiB; %.0f bytes per token and %.2f MiB per "
-            "running request; %d tokens fit in one request.",
+            "running request; %d tokens fit if one request has them all (vLLM's own count is of "
+            "requests of --max-model-len).",
             self.layout.rows_named(),
             self.window.blocks,
             block / 2**20,

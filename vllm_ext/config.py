@@ -16,6 +16,7 @@ from dsv4_plugin import env
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
 from dsv4_plugin.config import HF_QUANT, ModelConfig, read_hf
+from dsv4_plugin.kernels.dispatch import require_driver
 from vllm_ext.choice import choose
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ SERVED_TYPE = "dsv4_plugin"
 own network (fixed block size, no chunked prefill or prefix caching without AMX)."""
 _KV_DTYPES = {
     "auto": "auto",
-    "float32": "float32",
     "bfloat16": "bfloat16",
     "fp8": "fp8",
     "fp8_e4m3": "fp8",
@@ -39,6 +39,16 @@ _KV_DTYPES = {
 
 
 _INDEX_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp8": "fp8", "mxfp4": "fp4"}
+
+
+class NativeConfig(DeepseekV4ForCausalLMConfig):
+    """Where vLLM's own network serves: its own hook, and the line that says so."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        env.check()
+        DeepseekV4ForCausalLMConfig.verify_and_update_config(vllm_config)
+        log.info("DeepSeek-V4 is served by vLLM: %s.", choose().reason)
 
 
 class PluginConfig(DeepseekV4ForCausalLMConfig):
@@ -52,7 +62,7 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
         """
         if model_config.quantization is not None:
             raise ValueError(
-                f"quantization is {model_config.quantization!r}; dsv4-plugin takes it from the "
+                f"--quantization is {model_config.quantization!r}; dsv4-plugin takes it from the "
                 "checkpoint, so leave the option out"
             )
         model_config.model_arch_config.quantization_config = None
@@ -65,6 +75,9 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
         from vllm_ext.registration import check_active
 
         check_active()
+        env.check()
+        if current_platform.is_cpu():
+            require_driver()
         cache = vllm_config.cache_config
         if not cache.user_specified_block_size:
             cache.block_size = PAGE_SIZE
@@ -132,11 +145,12 @@ def cache_layout(config: ModelConfig, vllm_config: VllmConfig) -> CacheLayout:
     --attention_config.indexer_kv_dtype ask for."""
     asked = vllm_config.cache_config.cache_dtype
     if asked not in _KV_DTYPES:
-        raise ValueError(f"kv_cache_dtype is {asked!r}; allowed are {', '.join(_KV_DTYPES)}")
+        raise ValueError(f"--kv-cache-dtype is {asked!r}; allowed are {', '.join(_KV_DTYPES)}")
     kv_dtype = resolve_kv_dtype(_KV_DTYPES[asked], dtype_name(vllm_config))
     index = vllm_config.attention_config.indexer_kv_dtype
     if index not in _INDEX_DTYPES:
-        raise ValueError(f"indexer_kv_dtype is {index!r}; allowed are {', '.join(_INDEX_DTYPES)}")
+        allowed = ", ".join(_INDEX_DTYPES)
+        raise ValueError(f"--attention-config.indexer_kv_dtype is {index!r}; allowed are {allowed}")
     speculative = vllm_config.speculative_config
     return CacheLayout.of(
         config,
@@ -154,25 +168,29 @@ def dtype_name(vllm_config: VllmConfig) -> str:
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     if vllm_config.model_config.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype is {dtype_name(vllm_config)!r}; allowed are float32 and bfloat16")
+        name = dtype_name(vllm_config)
+        raise ValueError(f"--dtype is {name!r}; allowed are float32 and bfloat16")
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "mtp":
         raise NotImplementedError(
-            f"speculative_config.method is {speculative.method!r}; "
+            f"--speculative-config.method is {speculative.method!r}; "
             "dsv4-plugin drafts with 'mtp' only"
         )
     if speculative is not None and parallel.pipeline_parallel_size > 1:
         raise NotImplementedError(
-            f"pipeline_parallel_size is {parallel.pipeline_parallel_size} and speculative_config "
-            "is set; vLLM's model runner fails without a drafter on every stage"
+            f"--pipeline-parallel-size is {parallel.pipeline_parallel_size} and "
+            "--speculative-config is given; vLLM's model runner fails without a drafter on every "
+            "stage"
         )
     unsupported = {
-        "kv_transfer_config": vllm_config.kv_transfer_config is not None,
-        "enable_eplb": parallel.enable_eplb,
-        "prefill_context_parallel_size": parallel.prefill_context_parallel_size > 1,
-        "decode_context_parallel_size": parallel.decode_context_parallel_size > 1,
-        "lora_config": vllm_config.lora_config is not None,
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "--enable-eplb": parallel.enable_eplb,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
+        "--enable-lora": vllm_config.lora_config is not None,
     }
     for option, asked in unsupported.items():
         if asked:
-            raise NotImplementedError(f"{option} is set; dsv4-plugin does not support it so far")
+            raise NotImplementedError(
+                f"{option} is given; dsv4-plugin does not support it so far, so leave it out"
+            )

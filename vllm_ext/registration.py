@@ -28,13 +28,15 @@ REASONING_PARSER = ("vllm_ext.reasoning_parser", "DeepseekV4ReasoningParser")
 def register_all() -> None:
     """Register the model (where the plugin serves it) and the chat layer."""
     require_tested_version()
-    if choose().plugin:
-        from vllm_ext.config import PluginConfig
+    from vllm_ext.config import NativeConfig, PluginConfig
 
+    if choose().plugin:
         accept_fp4_indexer_option()
         ModelRegistry.register_model(ARCHITECTURE, ":".join(MODEL))
         ModelRegistry.register_model(DRAFTER_ARCHITECTURE, ":".join(DRAFTER))
         MODELS_CONFIG_MAP[ARCHITECTURE] = PluginConfig
+    else:
+        MODELS_CONFIG_MAP[ARCHITECTURE] = NativeConfig
     if env.CHAT.read() == "plugin":
         TokenizerRegistry.tokenizers[MODE] = TOKENIZER
         RENDERER_REGISTRY.renderers[MODE] = RENDERER

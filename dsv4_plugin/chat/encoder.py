@@ -33,6 +33,7 @@ class Tokenizer(Protocol):
     def to_str(self) -> str: ...
     def token_to_id(self, token: str) -> int | None: ...
     def id_to_token(self, token_id: int) -> str | None: ...
+    def get_vocab_size(self) -> int: ...
     def encode_batch_fast(
         self, input: list[str], *, add_special_tokens: bool
     ) -> Sequence[Encoding]: ...
@@ -192,7 +193,10 @@ def load_tokenizer(source: Any) -> Tokenizer:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"tokenizer: no file {path}")
-        return FileTokenizer.from_file(str(path))
+        try:
+            return FileTokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers has no narrower one
+            raise ValueError(f"{path} is no tokenizer that can be read: {error}") from error
     tokenizer = getattr(source, "backend_tokenizer", source)
     if not hasattr(tokenizer, "encode_batch_fast"):
         raise ValueError(

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from http.client import HTTPException, InvalidURL
+from pathlib import Path
 from typing import Any, Protocol
 
 from dsv4_plugin.chat import (
@@ -25,6 +28,12 @@ from dsv4_plugin.chat import (
     collect,
 )
 from dsv4_plugin.chat.effort import EFFORTS
+from dsv4_plugin.cli import sentence
+from dsv4_plugin.cli.arguments import check_numbers
+from dsv4_plugin.fields import Number, Whole
+from dsv4_plugin.json_file import as_object, parse_json, shown
+
+LIMITS: dict[str, Whole | Number] = {"max_tokens": Whole(1, 1 << 20), "temperature": Number(0, 100)}
 
 _DIM, _BOLD, _PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
@@ -49,8 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises ValueError or OSError for what the user can mend."""
-    backend: Backend = Server(args) if args.target.startswith("http") else Local(args)
+    """Raises ValueError or OSError for what the user can mend.
+
+    Ctrl-C while the model answers ends the answer, and the conversation goes on with what there is
+    of it; elsewhere it ends the conversation.
+    """
+    check_numbers(args, LIMITS)
+    url = server_url(args.target)
+    backend: Backend = Local(args) if url is None else Server(url, args)
     colour = args.colour == "always" or (args.colour == "auto" and sys.stdout.isatty())
     first: list[dict[str, object]] = []
     if args.system:
@@ -61,14 +76,34 @@ def run(args: argparse.Namespace) -> int:
             messages = list(first)
             continue
         messages.append({"role": "user", "content": line})
+        events: list[Event] = []
         try:
-            events = list(show(backend.answer(messages), colour))
-        except ValueError as error:
-            print(f"dsv4: {error}", file=sys.stderr)
+            for event in show(backend.answer(messages), colour):
+                events.append(event)
+        except KeyboardInterrupt:
+            print(f"{_PLAIN if colour else ''}\n(the answer ends here)")
+        except (ValueError, OSError, HTTPException) as error:
+            print(f"dsv4: {sentence(error)}", file=sys.stderr)
             messages.pop()
             continue
-        messages.append(collect(events).to_openai())
+        messages.append({"content": "", **collect(events).to_openai()})
     return 0
+
+
+def server_url(target: str) -> str | None:
+    """The base URL of a server, None for a folder. Raises ValueError for what is neither."""
+    if Path(target).is_dir():
+        return None
+    scheme, mark, rest = target.rpartition("://")
+    address = rest.rstrip("/")
+    if mark and scheme not in ("http", "https"):
+        raise ValueError(f"{target}: the scheme is {scheme}; allowed are http and https")
+    if not mark and not re.fullmatch(r"[\w.-]+:\d+(/.*)?", target):
+        raise ValueError(
+            f"{target} is neither a folder nor an address like http://localhost:8000/v1 (names of "
+            "the hub are not looked up: `hf download NAME --local-dir DIR` fetches a checkpoint)"
+        )
+    return f"{scheme or 'http'}://{address}" + ("" if "/" in address else "/v1")
 
 
 def _read(colour: bool) -> str:
@@ -123,23 +158,28 @@ class Local:
 class Server:
     """A server with OpenAI's chat completions, read as server-sent events."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.url = args.target.rstrip("/")
+    def __init__(self, url: str, args: argparse.Namespace) -> None:
+        self.url = url
         self.options = {"max_tokens": args.max_tokens, "temperature": args.temperature}
         if args.effort:
             self.options["reasoning_effort"] = args.effort
-        listing = json.load(self._open("models", None))
-        self.model = listing["data"][0]["id"]
+        match parse_json(self._open("models", None).read(), f"{self.url}/models"):
+            case {"data": [{"id": str(model)}, *_]}:
+                self.model = model
+            case listing:
+                raise ValueError(f"{self.url}/models is {shown(listing)}; it must list a model")
 
     def _open(self, path: str, body: dict[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.url}/{path}", data, headers)
         try:
+            request = urllib.request.Request(f"{self.url}/{path}", data, headers)
             return urllib.request.urlopen(request)
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")
             raise ValueError(f"{self.url} answered {error.code}: {text:.300}") from None
+        except (InvalidURL, ValueError) as error:
+            raise ValueError(f"{self.url} is no address: {error}") from None
         except urllib.error.URLError as error:
             raise OSError(f"{self.url} cannot be reached: {error.reason}") from None
 
@@ -149,7 +189,7 @@ class Server:
             for line in lines:
                 data = line.decode().removeprefix("data:").strip()
                 if data and data != "[DONE]":
-                    yield from _events(json.loads(data))
+                    yield from _events(as_object(parse_json(data, "an event"), "an event"))
 
 
 def _events(chunk: dict[str, Any]) -> Iterator[Event]:

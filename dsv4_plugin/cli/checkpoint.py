@@ -9,7 +9,9 @@ from dsv4_plugin.checkpoint.formats import FORMATS
 from dsv4_plugin.checkpoint.inspect import describe
 from dsv4_plugin.checkpoint.make import PRESETS, make_checkpoint
 from dsv4_plugin.checkpoint.mini import make_mini
+from dsv4_plugin.cli.arguments import check_numbers, checkpoint_path
 from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.fields import Whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make(args: argparse.Namespace) -> int:
+    check_numbers(args, {"experts": Whole(1, 1 << 13)})
     if args.preset == "mini":
         if args.fmt != "bf16" or args.experts is not None:
             raise ValueError("preset mini is trained in bf16: make it, then `checkpoint convert`")
@@ -46,11 +49,11 @@ def _make(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    return _done(args.out, convert_checkpoint(args.source, args.out, args.fmt))
+    return _done(args.out, convert_checkpoint(checkpoint_path(args.source), args.out, args.fmt))
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    print("\n".join(describe(args.directory)))
+    print("\n".join(describe(checkpoint_path(args.directory))))
     return 0
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 from dsv4_plugin.chat import StreamParser, collect
-from dsv4_plugin.cli.render import add_tokenizer_argument, read, tokenizer_path
+from dsv4_plugin.chat.encoder import load_tokenizer
+from dsv4_plugin.cli.arguments import json_of, read_text
+from dsv4_plugin.cli.render import add_tokenizer_argument, tokenizer_path
+from dsv4_plugin.json_file import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,16 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON file: OpenAI's tools, or a request that has them; without, DSML is content",
     )
     parser.add_argument("--chat", action="store_true", help="the prompt ended in </think>")
-    parser.add_argument("--finish", default="stop", help="the engine's finish reason")
+    parser.add_argument(
+        "--finish",
+        choices=("stop", "length", "abort"),
+        default="stop",
+        help="the engine's finish reason (default: stop)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Raises ValueError or OSError for what the user can mend."""
-    tokenizer = tokenizer_path(args.model) if args.ids else None
+    tokenizer = load_tokenizer(tokenizer_path(args.model)) if args.ids else None
     parser = StreamParser(not args.chat, _tools(args.tools), tokenizer)
-    text = read(args.file)
-    if args.ids:
-        events = parser.feed_ids(int(number) for number in re.findall(r"\d+", text))
+    text = read_text(args.file)
+    if tokenizer is not None:
+        events = parser.feed_ids(token_ids(text, tokenizer.get_vocab_size()))
     else:
         events = parser.feed(text)
     message = collect([*events, *parser.finish(args.finish)])
@@ -41,8 +48,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def token_ids(text: str, vocabulary: int) -> list[int]:
+    """A JSON list of ids, or numbers with blanks or commas between. Raises ValueError."""
+    words = re.split(r"[\s,]+", re.sub(r"^\s*\[(.*)\]\s*$", r"\1", text, flags=re.S).strip())
+    ids = []
+    for word in filter(None, words):
+        if not re.fullmatch(r"[0-9]{1,9}", word) or int(word) >= vocabulary:
+            raise ValueError(
+                f"--ids: {shown(word)} is no token id; allowed are 0 to {vocabulary - 1}"
+            )
+        ids.append(int(word))
+    return ids
+
+
 def _tools(file: str | None) -> Any:
     if file is None:
         return None
-    found = json.loads(Path(file).read_text(encoding="utf-8"))
+    found = json_of(file)
     return found.get("tools") if isinstance(found, dict) else found

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
+from dsv4_plugin.cli.arguments import check_numbers, checkpoint_path
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.plan import GIB, GPUS, Layout, Plan, checkpoint_bytes, plan
+from dsv4_plugin.fields import Number, Whole
+from dsv4_plugin.json_file import read_object
+from dsv4_plugin.plan import GIB, GPUS, Layout, Plan, checkpoint_bytes, gpu_memory, plan
+
+LIMITS: dict[str, Whole | Number] = {
+    "tp": Whole(1, 1024),
+    "pp": Whole(1, 1024),
+    "dp": Whole(1, 1024),
+    "context": Whole(1, 1 << 24),
+    "concurrency": Whole(1, 1 << 20),
+    "chunk": Whole(1, 1 << 20),
+    "block_size": Whole(128, 1 << 16, unit=128),
+    "speculative_tokens": Whole(0, 16),
+    "memory": Number(0.01, 4096),
+    "utilization": Number(0.01, 1),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a checkpoint folder or its config.json")
-    parser.add_argument("--gpu", choices=sorted(GPUS), help="a known GPU")
+    parser.add_argument("--gpu", help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--memory", type=float, metavar="GIB", help="of a GPU, instead of --gpu")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size")
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel size")
@@ -30,16 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if (args.gpu is None) == (args.memory is None):
         raise ValueError("give one of --gpu and --memory")
-    for name in ("tp", "pp", "dp", "context", "concurrency", "chunk"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
-    path = Path(args.config)
+    check_numbers(args, LIMITS)
+    path = checkpoint_path(args.config, "a checkpoint folder or its config.json")
     config = (
         ModelConfig.from_pretrained(path)
         if path.is_dir()
-        else ModelConfig.from_hf(json.loads(path.read_text()))
+        else ModelConfig.from_hf(read_object(path))
     )
-    memory = (GPUS[args.gpu] if args.gpu else args.memory) * GIB
+    memory = (gpu_memory(args.gpu) if args.gpu else args.memory) * GIB
     layout = Layout(args.tp, args.pp, args.dp, args.ep, args.speculative_tokens)
     found = plan(
         config,

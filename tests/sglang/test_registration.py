@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import re
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +28,15 @@ import sglang_ext
 from dsv4_plugin.config import ARCHITECTURE, CSA, SWA, ModelConfig
 from sglang_ext import hooks, registration
 from sglang_ext.choice import choose
-from sglang_ext.config import SERVED_ARCHITECTURE, SUPPORTED, refuse_unsupported, take_over
+from sglang_ext.config import (
+    KV_DTYPES,
+    SERVED_ARCHITECTURE,
+    SUPPORTED,
+    refuse_unsupported,
+    take_over,
+)
 
+from ..paths import ROOT
 from .server import FLOAT32, Server
 
 PARAMETERS = {
@@ -178,7 +186,9 @@ def test_unsupported_arguments_are_named(name: str, value: object):
     args = SimpleNamespace(**{field: allowed[0] for field, allowed in SUPPORTED.items()})
     refuse_unsupported(args)
     setattr(args, name, value)
-    with pytest.raises(NotImplementedError, match=f"{name} is {value!r}"):
+    with pytest.raises(
+        NotImplementedError, match=f"--{name.replace('_', '-')} is {value!r}; .* supp"
+    ):
         refuse_unsupported(args)
 
 
@@ -187,10 +197,10 @@ def test_unsupported_arguments_are_named(name: str, value: object):
     [
         pytest.param(
             "--enable-hierarchical-cache",
-            "enable_hierarchical_cache is True; dsv4-plugin supports",
+            "--enable-hierarchical-cache is True; dsv4-plugin supports a server without",
             marks=pytest.mark.thorough,
         ),
-        ("--page-size=96", "page_size is 96; it must be a multiple of 128"),
+        ("--page-size=96", "--page-size is 96; it must be a multiple of 128"),
     ],
 )
 def test_server_refuses_at_start(serve, option: str, sentence: str):
@@ -202,6 +212,18 @@ def test_server_refuses_at_start(serve, option: str, sentence: str):
         server.stop()
         raise
     assert sentence in server.read_log()
+
+
+def test_the_documented_cache_dtypes():
+    document = (ROOT / "docs" / "sglang.md").read_text()
+    row = re.search(r"^\| `--kv-cache-dtype` \| ([^|]+)", document, re.M)
+    assert re.findall(r"`(\w+)`", row[1]) == list(KV_DTYPES)
+
+
+def test_variables_are_checked_before_the_checkpoint(tiny: Path, monkeypatch):
+    monkeypatch.setenv("DSV4_DEFAULT_EFFORT", "foo")
+    with pytest.raises(ValueError, match="DSV4_DEFAULT_EFFORT is 'foo'; allowed are none, minimal"):
+        hooks.take_over_config(published(), str(tiny), False)
 
 
 def test_pool_takes_the_bytes_that_the_sizer_counts(tiny: Path, monkeypatch: pytest.MonkeyPatch):

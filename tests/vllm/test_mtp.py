@@ -133,7 +133,7 @@ def test_drafts_that_are_always_right_or_wrong(llm, small, reference, prompts, o
     [
         ({"num_nextn_predict_layers": 0}, "mtp", "MTP needs a checkpoint that has 1"),
         ({"dspark_block_size": 5}, "mtp", "drafts with DSpark, which is not supported"),
-        ({}, "ngram", "speculative_config.method is 'ngram'; dsv4-plugin drafts with 'mtp' only"),
+        ({}, "ngram", "--speculative-config.method is 'ngram'; dsv4-plugin drafts with 'mtp'"),
     ],
 )
 def test_refusals(drafting, change, method, sentence):
@@ -144,5 +144,5 @@ def test_refusals(drafting, change, method, sentence):
 
 def test_stages_and_drafts_are_refused_together(drafting):
     speculative = {"method": "mtp", "num_speculative_tokens": 1}
-    with pytest.raises(NotImplementedError, match="pipeline_parallel_size is 2 and speculative_c"):
+    with pytest.raises(NotImplementedError, match="--pipeline-parallel-size is 2 and --specul"):
         configure(drafting, speculative_config=speculative, pipeline_parallel_size=2)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from typing import get_args
 
 import pytest
+import torch
+from vllm.config.cache import CacheDType
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, DeepseekV4ForCausalLMConfig
 
 import vllm_ext
 from dsv4_plugin.cache.rows import BFloat16Rows, Float32Rows, FP8KVRows
-from vllm_ext.config import PAGE_SIZE, cache_layout, model_config_of
+from dsv4_plugin.config import ARCHITECTURE
+from tests.paths import ROOT
+from vllm_ext.config import _KV_DTYPES, PAGE_SIZE, NativeConfig, cache_layout, model_config_of
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +34,12 @@ def configure(directory, **options):
     ("options", "sentence"),
     [
         ({"block_size": 96}, "block_size is 96; it must be a multiple of 128"),
-        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype is 'fp8_e5m2'; allowed are auto, float32"),
-        ({"dtype": "float16"}, "dtype is 'float16'; allowed are float32 and bfloat16"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype is 'fp8_e5m2'; allowed are auto, bfl"),
+        ({"dtype": "float16"}, "--dtype is 'float16'; allowed are float32 and bfloat16"),
+        (
+            {"enable_lora": True, "enforce_eager": True},
+            "--enable-lora is given; dsv4-plugin does not support it so far, so leave it out",
+        ),
         ({"tensor_parallel_size": 8}, "tensor_parallel_size is 8; it must divide num_attention_he"),
         (
             {"enable_expert_parallel": True, "tensor_parallel_size": 2, "data_parallel_size": 3},
@@ -80,6 +91,40 @@ def test_cache_dtypes(small, options, codec):
     config = configure(small, **options)
     layout = cache_layout(model_config_of(config), config)
     assert isinstance(layout.window.parts["kv"].codec, codec)
+
+
+def test_offered_cache_dtypes_are_those_that_vllm_takes():
+    assert set(_KV_DTYPES) <= set(get_args(CacheDType))
+    row = re.search(
+        r"^\| `--kv-cache-dtype` \| ([^|]+)", (ROOT / "docs/engines.md").read_text(), re.M
+    )
+    assert re.findall(r"`(\w+)`", row[1]) == list(_KV_DTYPES)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("DSV4_DEFAULT_EFFORT", "foo", "DSV4_DEFAULT_EFFORT is 'foo'; allowed are none, minimal"),
+        ("DSV4_KERNELS", "triton", "DSV4_KERNELS is 'triton', but Triton finds no GPU driver here"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_variables_are_checked_at_start(small, monkeypatch, variable, value, sentence):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=sentence):
+        configure(small)
+
+
+def test_vllms_own_network_says_so(small, monkeypatch, caplog):
+    monkeypatch.setenv("DSV4_MODEL", "native")
+    monkeypatch.setattr(
+        DeepseekV4ForCausalLMConfig, "verify_and_update_config", staticmethod(lambda config: None)
+    )
+    with caplog.at_level("INFO", "vllm.dsv4"):
+        NativeConfig.verify_and_update_config(None)
+    assert "DeepSeek-V4 is served by vLLM: DSV4_MODEL=native." in caplog.text
+    vllm_ext.register()
+    assert MODELS_CONFIG_MAP[ARCHITECTURE] is NativeConfig
 
 
 def test_block_size_and_batch_limits(small):

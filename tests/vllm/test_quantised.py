@@ -76,7 +76,7 @@ def test_variants_are_refused_before_weights_are_read(made, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(hf))
     with pytest.raises(ValueError, match=r"w1.weight is F8_E4M3, .*FP4 experts.* asks for I8"):
         configure(tmp_path)
-    with pytest.raises(ValueError, match="quantization is 'fp8'; dsv4-plugin takes it from the ch"):
+    with pytest.raises(ValueError, match="--quantization is 'fp8'; dsv4-plugin takes it from the"):
         configure(made / "fp8-fp4", quantization="fp8")
 
 

@@ -24,6 +24,9 @@ def register():
     if "break" in WANTED:
         break_carry()
     if "emulate" in WANTED:
+        from sglang_ext import config
+
+        config.require_driver = lambda: None  # the emulator takes its place later
         pool.allocate = emulated(pool.allocate)
 
 
