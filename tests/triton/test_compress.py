@@ -15,6 +15,7 @@ from dsv4_plugin.kernels.compress import State, Target, kernel
 from tests.core.test_cache import flash
 from tests.triton.inputs import Caches, step_of, untouched
 
+pytestmark = pytest.mark.usefixtures("made_on_device")
 EPS = 1e-6
 FLASH = flash([CSA, HCA])
 SMALL = replace(FLASH, head_dim=64, qk_rope_head_dim=16, index_head_dim=32)
