@@ -29,7 +29,7 @@ from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.model.block import Block
 from dsv4_plugin.model.transformer import Transformer
 
-log = logging.getLogger("dsv4")
+log = logging.getLogger("dsv4_plugin")
 
 OFTEN = 5.0
 """Seconds between two lines about progress."""

@@ -10,7 +10,7 @@ import torch
 
 from dsv4_plugin import env
 
-log = logging.getLogger("dsv4")
+log = logging.getLogger("dsv4_plugin")
 
 LOWEST = (8, 0)
 """The oldest NVIDIA compute capability the kernels are compiled and checked for."""

@@ -22,6 +22,16 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         raise
 
 
+@pytest.fixture
+def made_on_device() -> Iterator[None]:
+    """What a test makes without naming a device is made where kernels run."""
+    if mode.DEVICE == "cpu":
+        yield
+        return
+    with torch.device(mode.DEVICE):
+        yield
+
+
 @pytest.fixture(params=mode.NAMES)
 def gpu(request: pytest.FixtureRequest) -> Iterator[object]:
     """Inside the test, Triton's launches run as the mode says; torch.empty holds NaN. Every launch

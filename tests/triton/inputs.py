@@ -11,6 +11,7 @@ from torch import Tensor
 from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.kernels import step
 from dsv4_plugin.kernels.step import BlockTables, DeviceStep, Rows
+from tests.kit import mode
 
 
 def angles(tokens: int, rope: int) -> Tensor:
@@ -26,6 +27,8 @@ def poisoned(words: int) -> Tensor:
 
 def untouched(words: int) -> Tensor:
     """A cache of zeros that takes memory only where it is written."""
+    if mode.DEVICE != "cpu":
+        return torch.zeros(words, dtype=torch.int32, device=mode.DEVICE)
     return torch.from_numpy(np.zeros(words, np.int32))
 
 

@@ -16,6 +16,7 @@ from tests.core.test_cache import flash
 from tests.kit.mode import interpreted_first
 from tests.triton.inputs import Caches, step_of, untouched
 
+pytestmark = pytest.mark.usefixtures("made_on_device")
 EPS = 1e-6
 FLASH = flash([CSA, HCA])
 SMALL = replace(FLASH, head_dim=64, qk_rope_head_dim=16, index_head_dim=32)

@@ -8,6 +8,8 @@ import torch
 from dsv4_plugin.kernels import gate
 from dsv4_plugin.kernels.gate import kernel
 
+pytestmark = pytest.mark.usefixtures("made_on_device")
+
 
 @pytest.mark.parametrize(
     ("tokens", "experts", "k"), [(3, 256, 6), (2, 384, 6), (5, 8, 2), (1, 7, 1)]

@@ -10,6 +10,7 @@ from dsv4_plugin.kernels import qkv
 from dsv4_plugin.kernels.qkv import kernel
 from tests.triton.inputs import angles, poisoned, untouched
 
+pytestmark = pytest.mark.usefixtures("made_on_device")
 EPS = 1e-6
 
 

@@ -8,6 +8,7 @@ import torch
 from dsv4_plugin.kernels import step
 from dsv4_plugin.kernels.step import BlockTables, Rows, kernel
 
+pytestmark = pytest.mark.usefixtures("made_on_device")
 BLOCK, WORDS = 32, 146
 GRAINS = (1, 4, 128)
 

@@ -9,6 +9,8 @@ from dsv4_plugin.kernels import streams
 from dsv4_plugin.kernels.streams import Mixer, Spread, kernel
 from tests.kit.order import seeded
 
+pytestmark = pytest.mark.usefixtures("made_on_device")
+
 
 def mixer_of(r, d, n, iters=20):
     fn = torch.randn(n, r * d) * (r * d) ** -0.5
