@@ -57,4 +57,4 @@ CHAT = Choice(
     "plugin",
     "Whose prompt encoder, tool parser and reasoning parser are used.",
 )
-VARIABLES = (MODEL, CHAT, KERNELS, GRAPHS, EFFORT)
+VARIABLES = (MODEL, CHAT, KERNELS, EFFORT)
