@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.reasoning import ReasoningParserManager
@@ -28,6 +30,7 @@ REASONING_PARSER = ("vllm_ext.reasoning_parser", "DeepseekV4ReasoningParser")
 def register_all() -> None:
     """Register the model (where the plugin serves it) and the chat layer."""
     require_tested_version()
+    _show_the_core_s_log()
     if choose().plugin:
         from vllm_ext.config import PluginConfig
 
@@ -35,11 +38,24 @@ def register_all() -> None:
         ModelRegistry.register_model(ARCHITECTURE, ":".join(MODEL))
         ModelRegistry.register_model(DRAFTER_ARCHITECTURE, ":".join(DRAFTER))
         MODELS_CONFIG_MAP[ARCHITECTURE] = PluginConfig
+    elif env.CHAT.read() == "plugin":
+        from vllm_ext.config import LeftConfig
+
+        MODELS_CONFIG_MAP[ARCHITECTURE] = LeftConfig
     if env.CHAT.read() == "plugin":
         TokenizerRegistry.tokenizers[MODE] = TOKENIZER
         RENDERER_REGISTRY.renderers[MODE] = RENDERER
         ToolParserManager.register_lazy_module(MODE, *TOOL_PARSER)
         ReasoningParserManager.register_lazy_module(MODE, *REASONING_PARSER)
+
+
+def _show_the_core_s_log() -> None:
+    """Chosen kernels, weights, warm-up: vLLM shows what its own loggers say, and no others."""
+    core, engine = logging.getLogger("dsv4_plugin"), logging.getLogger("vllm")
+    core.setLevel(engine.getEffectiveLevel())
+    for handler in engine.handlers:
+        if handler not in core.handlers:
+            core.addHandler(handler)
 
 
 def check_active() -> None:
