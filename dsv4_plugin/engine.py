@@ -1,4 +1,4 @@
-"""The local engine: one process, plain torch. For tests, the command line, and readers.
+"""The local engine: one process, on the CPU or a GPU. For tests, the command line, and readers.
 
 It shows in the least code what an engine owes the network: block tables and lengths per step.
 """
@@ -12,12 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsv4_plugin.cache.device_step import DeviceStepBuilder
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.cache.step import BlockTables, Step, StepBuilder
 from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
 from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.config import SWA, ModelConfig
+from dsv4_plugin.kernels.dispatch import use_triton
+from dsv4_plugin.kernels.step import DeviceStep
 from dsv4_plugin.model.mtp import MTP
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
@@ -33,28 +36,34 @@ def load(
     kv_dtype: str = "auto",
     index_dtype: str = "auto",
     mtp: bool = False,
+    device: str = "cpu",
 ) -> LocalModel:
-    """Load a checkpoint folder for local use on the CPU.
+    """Load a checkpoint folder for local use.
 
     Args:
         dtype: 'float32', 'bfloat16', or 'auto' (what config.json says).
         kv_dtype: 'float32', 'bfloat16', 'fp8', or 'auto' (float32 for float32 models, else
             bfloat16).
         index_dtype: of indexer keys: 'auto' (as kv_dtype), 'bfloat16', 'fp8' or 'fp4'.
-        mtp: load the MTP layer too, for `generate(num_speculative_tokens=...)`.
+        mtp: load the MTP layer too, for `generate(num_speculative_tokens=...)`; on a CPU.
+        device: 'cpu', or 'cuda' (also 'cuda:1', ...).
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError: before any weight is read, in one
             sentence that names the field or tensor and what is allowed.
     """
     config = ModelConfig.from_pretrained(directory)
+    place = _usable(device)
+    if mtp and place.type != "cpu":
+        raise NotImplementedError(f"mtp is True and device is {device!r}; drafts need 'cpu' so far")
     dtype = config.torch_dtype if dtype == "auto" else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed are auto, {', '.join(DTYPES)}")
     kv_dtype = resolve_kv_dtype(kv_dtype, dtype)
     headers = check_checkpoint(config, directory, mtp)
     parallel = LocalParallel(config, DTYPES[dtype])
-    model = Transformer(config, parallel)
+    with place:
+        model = Transformer(config, parallel)
     load_weights(model, read_tensors(headers))
     drafter = MTP(config, parallel) if mtp else None
     if drafter is not None:
@@ -64,6 +73,18 @@ def load(
     grown = layout.growth(config.compress_ratios)
     log.info("KV cache: %s, %.0f bytes per token.", layout.rows_named(), grown)
     return LocalModel(model, layout, drafter)
+
+
+def _usable(device: str) -> torch.device:
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or not (number.isdecimal() or kind == device):
+        raise ValueError(f"device is {device!r}; allowed are cpu, cuda, cuda:0, cuda:1, ...")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {device!r}; torch finds {torch.cuda.device_count()} GPUs here; 'cpu' is "
+            "always allowed"
+        )
+    return torch.device(device)
 
 
 class LocalModel:
@@ -167,12 +188,15 @@ class Sampler:
     def __call__(self, logits: Tensor) -> Tensor:
         if self.temperature == 0:
             return logits.argmax(-1)
-        p = (logits.float() / self.temperature).softmax(-1)
+        p = (logits.float().cpu() / self.temperature).softmax(-1)
         return p.multinomial(1, generator=self.generator)[:, 0]
 
 
 class Batch:
-    """Requests in flight, with block tables fixed from the start.
+    """Requests in flight, with block tables fixed from the start, where the model's weights are.
+
+    Steps are the ordinary ones on a CPU, and the device's where kernels are Triton's or the device
+    is no CPU.
 
     Every request owns the pages of its final length, a ring, and as many window blocks as a step
     can touch, used in turn; draft layers have window rows of their own. `poison` fills fresh caches
@@ -189,19 +213,25 @@ class Batch:
         draft_layers: int = 0,
     ) -> None:
         self.model, self.chunk = model, chunk
+        self.device = next(model.parameters()).device
         config, page_size = model.config, layout.page_size
         self.builder = StepBuilder(config, layout)
+        self.device_steps: DeviceStepBuilder | None = None
+        if self.device.type != "cpu" or use_triton(self.device):
+            rows = max(chunk, len(max_lengths))
+            self.device_steps = DeviceStepBuilder(config, layout, rows, self.device)
         n, longest = len(max_lengths), max(max_lengths)
         pages = -(-longest // page_size)
         turns = -(-(config.sliding_window - 1 + min(chunk, longest)) // layout.window_block) + 1
         ratios = [*model.ratios, *[SWA] * draft_layers]
-        buffers, strides = allocate(ratios, layout, n * turns, n * pages, n, poison)
+        device = self.device
+        buffers, strides = allocate(ratios, layout, n * turns, n * pages, n, poison, device)
         self.caches = buffers
-        request = torch.arange(n)[:, None]
-        blocks = torch.arange(-(-longest // layout.window_block))
+        request = torch.arange(n, device=device)[:, None]
+        blocks = torch.arange(-(-longest // layout.window_block), device=device)
         self.tables = BlockTables(
             window=request * turns + blocks % turns,
-            page=request * pages + torch.arange(pages),
+            page=request * pages + torch.arange(pages, device=device),
             ring=request[:, 0],
             window_stride=strides[0],
             page_stride=strides[1],
@@ -210,28 +240,43 @@ class Batch:
         self.lengths = torch.zeros(n, dtype=torch.int64)
 
     def step(self, requests: Tensor, counts: Tensor) -> Step:
-        """The next `counts` tokens of some requests, int64 [G] each."""
+        """The next `counts` tokens of some requests, int64 [G] each on the CPU, as an ordinary
+        step."""
+        tables, start, lengths = self._next(requests, counts)
+        return self.builder.build(tables, start.to(self.device), lengths.to(self.device))
+
+    def next_step(self, requests: Tensor, counts: Tensor) -> Step | DeviceStep:
+        """The same, as this batch runs it."""
+        if self.device_steps is None:
+            return self.step(requests, counts)
+        tables, start, lengths = self._next(requests, counts)
+        on_device = start.int().to(self.device), lengths.int().to(self.device)
+        most = int(start[-1]), int(counts.max()), int(lengths.max())
+        return self.device_steps.build(tables, *on_device, *most)
+
+    def _next(self, requests: Tensor, counts: Tensor) -> tuple[BlockTables, Tensor, Tensor]:
         self.lengths[requests] += counts
-        t = self.tables
+        t, chosen = self.tables, requests.to(self.device)
         tables = BlockTables(
-            t.window[requests], t.page[requests], t.ring[requests],
+            t.window[chosen], t.page[chosen], t.ring[chosen],
             t.window_stride, t.page_stride, t.ring_stride,
         )  # fmt: skip
         start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        return self.builder.build(tables, start, self.lengths[requests])
+        return tables, start, self.lengths[requests]
 
     def run(self, work: Sequence[tuple[int, Tensor]]) -> Tensor:
         """One step: the next ids of some requests -> hidden states of all of them, flat."""
         requests = torch.tensor([b for b, _ in work])
         counts = torch.tensor([len(ids) for _, ids in work])
-        step = self.step(requests, counts)
-        hidden: Tensor = self.model(torch.cat([ids for _, ids in work]), step, self.caches)
+        step = self.next_step(requests, counts)
+        ids = torch.cat([ids for _, ids in work]).to(self.device)
+        hidden: Tensor = self.model(ids, step, self.caches)
         return hidden
 
     def decode(self, requests: Sequence[int], token: Tensor) -> Tensor:
         """One token each -> hidden states [G, D]."""
-        step = self.step(torch.tensor(requests), torch.ones(len(requests), dtype=torch.int64))
-        hidden: Tensor = self.model(token, step, self.caches)
+        step = self.next_step(torch.tensor(requests), torch.ones(len(requests), dtype=torch.int64))
+        hidden: Tensor = self.model(token.to(self.device), step, self.caches)
         return hidden
 
     def prefill(self, prompts: Sequence[Tensor]) -> Tensor:

@@ -139,7 +139,7 @@ def left_to_sglang(server_args: Any, hf_config: Any) -> dict[str, Any]:
             "dsv4-plugin is installed but its configuration hook is not active: SGLang would serve "
             "its own DeepSeek-V4; look for 'dsv4' errors above, or set DSV4_MODEL=native"
         )
-    log.info("DeepSeek-V4 is served by SGLang: %s.", serving.reason)
+    log.info("DeepSeek-V4 is served by SGLang: %s; chat %s.", serving.reason, env.CHAT.read())
     return {}
 
 

@@ -48,7 +48,7 @@ class NativeConfig(DeepseekV4ForCausalLMConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         env.check()
         DeepseekV4ForCausalLMConfig.verify_and_update_config(vllm_config)
-        log.info("DeepSeek-V4 is served by vLLM: %s.", choose().reason)
+        log.info("DeepSeek-V4 is served by vLLM: %s; %s.", choose().reason, chat())
 
 
 class PluginConfig(DeepseekV4ForCausalLMConfig):
@@ -103,7 +103,14 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
         model.model_arch_config.is_deepseek_mla = False
         model.hf_config.model_type = SERVED_TYPE
         model.hf_config.head_dtype = "float32"
-        log.info("DeepSeek-V4 is served by dsv4-plugin: %s.", choose().reason)
+        log.info("DeepSeek-V4 is served by dsv4-plugin: %s; %s.", choose().reason, chat())
+
+
+def chat() -> str:
+    """Who writes prompts and reads answers, half a sentence for the log."""
+    if env.CHAT.read() == "native":
+        return f"its prompts and parsers are vLLM's ({env.CHAT.name}=native)"
+    return f"its prompts and parsers are dsv4-plugin's ({env.CHAT.name}=native leaves them to vLLM)"
 
 
 def _settle_graphs(vllm_config: VllmConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.reasoning import ReasoningParserManager
@@ -30,6 +32,8 @@ def register_all() -> None:
     require_tested_version()
     from vllm_ext.config import NativeConfig, PluginConfig
 
+    _show_the_core_s_log()
+
     if choose().plugin:
         accept_fp4_indexer_option()
         ModelRegistry.register_model(ARCHITECTURE, ":".join(MODEL))
@@ -42,6 +46,15 @@ def register_all() -> None:
         RENDERER_REGISTRY.renderers[MODE] = RENDERER
         ToolParserManager.register_lazy_module(MODE, *TOOL_PARSER)
         ReasoningParserManager.register_lazy_module(MODE, *REASONING_PARSER)
+
+
+def _show_the_core_s_log() -> None:
+    """Chosen kernels, weights, warm-up: vLLM shows what its own loggers say, and no others."""
+    core, engine = logging.getLogger("dsv4_plugin"), logging.getLogger("vllm")
+    core.setLevel(engine.getEffectiveLevel())
+    for handler in engine.handlers:
+        if handler not in core.handlers:
+            core.addHandler(handler)
 
 
 def check_active() -> None:

@@ -137,6 +137,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def preset_fields(preset: str) -> dict[str, Any]:
+    """config.json of a preset, in bfloat16. Raises ValueError for an unknown one."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}; allowed are {', '.join(PRESETS)}")
+    return _COMMON | PRESETS[preset]
+
+
 def make_checkpoint(
     directory: str | Path,
     preset: str,
@@ -159,9 +166,7 @@ def make_checkpoint(
         ValueError: an unknown preset or format, or a config that is not valid.
         FileExistsError: `directory` exists and is not empty.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset is {preset!r}; allowed are {', '.join(PRESETS)}")
-    hf = _COMMON | PRESETS[preset] | (overrides or {})
+    hf = preset_fields(preset) | (overrides or {})
     hf |= format_fields(fmt, hf)
     config = ModelConfig.from_hf(hf)
     sources = tokenizer_files() if tokenizer else []

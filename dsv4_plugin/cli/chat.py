@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--effort", choices=EFFORTS, help="none: no reasoning")
     parser.add_argument("--max-tokens", type=int, default=512, help="of an answer (default: 512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
+    parser.add_argument("--device", default="cpu", help="of a folder: cpu (default), cuda, cuda:1")
     parser.add_argument("--colour", choices=("auto", "always", "never"), default="auto")
 
 
@@ -139,7 +140,7 @@ class Local:
     def __init__(self, args: argparse.Namespace) -> None:
         from dsv4_plugin.engine import load
 
-        self.model = load(args.target)
+        self.model = load(args.target, device=args.device)
         self.encoder = Encoder.from_pretrained(args.target)
         self.bytes = TokenBytes(self.encoder.tokenizer)
         self.effort, self.most, self.temperature = args.effort, args.max_tokens, args.temperature

@@ -445,3 +445,15 @@ def test_a_tensor_that_an_engine_does_not_hand_over(small):
     handed = ((name, tensor) for name, tensor in tensors if name != "norm.weight")
     with pytest.raises(ValueError, match=r"lacks 1 tensors, norm\.weight among them"):
         load_weights(model, handed, needed=stored_tensors(config))
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"device": "gpu"}, r"device is 'gpu'; allowed are cpu, cuda, cuda:0, cuda:1, \.\.\."),
+        ({"device": "cuda:x"}, "device is 'cuda:x'; allowed are"),
+        ({"device": "cuda:99"}, "device is 'cuda:99'; torch finds"),
+    ],
+)
+def test_devices(small, given, sentence):
+    refused(small, sentence, **given)

@@ -90,3 +90,20 @@ def test_the_documented_table(capsys):
         else:
             assert code == 0
             assert f"{tokens} tokens of KV cache fit" in out
+
+
+@needs_shared
+def test_the_table_of_cards(capsys):
+    """What `dsv4 plan` says of Flash, in every row of docs/gpu.md."""
+    text = (TABLE.parent / "gpu.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| `(--[^`]+)` \| ([\d,]+) \| `([^`]+)` \|", text, re.M)
+    assert len(rows) == 12
+    for options, tokens, serving in rows:
+        assert main(["plan", str(path_of("Flash")), *shlex.split(options)]) == 0
+        assert f"{tokens} tokens of KV cache fit" in capsys.readouterr().out
+        for mine, vllm in (("tp", "tensor"), ("pp", "pipeline"), ("dp", "data")):
+            found = re.search(rf"--{mine} (\d+)", options)
+            theirs = re.search(rf"--{vllm}-parallel-size (\d+)", serving)
+            assert bool(found) is bool(theirs)
+            assert not found or found[1] == theirs[1]
+        assert ("--ep" in options) is ("--enable-expert-parallel" in serving)

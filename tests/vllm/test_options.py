@@ -11,13 +11,11 @@ import pytest
 import torch
 from vllm.config.cache import CacheDType
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP, DeepseekV4ForCausalLMConfig
 
 import vllm_ext
 from dsv4_plugin.cache.rows import BFloat16Rows, Float32Rows, FP8KVRows
-from dsv4_plugin.config import ARCHITECTURE
 from tests.paths import ROOT
-from vllm_ext.config import _KV_DTYPES, PAGE_SIZE, NativeConfig, cache_layout, model_config_of
+from vllm_ext.config import _KV_DTYPES, PAGE_SIZE, cache_layout, model_config_of
 
 
 @pytest.fixture(autouse=True)
@@ -113,18 +111,6 @@ def test_variables_are_checked_at_start(small, monkeypatch, variable, value, sen
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=sentence):
         configure(small)
-
-
-def test_vllms_own_network_says_so(small, monkeypatch, caplog):
-    monkeypatch.setenv("DSV4_MODEL", "native")
-    monkeypatch.setattr(
-        DeepseekV4ForCausalLMConfig, "verify_and_update_config", staticmethod(lambda config: None)
-    )
-    with caplog.at_level("INFO", "vllm.dsv4"):
-        NativeConfig.verify_and_update_config(None)
-    assert "DeepSeek-V4 is served by vLLM: DSV4_MODEL=native." in caplog.text
-    vllm_ext.register()
-    assert MODELS_CONFIG_MAP[ARCHITECTURE] is NativeConfig
 
 
 def test_block_size_and_batch_limits(small):

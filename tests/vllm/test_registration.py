@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, DeepseekV4ForCausalLMConfig
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.platforms import current_platform
 from vllm.tokenizers import TokenizerRegistry
@@ -12,6 +15,7 @@ import vllm_ext
 from dsv4_plugin import env
 from dsv4_plugin.config import ARCHITECTURE
 from vllm_ext import _compat, choice, registration
+from vllm_ext.config import NativeConfig
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +58,29 @@ def test_native_leaves_vllms_own(monkeypatch):
     vllm_ext.register()
     after = ModelRegistry.models[ARCHITECTURE], TokenizerRegistry.tokenizers[registration.MODE]
     assert before == after
+
+
+@pytest.mark.parametrize(("chat", "whose"), [("plugin", "dsv4-plugin's"), ("native", "vLLM's")])
+def test_where_vllm_serves_the_log_says_whose_chat_layer_it_is(monkeypatch, caplog, chat, whose):
+    monkeypatch.setenv(env.MODEL.name, "native")
+    monkeypatch.setenv(env.CHAT.name, chat)
+    monkeypatch.setattr(registration, "MODELS_CONFIG_MAP", dict(MODELS_CONFIG_MAP))
+    vllm_ext.register()
+    assert registration.MODELS_CONFIG_MAP[ARCHITECTURE] is NativeConfig
+    nothing = staticmethod(lambda vllm_config: None)
+    monkeypatch.setattr(DeepseekV4ForCausalLMConfig, "verify_and_update_config", nothing)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.INFO, "vllm.dsv4"):
+        NativeConfig.verify_and_update_config(None)
+    assert f"DSV4_MODEL=native; its prompts and parsers are {whose}" in caplog.text
+
+
+def test_the_core_s_log_is_shown_by_vllm():
+    vllm_ext.register()
+    vllm_ext.register()
+    core, engine = logging.getLogger("dsv4_plugin"), logging.getLogger("vllm")
+    assert [h for h in core.handlers if h in engine.handlers] == engine.handlers
+    assert core.isEnabledFor(logging.INFO) == engine.isEnabledFor(logging.INFO)
 
 
 def test_auto_goes_by_the_machine(monkeypatch):

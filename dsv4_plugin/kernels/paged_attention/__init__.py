@@ -64,7 +64,7 @@ def reference(
         sink: float32 [H].
         span: positions a query sees of its window, itself included.
         entries: compressed rows, of which a query at position p may see (p + 1) // ratio.
-        chosen: int32 [T, k], the entries each query attends to, -1 for none; all where None.
+        chosen: int32 [T, k], the entries each query attends to, then -1 for none; all where None.
     """
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     for t, p in enumerate(queries.position.tolist()):
