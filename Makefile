@@ -14,7 +14,7 @@ SGLANG_STAMP := $(SGLANG)/.built-$(PINS)
 TORCH = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --group torch-cpu
 CHECKPOINTS := .cache/checkpoints
 
-.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton unit-triton-all mutants bench bench-slice bench-kv bench-chat eval train-mini compare-engines compare-mini kernels-report fuzz clean
+.PHONY: env env-sglang demo demo-sglang test lint unit unit-sglang unit-triton unit-triton-all mutants bench bench-slice bench-kv bench-chat eval train-mini compare-engines compare-mini kernels-report fuzz test-gpu vllm-0.33 clean
 
 env: $(STAMP)
 
@@ -125,6 +125,14 @@ compare-mini: $(CHECKPOINTS)/mini $(SGLANG_STAMP)
 
 fuzz: $(STAMP)
 	$(VLLM)/bin/python -m tests.chat.fuzz --cases 100000
+
+# Where there is a GPU: the kernels' tests, gpu-check, dsv4-mini's answers; gpu-test.json.
+test-gpu:
+	$(or $(VIRTUAL_ENV),$(VLLM))/bin/python -m tests.on_card
+
+# vLLM 0.33's Python files (330 MB to fetch), for the tests of its configuration on GPUs.
+vllm-0.33: $(STAMP)
+	$(VLLM)/bin/python -m tests.vllm033.get
 
 clean:
 	rm -rf .cache $(VLLM) $(SGLANG)
