@@ -18,7 +18,7 @@ SGLANG_STAMP := $(SGLANG)/.built-$(PINS)
 TORCH = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --group torch-cpu
 CHECKPOINTS := .cache/checkpoints
 
-.PHONY: env env-sglang demo demo-sglang test test-all lint bench bench-slice bench-kv bench-chat eval train-mini compare-engines compare-mini kernels-report clean
+.PHONY: env env-sglang demo demo-sglang test test-all test-gpu lint bench bench-slice bench-kv bench-chat eval train-mini compare-engines compare-mini kernels-report vllm-0.33 clean
 
 env: $(STAMP)
 
@@ -107,6 +107,14 @@ compare-engines: $(CHECKPOINTS)/tiny $(SGLANG_STAMP)
 # 100 held-out conversations in float32: transformers' ids from every engine.
 compare-mini: $(CHECKPOINTS)/mini $(SGLANG_STAMP)
 	$(VLLM)/bin/python -m tests.compare_mini $< --sglang $(SGLANG)/bin/python
+
+# Where there is a GPU: the kernels' tests, gpu-check, dsv4-mini's answers; gpu-test.json.
+test-gpu:
+	$(or $(VIRTUAL_ENV),$(VLLM))/bin/python -m tests.on_card
+
+# vLLM 0.33's Python files (330 MB to fetch), for the tests of its configuration on GPUs.
+vllm-0.33: $(STAMP)
+	$(VLLM)/bin/python -m tests.vllm033.get
 
 clean:
 	rm -rf .cache $(VLLM) $(SGLANG)

@@ -18,17 +18,18 @@ class DeviceBatch(Batch):
 
     def _step(self, requests, counts):
         self.lengths[requests] += counts
-        t = self.tables
+        t, chosen = self.tables, requests.to(self.device)
         tables = BlockTables(
-            t.window[requests].int(), t.page[requests].int(), t.ring[requests].int(),
+            t.window[chosen].int(), t.page[chosen].int(), t.ring[chosen].int(),
             t.window_stride, t.page_stride, t.ring_stride,
         )  # fmt: skip
         start = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
         rows = int(start[-1]) + PADDING
-        builder = DeviceStepBuilder(self.model.config, self.builder.layout, rows, "cpu")
+        builder = DeviceStepBuilder(self.model.config, self.builder.layout, rows, self.device)
         lengths = self.lengths[requests]
         longest = int(lengths.max()), int(counts.max())
-        return builder.build(tables, start, lengths.int(), rows, longest[1], longest[0])
+        on_device = start.to(self.device), lengths.int().to(self.device)
+        return builder.build(tables, *on_device, rows, longest[1], longest[0])
 
     def run(self, work, within=nullcontext):
         requests = torch.tensor([b for b, _ in work])
@@ -36,4 +37,4 @@ class DeviceBatch(Batch):
         step = self._step(requests, counts)
         ids = torch.cat([*(ids for _, ids in work), torch.zeros(PADDING, dtype=torch.int64)])
         with within():
-            return self.model(ids, step, self.caches)[:-PADDING]
+            return self.model(ids.to(self.device), step, self.caches)[:-PADDING]

@@ -74,7 +74,7 @@ WORK = [
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("device") / "checkpoint"
     make_checkpoint(directory, "tiny", 1, SMALL | {"index_topk": 64}, tokenizer=False)
-    return load(directory, dtype="bfloat16")
+    return load(directory, dtype="bfloat16", device=mode.DEVICE)
 
 
 @pytest.mark.thorough
