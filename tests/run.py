@@ -93,6 +93,11 @@ PARTS = (
     Part("lint", "make --no-print-directory lint"),
     pytest("emulated-others", "tests/triton", long=True, DSV4_TEST_GPU="sm120,sm86,sm89,sm90"),
     pytest("sglang-servers", " ".join(SERVERS), "sglang", long=True),
+    Part(
+        "vllm-0.33",
+        f".venv-vllm/bin/python -m tests.vllm033.get && {pytest('', 'tests/vllm033').command}",
+        long=True,
+    ),
     Part("fuzz", ".venv-vllm/bin/python -m tests.chat.fuzz --cases 100000", long=True),
 )
 
