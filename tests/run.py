@@ -66,7 +66,6 @@ def pytest(name: str, paths: str, engine: str = "vllm", long: bool = False, **en
     return Part(name, command, environ, long)
 
 
-SGLANG_ENGINE = "tests/sglang/test_graphs.py"
 SERVERS = [f"tests/sglang/test_{name}.py" for name in ("device", "formats", "mini")]
 """Files of SGLang's whose tests have servers of their own; the others share one."""
 ENGINES = [f"tests/triton/test_{name}.py" for name in ("vllm", "budgets")]
@@ -79,10 +78,9 @@ def without(folder: str, files: Sequence[str]) -> str:
 
 PARTS = (
     # Those that take longest first; the others fill the cores beside them.
-    pytest("sglang", without("tests/sglang", [SGLANG_ENGINE, *SERVERS]), "sglang"),
+    pytest("sglang", without("tests/sglang", SERVERS), "sglang"),
     pytest("emulated", without("tests/triton", ENGINES), DSV4_TEST_GPU="sm80"),
     pytest("emulated-engine", " ".join(ENGINES), DSV4_TEST_GPU="sm80"),
-    pytest("sglang-engine", SGLANG_ENGINE, "sglang"),
     pytest("vllm", "tests/vllm tests/parallel"),
     pytest("mutants", "tests/mutants"),
     pytest("vllm-chat", "tests/vllm_chat"),

@@ -104,6 +104,7 @@ def test_orthogonal():
         assert values.max() < 1.4
 
 
+@pytest.mark.thorough
 def test_training_goes_on_where_it_stopped(tmp_path, vocabulary, monkeypatch):
     few = tuple((rows, skills) for rows, (_, skills) in zip((2, 1, 1), MIX[0], strict=True))
     monkeypatch.setattr("training.train.MIX", {0: few})

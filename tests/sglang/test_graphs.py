@@ -143,6 +143,7 @@ def local(tmp_path_factory):
 
 
 @torch.inference_mode()
+@pytest.mark.thorough
 def test_replayed_steps_give_the_ordinary_ones_tokens(local, monkeypatch):
     """From pools that are bound anew too. The warm-up compiles everything; the builder is made
     once."""
