@@ -80,7 +80,12 @@ def test_parse_of_a_cut_output(
         (render, "[]", (), "messages: must hold at least one message"),
         (render, "{", (), "Expecting property name"),
         (render, '{"messages": 1}', (), "messages: must be a list"),
-        (render, "[]", ("--model", "/nowhere"), "/nowhere does not exist; give a checkpoint folder or its"),
+        (
+            render,
+            "[]",
+            ("--model", "/nowhere"),
+            "/nowhere does not exist; give a checkpoint folder or its",
+        ),
         (parse, "x", ("--tools", "/nowhere"), "No such file"),
     ],
 )
