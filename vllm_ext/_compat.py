@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -51,3 +52,29 @@ def _rename_fp4(given: Any) -> Any:
     if TypeAdapter(bool).validate_python(fields[FP4_INDEXER]):
         rest["indexer_kv_dtype"] = "mxfp4"
     return ArgsKwargs(given.args, rest) if isinstance(given, ArgsKwargs) else rest
+
+
+def end_streams_at_shutdown() -> None:
+    """Tell requests that the engine is gone when vLLM stops it.
+
+    Its shutdown cancels the task that tells them right after the one that it hears it from: where
+    both fall into one turn of the event loop, streams never end, and the server waits for their
+    connections forever (vllm-project/vllm#48745 is the other half of this race).
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    original = AsyncLLM.shutdown
+    if hasattr(original, "ends_streams"):
+        return
+
+    @wraps(original)
+    def shutdown(self: Any, timeout: float | None = None) -> None:
+        handler = getattr(self, "output_handler", None)
+        original(self, timeout)
+        if handler is not None and not handler.get_loop().is_closed():
+            tell = self.output_processor.propagate_error
+            handler.get_loop().call_soon_threadsafe(tell, EngineDeadError())
+
+    shutdown.ends_streams = True  # type: ignore[attr-defined]
+    AsyncLLM.shutdown = shutdown

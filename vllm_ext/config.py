@@ -17,6 +17,7 @@ from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
 from dsv4_plugin.config import HF_QUANT, ModelConfig, read_hf
 from dsv4_plugin.kernels.dispatch import require_driver
+from vllm_ext._compat import end_streams_at_shutdown
 from vllm_ext.choice import choose
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
 
         check_active()
         env.check()
+        end_streams_at_shutdown()
         if current_platform.is_cpu():
             require_driver()
         cache = vllm_config.cache_config

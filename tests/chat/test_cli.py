@@ -84,7 +84,7 @@ def test_parse_of_a_cut_output(
             render,
             "[]",
             ("--model", "/nowhere"),
-            "/nowhere does not exist; give a checkpoint folder",
+            "/nowhere does not exist; give a checkpoint folder or its",
         ),
         (parse, "x", ("--tools", "/nowhere"), "No such file"),
     ],

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 import torch
 from vllm.config.cache import CacheDType
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 import vllm_ext
 from dsv4_plugin.cache.rows import BFloat16Rows, Float32Rows, FP8KVRows
 from tests.paths import ROOT
+from vllm_ext._compat import end_streams_at_shutdown
 from vllm_ext.config import _KV_DTYPES, PAGE_SIZE, cache_layout, model_config_of
 
 
@@ -111,6 +116,32 @@ def test_variables_are_checked_at_start(small, monkeypatch, variable, value, sen
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=sentence):
         configure(small)
+
+
+def test_requests_hear_of_the_engines_end(monkeypatch):
+    """Even where vLLM's own messenger is cancelled first."""
+
+    async def server() -> list[Exception]:
+        async def messenger():
+            await asyncio.sleep(60)
+
+        told: list[Exception] = []
+        engine = SimpleNamespace(
+            output_handler=asyncio.create_task(messenger()),
+            output_processor=SimpleNamespace(propagate_error=told.append),
+        )
+        await asyncio.to_thread(AsyncLLM.shutdown, engine)
+        await asyncio.sleep(0)
+        return told
+
+    def stopped(self, timeout=None):
+        self.output_handler.get_loop().call_soon_threadsafe(self.output_handler.cancel)
+
+    monkeypatch.setattr(AsyncLLM, "shutdown", stopped)
+    assert asyncio.run(server()) == []
+    end_streams_at_shutdown()
+    end_streams_at_shutdown()
+    assert [type(error) for error in asyncio.run(server())] == [EngineDeadError]
 
 
 def test_block_size_and_batch_limits(small):
