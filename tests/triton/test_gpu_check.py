@@ -81,6 +81,7 @@ def test_only_the_kernels_own_time_counts():
     assert gpu_check.kernel_microseconds(None) == {}
 
 
+@pytest.mark.thorough
 @emulated
 @pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
 def test_a_stack_gives_the_same_bits_as_step_and_graph(gpu, monkeypatch):
@@ -96,6 +97,7 @@ def test_a_stack_gives_the_same_bits_as_step_and_graph(gpu, monkeypatch):
         assert gpu_model.check(device, STACK)[1]["error"] == "a graph's caches are not the step's"
 
 
+@pytest.mark.thorough
 @emulated
 @pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
 def test_steps_of_chosen_sizes(gpu, monkeypatch):

@@ -15,6 +15,7 @@ from tests.tolerances import clear_choices
 NEW = 3
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(mode.INTERPRET, reason="compiled code is sooner done")
 @pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
 def test_generating_on_the_device(gpu, tmp_path, monkeypatch):
