@@ -227,6 +227,14 @@ SLIPS: dict[str, tuple[str, str | None, str | None, list[tuple[str, Any]]]] = {
         f'</think>Type <{DSML}invoke name="get_time"/> to start.',
         *(None, f'Type <{DSML}invoke name="get_time"/> to start.', []),
     ),
+    "prose in an invoke on a line of its own": (
+        f'</think><{DSML}invoke name="get_time"> says the time </{DSML}invoke>',
+        *(None, f'<{DSML}invoke name="get_time"> says the time </{DSML}invoke>', []),
+    ),
+    "invoke without its required argument, on a line of its own": (
+        f'</think><{DSML}invoke name="bash"></{DSML}invoke>',
+        *(None, f'<{DSML}invoke name="bash"></{DSML}invoke>', []),
+    ),
     "parameter named in prose": (
         f'</think>Use <{DSML}invoke name="f"><{DSML}parameter name="x"> to start.',
         *(None, f'Use <{DSML}invoke name="f"><{DSML}parameter name="x"> to start.', []),
