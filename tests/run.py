@@ -197,7 +197,7 @@ class Run:
     """
 
     def __init__(self, long: bool) -> None:
-        self.long, self.start, self.files = long, time.monotonic(), files_hash()
+        self.long, self.start, self.files = long, time.monotonic(), files_hash() if long else ""
         self.folder = KEPT / ("all" if long else "short")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.results: dict[str, Result] = {}
