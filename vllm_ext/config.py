@@ -123,10 +123,12 @@ def _settle_graphs(vllm_config: VllmConfig) -> None:
     drafts = vllm_config.speculative_config is not None
     if not drafts and env.KERNELS.read() != "torch":
         return
-    if mode not in (None, CUDAGraphMode.NONE):
+    open_yet = mode is None and not current_platform.is_cpu()  # vLLM 0.33 settles it later
+    eager = vllm_config.model_config.enforce_eager
+    if mode not in (None, CUDAGraphMode.NONE) or (open_yet and not eager):
         log.warning(
             "CUDA graphs: none (cudagraph_mode was %s), because steps %s are not captured.",
-            mode.name,
+            mode.name if mode else "vLLM's default",
             "with drafts" if drafts else "in torch's kernels",
         )
     compilation.cudagraph_mode = CUDAGraphMode.NONE

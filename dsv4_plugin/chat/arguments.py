@@ -142,7 +142,7 @@ class Arguments:
         return "string" not in self._types or bool(_JSON_TYPES[type(value)] & self._types)
 
     def _may_wrap(self, first: bool = False) -> bool:
-        alone = first or self._names == {self._name}
+        alone = first or (self._names == {self._name} and not self._separator)
         undeclared = bool(self._schemas) and self._name not in self._schemas
         return alone and undeclared and self._name in WRAPPERS
 

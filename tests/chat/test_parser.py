@@ -353,6 +353,11 @@ SLIPS: dict[str, tuple[str, str | None, str | None, list[tuple[str, Any]]]] = {
         "</think>" + block(invoke(parameter('"ls -l"', "arguments", JSON), "bash")),
         *(None, None, [("bash", {"command": "ls -l"})]),
     ),
+    "text in arguments twice, one text required": (
+        "</think>"
+        + block(invoke(parameter("a", "arguments") + parameter("b", "arguments"), "bash")),
+        *(None, None, [("bash", {"arguments": "b"})]),
+    ),
     "JSON body with text in arguments, one text required": (
         "</think>" + block(invoke('{"arguments": "ls -l"}', "bash")),
         *(None, None, [("bash", {"command": "ls -l"})]),
