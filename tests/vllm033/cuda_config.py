@@ -98,6 +98,7 @@ def configure(line: str) -> dict[str, object]:
     parser.add_argument("--enable-auto-tool-choice", action="store_true")
     args = parser.parse_args(["--model", *shlex.split(line)])
     config = EngineArgs.from_cli_args(args).create_engine_config()
+    logging.getLogger("vllm.dsv4").removeFilter(said)
     found = {
         "type": config.model_config.hf_config.model_type,
         "block_size": config.cache_config.block_size,
