@@ -11,12 +11,12 @@ from tests import server
 from tests.paths import ROOT
 from tests.server import MODEL
 
-UNSCRIPTED = (
+FLAGS = (
     "--dtype float32 --max-model-len 4096 --kv-cache-memory-bytes 500000000 --enforce-eager "
     "--max-num-seqs 16 --tokenizer-mode deepseek_v4 --tool-call-parser deepseek_v4 "
-    "--reasoning-parser deepseek_v4 --enable-auto-tool-choice"
+    "--reasoning-parser deepseek_v4 --enable-auto-tool-choice "
+    "--logits-processors tests.vllm_chat.script:Script"
 )
-FLAGS = f"{UNSCRIPTED} --logits-processors tests.vllm_chat.script:Script"
 
 
 class Server(server.Server):
