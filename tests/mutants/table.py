@@ -35,15 +35,12 @@ STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX = (
         "gate",
         "experts",
         "packed",
-        "paged_attention",
-        "paged_index",
+        "attention",
+        "index",
     ]
 )
-FUSED = "dsv4_plugin/model/fused.py"
-CPU_STEP, CPU_ATTENTION = (
-    "dsv4_plugin/cache/step.py",
-    "dsv4_plugin/kernels/sparse_attention/__init__.py",
-)
+BLOCK = "dsv4_plugin/model/block.py"
+GROUPS, CPU_ATTENTION = "dsv4_plugin/cache/groups.py", "dsv4_plugin/kernels/attention/cpu.py"
 FILES, SPECULATE = "dsv4_plugin/checkpoint/files.py", "dsv4_plugin/speculate.py"
 RENDER, ENCODER = "dsv4_plugin/chat/render.py", "dsv4_plugin/chat/encoder.py"
 MACHINE, TRIAL = "dsv4_plugin/chat/machine.py", "dsv4_plugin/chat/trial.py"
@@ -114,7 +111,7 @@ MUTANTS = [
     Mutant("head blocks share a counter", ATTENTION, "tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)\n            if", "tl.program_id(0)\n            if", "triton/test_paged_attention", "decode and 64-fp8-4-512"),
     Mutant("the last program chooses among its own", INDEX, "j < parts * K", "j < K", "triton/test_paged_index", "many_blocks"),
     # Graphs
-    Mutant("attention is captured with its metadata", FUSED, "out = model.attend(x, i)", "out = attend(x, i)", "triton/test_vllm", compiled=True),
+    Mutant("attention is captured with its metadata", BLOCK, "self.attend = parallel.breaking(self.attn.forward)", "self.attend = self.attn.forward", "triton/test_vllm", compiled=True),
     # Addresses
     Mutant("int32 page addresses", COMPRESS, "number = tl.load(page_table + begin // PAGE).to(tl.int64)", "number = tl.load(page_table + begin // PAGE)", "triton/test_compress", "gigabytes"),
     Mutant("int32 addresses of experts", EXPERTS, "e = tl.load(expert_of + block).to(tl.int64)", "e = tl.load(expert_of + block)", "triton/test_experts", "gigabytes"),
@@ -122,9 +119,9 @@ MUTANTS = [
     Mutant("int32 block addresses", ATTENTION, "mask=ok, other=-1).to(tl.int64)\n    ok", "mask=ok, other=-1)\n    ok", "triton/test_paged_attention", "gigabytes"),
     Mutant("int32 key addresses", INDEX, "number.to(tl.int64) * block_stride", "number * block_stride", "triton/test_paged_index", "gigabytes"),
     # The network on CPUs
-    Mutant("decoding misses the entry that it closes", CPU_STEP, "visible = (position + 1) // ratio", "visible = position // ratio", "core/test_exact", "ragged"),
-    Mutant("a page goes on with its own carry", CPU_STEP, "position[paging] // size - 1)", "position[paging] // size)", "core/test_exact", "chunks and 1"),
-    Mutant("the window of a span is a row short", CPU_STEP, "max(0, p0 - self.window + 1), total", "max(0, p0 - self.window + 2), total", "core/test_exact", "chunks and 64"),
+    Mutant("decoding misses the entry that it closes", GROUPS, "visible = (position + 1) // ratio", "visible = position // ratio", "core/test_exact", "ragged"),
+    Mutant("a page goes on with its own carry", GROUPS, "position[paging] // size - 1)", "position[paging] // size)", "core/test_exact", "chunks and 1"),
+    Mutant("the window of a span is a row short", GROUPS, "max(0, p0 - self.window + 1), total", "max(0, p0 - self.window + 2), total", "core/test_exact", "chunks and 64"),
     Mutant("the sink is left out on CPUs", CPU_ATTENTION, "[..., -1] = sink", "[..., -1] = -1e30", "core/test_ops"),
     Mutant("rejected drafts stay", SPECULATE, "batch.lengths[running] -= self.n - kept", "pass", "core/test_mtp", "wrong"),
     Mutant("a file's end is not checked", FILES, "if size != end:", "if size < first:", "core/test_bad_input"),
