@@ -46,6 +46,7 @@ PARAMETERS = {
     "_build_token_to_kv_pool": {"self", "sizes", "req_to_token_pool"},
     "configure_kv_cache_dtype": {"server_args_kv_cache_dtype", "model"},
     "_validate_request": {"self", "request"},
+    "force_exit_handler": {"self"},
 }
 """Parameters that the hooks rely on, by the hooked function."""
 
