@@ -3,6 +3,7 @@ it cannot serve."""
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import pkgutil
 import re
@@ -37,6 +38,7 @@ from sglang_ext.config import (
 )
 
 from ..paths import ROOT
+from ..refusals import named
 from .server import FLOAT32, Server
 
 PARAMETERS = {
@@ -193,26 +195,57 @@ def test_unsupported_arguments_are_named(name: str, value: object):
         refuse_unsupported(args)
 
 
+def test_refusals_name_options():
+    """By the names that SGLang's command line has."""
+    fields = inspect.signature(ServerArgs).parameters
+    assert not named(fields, "sglang_ext", "dsv4_plugin")
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    options = {option for action in parser._actions for option in action.option_strings}
+    assert {f"--{name.replace('_', '-')}" for name in SUPPORTED} <= options
+
+
 @pytest.mark.parametrize(
-    ("option", "sentence"),
+    ("option", "environ", "sentence"),
     [
         pytest.param(
             "--enable-hierarchical-cache",
+            {},
             "--enable-hierarchical-cache is True; dsv4-plugin supports a server without",
             marks=pytest.mark.thorough,
         ),
-        ("--page-size=96", "--page-size is 96; it must be a multiple of 128"),
+        ("--page-size=96", {}, "--page-size is 96; it must be a multiple of 128"),
+        pytest.param(
+            "--tp-size=3",
+            {},
+            "--tp-size is 3; it must divide num_attention_heads",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            "--page-size=128",
+            {"DSV4_MODEL": "mine"},
+            "DSV4_MODEL is 'mine'; allowed are auto, plugin, native",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            "--page-size=128",
+            {"DSV4_CHAT": "mine"},
+            "DSV4_CHAT is 'mine'; allowed are plugin, native",
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
-def test_server_refuses_at_start(serve, option: str, sentence: str):
-    server: Server = serve(*FLOAT32, "--max-total-tokens=4096", option)
+def test_server_refuses_at_start(serve, option: str, environ: dict[str, str], sentence: str):
+    """Its last words, but for what extensions print of themselves when Python ends."""
+    server: Server = serve(*FLOAT32, "--max-total-tokens=4096", option, environ=environ)
     server.launch()
     try:
         assert server.process.wait(120) != 0
     except subprocess.TimeoutExpired:
         server.stop()
         raise
-    assert sentence in server.read_log()
+    (*_, last) = re.findall(r"^\w+Error: .*", server.read_log(), re.M)
+    assert sentence in last
 
 
 def test_the_documented_cache_dtypes():
