@@ -18,6 +18,8 @@ from sglang.srt.arg_groups.resolution_hooks import _HOOKS
 from sglang.srt.entrypoints.openai import chat_encoding_adapters
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.mem_cache.base_swa_memory_pool import BaseSWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.pool_configurator import compute_swa_request_cap
@@ -120,6 +122,27 @@ def test_self_check(monkeypatch: pytest.MonkeyPatch):
         patch.setitem(chat_encoding_adapters._BUILDERS["dsv4"], "builtin", print)
         with pytest.raises(RuntimeError, match="chat encoding dsv4"):
             registration.check_active()
+
+
+def test_a_forced_end_tells_every_request():
+    """And only where the plugin's network serves."""
+
+    def told_by(architecture: str) -> list[AbortReq]:
+        told: list[AbortReq] = []
+        manager = SimpleNamespace(
+            model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture])),
+            rid_to_state={"a": object(), "b": object()},
+            _handle_abort_req=told.append,
+        )
+        hooks.end_streams(lambda manager: None, manager)
+        return told
+
+    assert callable(TokenizerManager._handle_abort_req)
+    assert [(r.rid, r.finished_reason["status_code"]) for r in told_by(SERVED_ARCHITECTURE)] == [
+        ("a", 503),
+        ("b", 503),
+    ]
+    assert told_by(ARCHITECTURE) == []
 
 
 def test_who_serves(monkeypatch: pytest.MonkeyPatch):
