@@ -28,6 +28,7 @@ WIDE = {"vocab_size": 512, "head_dim": 128, "n_routed_experts": 16}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thorough", action="store_true", help="tests marked thorough too")
+    parser.addoption("--soak", type=float, default=600, help="seconds of load in tests of a soak")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -156,5 +156,8 @@ class GatheredExperts(nn.Module):
         first = group.rank_in_group * most
         return out[first : first + n]
 
+    def holds(self, expert: int) -> bool:
+        return self.experts.holds(expert)
+
     def load_expert(self, expert: int, name: str, tensor: Tensor) -> None:
         self.experts.load_expert(expert, name, tensor)

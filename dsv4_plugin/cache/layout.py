@@ -97,11 +97,7 @@ class CacheLayout:
             ValueError: an unknown dtype, or a page size that a ratio does not divide.
         """
         ratios = sorted(set(config.compress_ratios) - {SWA})
-        for ratio in ratios:
-            if page_size < 1 or page_size % ratio:
-                raise ValueError(
-                    f"block_size is {page_size}; it must be a multiple of {ratios[-1]}"
-                )
+        config.require_page_size(page_size)
         kv, key = _codecs(config, kv_dtype)
         if index_dtype not in INDEX_DTYPES:
             raise ValueError(

@@ -99,8 +99,8 @@ def part_of(n: int, size: int, unit: int, what: str) -> int:
     """A rank's share of n values. Raises ValueError where it would cut a block of `unit`."""
     if n % size or (size > 1 and n // size % unit):
         raise ValueError(
-            f"tensor_parallel_size is {size}; {what} has {n} values in blocks of {unit} with one "
-            f"scale each, which {size} ranks cannot share evenly"
+            f"{size} tensor-parallel ranks cannot share {what} evenly: it has {n} values in blocks "
+            f"of {unit} with one scale each"
         )
     return n // size
 
@@ -142,8 +142,8 @@ class QuantisedGroupedLinear(nn.Module):
         self.groups, self.n_out, n_in = groups, n_out, groups.unit * dim
         if groups.parts_of_group > 1 and n_in % FP8_BLOCK:
             raise ValueError(
-                f"tensor_parallel_size is {groups.size}; it would cut {prefix}.weight into columns "
-                f"of {n_in}, which are no whole blocks of {FP8_BLOCK}"
+                f"{groups.size} tensor-parallel ranks would cut {prefix}.weight into columns of "
+                f"{n_in}, which are no whole blocks of {FP8_BLOCK}"
             )
         rows = groups.parts * n_out
         self.weight = packed(rows, n_in)
