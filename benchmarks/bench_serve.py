@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--dataset", default="random")
     parser.add_argument("--input-len", default="256")
     parser.add_argument("--output-len", default="64")
-    parser.add_argument("--requests", default="16")
+    parser.add_argument("--requests", default="32")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for old in args.out.glob("*.json"):
@@ -53,7 +53,7 @@ def main() -> int:
 
 def measure(args: argparse.Namespace, engine: str, whose: str) -> int:
     """A server's life. The engine's own V4 need not start; the plugin's has to."""
-    label = f"{NAMES[engine]} {whose}"
+    label = f"{NAMES[engine]}-{whose}"
     log = args.checkpoint.resolve().parent / f"bench-serve-{engine}-{whose}.log"
     python = args.sglang if engine == "sglang" else sys.executable
     server = demo.server(engine, args.checkpoint.resolve(), log, python, FLAGS[engine])
