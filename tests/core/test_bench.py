@@ -206,12 +206,13 @@ def test_nothing_answered_is_exit_code_1(tmp_path):
 
 
 def test_options_are_those_that_the_server_takes(tmp_path):
-    for refuses, expected in (
-        ((), Options()),
-        (("continuous_usage_stats",), Options(each=False)),
-        (("continuous_usage_stats", "ignore_eos"), Options(each=False, ignore_eos=False)),
+    for refuses, each, expected in (
+        ((), True, Options()),
+        ((), False, Options(each=False)),  # it takes the field and does nothing with it
+        (("continuous_usage_stats",), True, Options(each=False)),
+        (("continuous_usage_stats", "ignore_eos"), True, Options(False, False)),
     ):
-        with Fake(refuses=refuses, each=not refuses) as fake:
+        with Fake(refuses=refuses, each=each) as fake:
             run = run_bench(fake, tmp_path)
         assert run.levels[0].completed == 3
         assert run.options["ignore_eos"] == expected.ignore_eos
