@@ -14,10 +14,10 @@ from pathlib import Path
 
 from benchmarks import demo
 from dsv4_plugin.bench import page
-from dsv4_plugin.bench.report import Run, code, machine, runs_in
+from dsv4_plugin.bench.report import Run, code, machine, path_of, runs_in
 from dsv4_plugin.bench.server import Facts
 from dsv4_plugin.cli import main as dsv4
-from tests.server import MODEL, Server
+from tests.server import MODEL
 
 RESULTS = Path(__file__).parent / "results" / "bench-serve"
 NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
@@ -52,7 +52,8 @@ def main() -> int:
 
 
 def measure(args: argparse.Namespace, engine: str, whose: str) -> int:
-    """A server's life. The engine's own V4 need not start; the plugin's has to."""
+    """A server's life, and the exit code. The plugin's has to serve; of the engine's own V4 the
+    page says why it does not."""
     label = f"{NAMES[engine]}-{whose}"
     log = args.checkpoint.resolve().parent / f"bench-serve-{engine}-{whose}.log"
     python = args.sglang if engine == "sglang" else sys.executable
@@ -60,28 +61,36 @@ def measure(args: argparse.Namespace, engine: str, whose: str) -> int:
     server.environ["DSV4_MODEL"] = whose
     flags = demo.VLLM_FLAGS if engine == "vllm" else demo.SGLANG_FLAGS
     print(f"{label}: starting (log: {log}) ...", flush=True)
+    command = [
+        "--label", label, "--out", str(args.out), "--concurrency", args.concurrency,
+        "--dataset", args.dataset, "--input-len", args.input_len, "--output-len", args.output_len,
+        "--requests", args.requests, "--note", f"DSV4_MODEL={whose} {flags} {FLAGS[engine]}",
+    ]  # fmt: skip
     try:
         with server:
-            return dsv4(
-                ["bench", f"{server.url}/v1", "--label", label, "--out", str(args.out)]
-                + ["--concurrency", args.concurrency, "--requests", args.requests]
-                + ["--dataset", args.dataset, "--output-len", args.output_len]
-                + (["--input-len", args.input_len] if args.input_len != "0" else [])
-                + ["--note", f"DSV4_MODEL={whose} {flags} {FLAGS[engine]}"]
-            )
+            found = dsv4(["bench", f"{server.url}/v1", *command])
     except RuntimeError:
         if whose == "plugin":
             raise
-        _not_started(label, engine, server).save(args.out)
-        return 0
-
-
-def _not_started(label: str, engine: str, server: Server) -> Run:
-    errors = re.findall(r"\b(\w*(?:Error|Exception): .*)", server.read_log())
-    why = f"the server did not start: {errors[-1][:200] if errors else 'see its log'}"
+        found = None
+    if whose == "plugin" or path_of(args.out, label).exists():
+        return int(found or 0)
+    why = f"the server {'did not start' if found is None else 'answers no request'}: {reason(log)}"
     print(f"{label}: {why}", flush=True)
     started = time.strftime("%Y-%m-%dT%H:%M:%S")
-    return Run(label, started, {}, Facts(engine, "", MODEL, None), machine(True), code(), (), why)
+    facts = Facts(engine, "", MODEL, None)
+    Run(label, started, {}, facts, machine(True), code(), (), why).save(args.out)
+    return 0
+
+
+def reason(log: Path) -> str:
+    """The first error of a log, which the later ones follow from."""
+    lines = log.read_text(errors="replace").splitlines()
+    for line in lines:
+        found = re.search(r"\b\w*(?:Error|Exception): .*", line)
+        if found and "WARNING" not in line:
+            return found[0][:200]
+    return "see its log"
 
 
 if __name__ == "__main__":
