@@ -84,12 +84,15 @@ def measure(args: argparse.Namespace, engine: str, whose: str) -> int:
 
 
 def reason(log: Path) -> str:
-    """The first error of a log, which the later ones follow from."""
-    lines = log.read_text(errors="replace").splitlines()
-    for line in lines:
-        found = re.search(r"\b\w*(?:Error|Exception): .*", line)
+    """The first error of a log, which the later ones follow from; for one that says nothing the
+    line of code that raised it."""
+    before = ""
+    for line in log.read_text(errors="replace").splitlines():
+        found = re.search(r"\b(?:\w*Error|\w*Exception)(?:: .+|$)", line)
         if found and "WARNING" not in line:
-            return found[0][:200]
+            return (found[0] if ": " in found[0] else f"{found[0]}: {before}")[:200]
+        if line.strip(" ^~"):
+            before = line.strip()
     return "see its log"
 
 

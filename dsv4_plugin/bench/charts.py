@@ -203,7 +203,8 @@ def _legend(figure: Figure, runs: Sequence[Run]) -> None:
     handles = []
     for number, run in enumerate(runs):
         colour, marker = look(number)
-        handles.append(Line2D([], [], color=colour, marker=marker, ms=7, lw=1.8, label=run.label))
+        label = run.label if run.levels else f"{run.label} (not measured)"
+        handles.append(Line2D([], [], color=colour, marker=marker, ms=7, lw=1.8, label=label))
     handles.append(Line2D([], [], color=GREY, lw=1.8, label="p50"))
     handles.append(Line2D([], [], color=GREY, lw=1, ls="--", label="p99"))
     handles.append(Line2D([], [], color=GREY, lw=1, ls=":", label="linear scaling"))

@@ -94,14 +94,17 @@ async def bench(
     async with Client(plan.url, plan.model or "", plan.patience, clock) as client:
         name, limit = await model_of(client)
         client.model = plan.model or name
-        size = Size(requests, max(plan.concurrency), plan.prompt, plan.output, limit, plan.seed)
+        facts = await facts_of(client, client.model, limit)
+        size = Size(
+            requests, max(plan.concurrency), plan.prompt, plan.output, facts.limit, plan.seed
+        )
         dataset = make_dataset(plan.dataset, size, tokens)
         await client.negotiate(dataset.sessions(-1)[0][0])
         run = Run(
             label=plan.label,
             started=time.strftime("%Y-%m-%dT%H:%M:%S"),
             options=_options(plan, requests, client),
-            server=await facts_of(client, client.model, limit),
+            server=facts,
             machine=machine(urlsplit(plan.url).hostname in ("localhost", "127.0.0.1", "::1")),
             code=code(),
             ended="it was interrupted",

@@ -46,7 +46,7 @@ class Facts:
         engine: "vllm", "sglang", or "" for another.
         version: of the engine, or "".
         model: the name that requests have to give.
-        limit: most tokens of prompt and answer, or None.
+        limit: most tokens of prompt and answer, or None: by the model, and by SGLang's pool.
         settings: of the engine, where it tells them.
     """
 
@@ -81,6 +81,8 @@ async def facts_of(client: Client, model: str, limit: int | None) -> Facts:
     """Engine, version and settings, as far as the server tells them."""
     if isinstance(found := await _json(client, "server_info"), dict) and "tp_size" in found:
         settings = {name: found[name] for name in SETTINGS if found.get(name) is not None}
+        rooms = [limit, *(found.get(f"max_total_{what}") for what in ("tokens", "num_tokens"))]
+        limit = min((room for room in rooms if isinstance(room, int)), default=None)
         return Facts("sglang", str(found.get("version", "")), model, limit, settings)
     metrics = await counters(client)
     engine = "vllm" if any(name.startswith("vllm:") for name in metrics) else ""

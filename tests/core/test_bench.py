@@ -310,9 +310,10 @@ def test_acceptance_and_sglangs_counters():
 
 def test_no_secrets_of_a_server_are_kept(tmp_path):
     told = {"tp_size": 2, "api_key": "secret", "model_path": "/home/me", "version": "0.5"}
+    told["max_total_num_tokens"] = 1000  # of its pool: less than the model could take
     with Fake(pages={"server_info": told}) as fake:
         run = run_bench(fake, tmp_path)
-    assert run.server == Facts("sglang", "0.5", "fake", 4096, {"tp_size": 2})
+    assert run.server == Facts("sglang", "0.5", "fake", 1000, {"tp_size": 2})
     assert "secret" not in (tmp_path / "a.json").read_text()
 
 
@@ -565,7 +566,7 @@ def test_comparison_has_ratios(tmp_path, capsys):
 
 
 def test_charts_have_every_run_and_level():
-    runs = [made_run("plugin", marked=(4,)), made_run("native", 2.0, (1, 8))]
+    runs = [made_run("plugin", marked=(4,)), made_run("native", 2.0, (1, 8)), made_run("x", 1, ())]
     figure = charts.draw(runs)
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == [
@@ -587,7 +588,7 @@ def test_charts_have_every_run_and_level():
     assert [text.get_text() for text in trade.texts] == ["1", "2", "4", "1", "8"]
     assert list(trade.lines[0].get_ydata()) == [50, 100, 200]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels[:2] == ["plugin", "native"]
+    assert labels[:3] == ["plugin", "native", "x (not measured)"]
     assert labels[-1] == "with a mark: see the page"
     hollow = [line for line in throughput.lines if line.get_markerfacecolor() == "white"]
     assert [list(line.get_xdata()) for line in hollow] == [[4]]
@@ -606,6 +607,13 @@ def test_the_page_is_whole(tmp_path):
         assert f"<td>{name}</td>" in text
     assert "Concurrency 4: the client was the bottleneck." in text
     assert "This run is not complete: it died." in text
+
+
+def test_ticks_enclose_what_is_drawn():
+    assert charts.ticks(18.9, 74.0) == [10, 20, 50, 100]
+    assert charts.ticks(20, 20) == [20, 50]
+    assert charts.ticks(1, 90_000) == [1, 10, 100, 1000, 10_000, 100_000]
+    charts.to_png(charts.draw([made_run("nothing", 1, ())]))
 
 
 def test_pictures_are_the_same_every_time(tmp_path):
