@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from dsv4_plugin.bench.client import Client, Clock, send_all
 from dsv4_plugin.bench.datasets import (
     GENERATED,
+    INPUT,
     Ask,
     Dataset,
     Session,
@@ -111,16 +112,19 @@ async def bench(
         )
         run.save(plan.folder)
         for concurrency in plan.concurrency:
-            level = await _level(client, run.server.engine, dataset, plan, concurrency, bar)
+            level = await _level(client, facts.engine, dataset, plan, concurrency, bar)
             show(level)
-            run = replace(run, levels=(*run.levels, level))
-            if level.unsent or (level.failed and not await client.alive()):
-                run = replace(run, ended=f"the server went away at concurrency {concurrency}")
-                run.save(plan.folder)
-                return run
+            gone = level.unsent or (level.failed and not await client.alive())
+            if gone:
+                ended = f"the server went away at concurrency {concurrency}"
+            elif concurrency == plan.concurrency[-1]:
+                ended = None
+            else:
+                ended = run.ended
+            run = replace(run, levels=(*run.levels, level), ended=ended)
             run.save(plan.folder)
-        run = replace(run, ended=None)
-        run.save(plan.folder)
+            if gone:
+                break
         return run
 
 
@@ -130,7 +134,7 @@ def _options(plan: Plan, requests: int, client: Client) -> dict[str, Any]:
         "dataset": plan.dataset if plan.dataset in GENERATED else Path(plan.dataset).name,
         "concurrency": list(plan.concurrency),
         "requests": requests,
-        "input_len": plan.prompt,
+        "input_len": plan.prompt or INPUT.get(plan.dataset),
         "output_len": plan.output,
         "seed": plan.seed,
         "note": plan.note,
