@@ -104,8 +104,9 @@ def write(runs: Sequence[Run], folder: Path) -> str:
 
 
 def look(number: int) -> tuple[str, str]:
-    """Colour and marker of a run."""
-    return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    """Colour and marker of a run; where colours come again, it is with another marker."""
+    turn, colour = divmod(number, len(COLOURS))
+    return COLOURS[colour], MARKERS[(colour + turn) % len(MARKERS)]
 
 
 def _latency(axes: Axes, runs: Sequence[Run], name: str, title: str) -> None:
@@ -162,7 +163,9 @@ def _line(
     axes.plot(x, y, "-", color=colour, lw=1.8)
     for a, b, level in zip(x, y, levels, strict=True):
         face = "white" if level.marks else colour
-        axes.plot([a], [b], marker, color=colour, markerfacecolor=face, ms=7, zorder=3)
+        axes.plot(
+            [a], [b], marker, color=colour, markerfacecolor=face, ms=7, zorder=3, clip_on=False
+        )
 
 
 def _against_concurrency(axes: Axes, runs: Sequence[Run]) -> None:

@@ -609,6 +609,10 @@ def test_the_page_is_whole(tmp_path):
     assert "This run is not complete: it died." in text
 
 
+def test_runs_look_different():
+    assert len({charts.look(number) for number in range(30)}) == 30
+
+
 def test_ticks_enclose_what_is_drawn():
     assert charts.ticks(18.9, 74.0) == [10, 20, 50, 100]
     assert charts.ticks(20, 20) == [20, 50]
