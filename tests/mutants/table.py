@@ -46,6 +46,9 @@ RENDER, ENCODER = "dsv4_plugin/chat/render.py", "dsv4_plugin/chat/encoder.py"
 MACHINE, TRIAL = "dsv4_plugin/chat/machine.py", "dsv4_plugin/chat/trial.py"
 VLLM_CACHE, VLLM_REGISTRATION = "vllm_ext/cache.py", "vllm_ext/registration.py"
 VLLM_PARALLEL, SGLANG_REGISTRATION = "vllm_ext/parallel.py", "sglang_ext/registration.py"
+BENCH_CLIENT, MEASURES, DATASETS = (
+    f"dsv4_plugin/bench/{name}.py" for name in ("client", "measures", "datasets")
+)
 
 MUTANTS = [
     # Masks and guards
@@ -125,6 +128,11 @@ MUTANTS = [
     Mutant("the sink is left out on CPUs", CPU_ATTENTION, "[..., -1] = sink", "[..., -1] = -1e30", "core/test_ops"),
     Mutant("rejected drafts stay", SPECULATE, "batch.lengths[running] -= self.n - kept", "pass", "core/test_mtp", "wrong"),
     Mutant("a file's end is not checked", FILES, "if size != end:", "if size < first:", "core/test_bad_input"),
+    # The bench
+    Mutant("chunks are counted as tokens", BENCH_CLIENT, "self.arrivals.append((now, tokens))", "self.arrivals.append((now, len(self.arrivals) + 1))", "core/test_bench", "tokens"),
+    Mutant("failed requests are dropped", MEASURES, "requests=len(sent.answers) + sent.unsent", "requests=len(good) + sent.unsent", "core/test_bench", "counted"),
+    Mutant("a cut stream counts as whole", BENCH_CLIENT, "if self.error is None and not self.done:", "if self.error is None and self.done is None:", "core/test_bench", "counted"),
+    Mutant("levels ask the same", DATASETS, 'Random(f"{seed}/{level}/{session}")', 'Random(f"{seed}/{session}")', "core/test_bench", "levels_have"),
     # Chat
     Mutant("text may forge a turn", ENCODER, "state.update(added_tokens=[], ", "state.update(", "chat/test_security"),
     Mutant("system texts run together", RENDER, '"\\n\\n".join(turn.content for turn in system', '"".join(turn.content for turn in system', "chat/test_encoder"),

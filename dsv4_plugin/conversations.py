@@ -1,4 +1,5 @@
-"""The conversations dsv4-mini is trained and tested on: templates with random slots.
+"""The conversations dsv4-mini is trained and tested on, and that `dsv4 bench` sends: templates
+with random slots.
 
 Every exchange names its slots in a key ("sum/47+38"). A key's checksum decides whether it is held
 out; no training conversation holds a held-out key, and every test asks for one.
@@ -208,6 +209,19 @@ class Writer:
         )
         c.user(" ".join(self.random.choice(facts)() for _ in range(sentences)))
         c.assistant("I have read it.", "")
+
+    # Conversations that grow, for benchmarks
+
+    def extend(self, c: Conversation) -> None:
+        """One more exchange, of which no test is made: where tools are offered a question, calls,
+        their results and an answer; else sentences to read or small talk."""
+        if c.tools:
+            offered = [tool["function"]["name"] for tool in c.tools]
+            self._exchange(c, offered, 1 + (self.random.random() < 0.3), True, tested=False)
+        elif self.random.random() < 0.7:
+            self._filler(c, self.random.randint(1, 8))
+        else:
+            self._small_talk(c, None, tested=False)
 
     # Sums, with the working in the reasoning
 
