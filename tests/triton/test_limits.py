@@ -18,7 +18,7 @@ from tests.kit import mode
 from tests.kit.gpu import EmulatedGPU
 from tests.kit.targets import FakeGPU
 from tests.paths import ROOT
-from tests.triton import test_paged_attention, test_paged_index
+from tests.triton import test_attention, test_index
 from tests.triton.cases import step_of_rows
 
 pytestmark = pytest.mark.skipif(
@@ -96,7 +96,7 @@ def counted(run):
 def test_a_short_request_moves_no_more_under_a_long_limit():
     """Attention and the indexer's choice: the same bits. Programs with nothing to do have read
     their row's length."""
-    case = test_paged_attention.world([[300]], 8, "fp8", HCA)
+    case = test_attention.world([[300]], 8, "fp8", HCA)
     short = case["step"]
     long = replace(short, longest=1 << 17)
     near, bytes_near = counted(lambda: attention.attention(**case))
@@ -104,7 +104,7 @@ def test_a_short_request_moves_no_more_under_a_long_limit():
     assert torch.equal(near, far)
     assert bytes_far < 1.05 * bytes_near
 
-    q, _, (weight, keys, *at, ratio, n) = test_paged_index.world([[300]])
+    q, _, (weight, keys, *at, ratio, n) = test_index.world([[300]])
     position = at[0]
 
     def choose(n):
