@@ -109,13 +109,21 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
         log.info("DeepSeek-V4 is served by dsv4-plugin: %s; %s.", choose().reason, chat())
 
 
+NO_DSPARK = (
+    "this checkpoint drafts with DSpark, which vLLM has on GPUs only (in its V2 runner) and "
+    "dsv4-plugin in its local engine: load(DIR, mtp=True).generate(..., num_speculative_tokens=5)"
+)
+
+
 class DrafterConfig(VerifyAndUpdateConfig):
     """Runs when vLLM reads the drafter's configuration, before it divides by the number of MTP
     layers."""
 
     @staticmethod
     def verify_and_update_model_config(model_config) -> None:  # type: ignore[no-untyped-def]
-        _core_config(model_config).with_mtp_layer("--speculative-config")
+        config = _core_config(model_config).with_draft_layers("--speculative-config")
+        if config.dspark is not None:
+            raise NotImplementedError(f"--speculative-config.method is 'mtp'; {NO_DSPARK}")
 
 
 def chat() -> str:
@@ -197,6 +205,8 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         name = dtype_name(vllm_config)
         raise ValueError(f"--dtype is {name!r}; allowed are float32 and bfloat16")
     speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method == "dspark":
+        raise NotImplementedError(f"--speculative-config.method is 'dspark'; {NO_DSPARK}")
     if speculative is not None and speculative.method != "mtp":
         raise NotImplementedError(
             f"--speculative-config.method is {speculative.method!r}; "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dsv4_plugin.checkpoint.names import stored_tensors
+from dsv4_plugin.checkpoint.names import stored_tensors, with_drafter
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.json_file import LARGEST, as_object, parse_json, printable, read_object, shown
 
@@ -162,8 +162,8 @@ def problems_of(
     config: ModelConfig, found: Mapping[str, TensorInfo], mtp: bool = False
 ) -> Iterator[str]:
     """What does not fit config.json, a sentence per tensor: missing ones, misshapen ones and those
-    of a wrong dtype, unexpected ones."""
-    expected = stored_tensors(config, mtp)
+    of a wrong dtype, unexpected ones; the drafter's too, where it is wanted."""
+    expected = stored_tensors(with_drafter(config, found) if mtp else config, mtp)
     yield from (f"{name} is missing" for name in expected if name not in found)
     for name, stored in expected.items():
         info = found.get(name)
@@ -181,7 +181,7 @@ def problems_of(
     yield from (
         f"{printable(name)} is unexpected"
         for name in found
-        if name not in expected and not name.startswith(MTP)
+        if name not in expected and (mtp or not name.startswith(MTP))
     )
 
 
@@ -194,7 +194,7 @@ def _variant(config: ModelConfig) -> str:
 def read_tensors(
     headers: Mapping[str, TensorInfo], progress: bool = True, mtp: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """The main model's tensors, or the MTP layer's instead, one at a time, file by file.
+    """The main model's tensors, or the drafter's instead, one at a time, file by file.
 
     One-byte formats come as uint8.
 
@@ -209,7 +209,7 @@ def read_tensors(
         elif not mtp:
             skipped.add(name.split(".")[1])
     if skipped:
-        log.info("%d multi-token-prediction stages of the checkpoint are skipped.", len(skipped))
+        log.info("%d draft stages of the checkpoint are skipped.", len(skipped))
     total = sum(headers[name].nbytes for names in files.values() for name in names)
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not progress) as bar:
         for file, names in files.items():

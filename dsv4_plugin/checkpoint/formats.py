@@ -20,11 +20,7 @@ FP8: dict[str, Any] = {
     "scale_fmt": "ue8m0",
     "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
 }
-DSPARK: dict[str, Any] = {
-    "dspark_block_size": 5,
-    "dspark_markov_rank": 256,
-    "dspark_noise_token_id": 128799,
-}
+NOISE_TOKEN = 128799
 FORMATS = ("bf16", "fp8-fp4", "base", "nvfp4", "0731")
 TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
@@ -52,12 +48,20 @@ def format_fields(fmt: str, hf: dict[str, Any]) -> dict[str, Any]:
         }
         nvfp4 = {"moe_quant_algo": "NVFP4", "quant_algo": "MIXED_PRECISION", "group_size": 16}
         fields["quantization_config"] = FP8 | nvfp4 | {"quantized_layers": layers}
-    if fmt == "0731":
-        n = hf["num_hidden_layers"]
-        targets = {"dspark_target_layer_ids": list(range(max(0, n - 3), n))}
-        ratios = {"compress_ratios": [*hf["compress_ratios"][:n], 0, 0, 0]}
-        fields |= DSPARK | targets | ratios | {"num_nextn_predict_layers": 1}
-    return fields
+    return fields | (dspark_fields(hf) if fmt == "0731" else {})
+
+
+def dspark_fields(hf: dict[str, Any]) -> dict[str, Any]:
+    """What config.json of 0731 says of its drafter, for a model of any size."""
+    n = hf["num_hidden_layers"]
+    return {
+        "compress_ratios": [*hf["compress_ratios"][:n], 0, 0, 0],
+        "dspark_block_size": 5,
+        "dspark_markov_rank": 256,
+        "dspark_noise_token_id": min(NOISE_TOKEN, hf["vocab_size"] - 1),
+        "dspark_target_layer_ids": list(range(max(0, n - 3), n)),
+        "num_nextn_predict_layers": 1,
+    }
 
 
 def exported_files(hf: dict[str, Any]) -> dict[str, Any]:

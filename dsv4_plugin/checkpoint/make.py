@@ -19,13 +19,7 @@ from tqdm import tqdm
 
 from dsv4_plugin.checkpoint.files import DTYPES, INDEX
 from dsv4_plugin.checkpoint.formats import exported_files, format_fields, pack, random_expert
-from dsv4_plugin.checkpoint.names import (
-    EXPERT,
-    Shape,
-    dspark_tensors,
-    expected_tensors,
-    stored_as,
-)
+from dsv4_plugin.checkpoint.names import EXPERT, Shape, expected_tensors, stored_as
 from dsv4_plugin.config import ARCHITECTURE, FP4_BLOCKS, ModelConfig
 
 SHARD_BYTES = 1 << 30
@@ -173,7 +167,7 @@ def make_checkpoint(
     with new_folder(directory) as folder:
         for source in sources:
             copyfile(source, folder / source.name)
-        tensors = made_tensors(config, hf)
+        tensors = made_tensors(config)
         write_shards(
             folder,
             plan(config, tensors),
@@ -206,13 +200,10 @@ def new_folder(directory: str | Path) -> Iterator[Path]:
     partial.rename(directory)
 
 
-def made_tensors(config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Shape]:
-    """Every parameter of a checkpoint to be made: the main model's and the draft stages'."""
-    if config.generation == "0731":
-        tensors = expected_tensors(config)
-        targets = len(hf["dspark_target_layer_ids"])
-        return tensors | dspark_tensors(config, targets, hf["dspark_markov_rank"])
-    return expected_tensors(config, mtp=config.num_nextn_predict_layers > 0)
+def made_tensors(config: ModelConfig) -> dict[str, Shape]:
+    """Every parameter of a checkpoint to be made: the main model's and the drafter's."""
+    drafts = config.dspark is not None or config.num_nextn_predict_layers > 0
+    return expected_tensors(config, mtp=drafts)
 
 
 def tokenizer_files() -> list[Path]:
@@ -288,6 +279,6 @@ def random_tensor(config: ModelConfig, name: str, shape: Shape, seed: int) -> Te
         return noise.mul_(0.1).add_(1) if leaf.endswith("_scale") else noise.mul_(0.5)
     if leaf.endswith("_fn"):
         return noise.mul_(shape[-1] ** -0.5)
-    if name == "embed.weight":
+    if name == "embed.weight" or name.endswith("markov_w1.weight"):
         return noise.to(torch.bfloat16)
     return noise.mul_(shape[-1] ** -0.5).to(torch.bfloat16)

@@ -132,7 +132,7 @@ def test_drafts_that_are_always_right_or_wrong(llm, small, reference, prompts, o
     ("change", "method", "sentence"),
     [
         ({"num_nextn_predict_layers": 0}, "mtp", "MTP needs a checkpoint that has 1"),
-        ({"dspark_block_size": 5}, "mtp", "drafts with DSpark, which is not supported"),
+        (dspark_fields(FIELDS), "mtp", "method is 'mtp'; this checkpoint drafts with DSpark, whi"),
         ({}, "ngram", "--speculative-config.method is 'ngram'; dsv4-plugin drafts with 'mtp'"),
     ],
 )

@@ -31,7 +31,7 @@ def attention(
     Args:
         sink: float32 [H].
         cis: float32 [T, rope_dim], (cos, sin) pairs.
-        span: positions a query sees of its window, itself included.
+        span: positions a query sees of its window, up to `step.sees`, itself included.
         entries: compressed rows, of which a query at position p may see (p + 1) // ratio.
         chosen: int32 [T, k], the entries each query attends to, -1 for none; all where None.
     """
