@@ -40,7 +40,8 @@ def server(
     else:
         launcher = [python, "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
         command = [*launcher, *SGLANG_FLAGS.split()]
-        path = os.pathsep.join([str(STUBS), str(ROOT), *os.environ.get("PYTHONPATH", "").split()])
+        paths = (str(STUBS), str(ROOT), os.environ.get("PYTHONPATH"))
+        path = os.pathsep.join(filter(None, paths))
         environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return Server([*command, *flags.split(), "--served-model-name", MODEL], log, environment)
 
