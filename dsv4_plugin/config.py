@@ -176,36 +176,47 @@ class ModelConfig:
         """How the experts of a layer are stored: NVFP4 is of the main layers only."""
         return "fp4" if self.experts == "nvfp4" and module.startswith("mtp.") else self.experts
 
-    def require_tensor_parallel(self, size: int) -> None:
-        """Raise ValueError unless `size` ranks can share the heads and expert widths evenly."""
+    def require_tensor_parallel(
+        self, size: int, option: str = "the number of tensor-parallel ranks"
+    ) -> None:
+        """Raise ValueError, which names the option that asked for it, unless `size` ranks can share
+        the heads and expert widths evenly."""
         for name in ("num_attention_heads", "moe_intermediate_size"):
             if getattr(self, name) % size:
                 raise ValueError(
-                    f"tensor_parallel_size is {size}; it must divide {name} ({getattr(self, name)})"
+                    f"{option} is {size}; it must divide {name} ({getattr(self, name)})"
                 )
 
-    def with_mtp_layer(self) -> ModelConfig:
+    def require_page_size(self, size: int, option: str = "page_size") -> None:
+        """Raise ValueError, which names the option, unless pages of `size` tokens hold whole rows
+        of every layer."""
+        unit = max(self.compress_ratios) or 1
+        if size < 1 or size % unit:
+            raise ValueError(f"{option} is {size}; it must be a multiple of {unit}")
+
+    def with_mtp_layer(self, option: str = "speculative decoding") -> ModelConfig:
         """With the MTP layer (no compression, biased gate) as layer number num_hidden_layers.
 
-        Raises ValueError where the checkpoint has none that can be used.
+        Raises ValueError, which names the option, where the checkpoint has none that can be used.
         """
         if self.generation == "0731":
             raise ValueError(
                 "this 0731 checkpoint drafts with DSpark, which is not supported; "
-                "MTP is what April checkpoints have: serve it without speculative decoding"
+                f"MTP is what April checkpoints have: leave {option} out"
             )
         if self.num_nextn_predict_layers != 1:
             raise ValueError(
                 f"num_nextn_predict_layers is {self.num_nextn_predict_layers}; "
-                "MTP needs a checkpoint that has 1"
+                f"MTP needs a checkpoint that has 1, so leave {option} out"
             )
         return replace(self, compress_ratios=(*self.compress_ratios, SWA))
 
-    def require_expert_parallel(self, size: int) -> None:
-        """Raise ValueError unless `size` ranks can hold the same number of experts each."""
+    def require_expert_parallel(self, size: int, option: str = "expert parallelism") -> None:
+        """Raise ValueError, which names the option, unless `size` ranks can hold the same number of
+        experts each."""
         if self.n_routed_experts % size:
             raise ValueError(
-                f"expert parallelism over {size} ranks needs n_routed_experts "
+                f"{option} over {size} ranks needs n_routed_experts "
                 f"({self.n_routed_experts}) to be a multiple of {size}"
             )
 

@@ -137,14 +137,11 @@ def plan(
     Raises:
         ValueError: a layout that the model cannot be split by.
     """
-    config.require_tensor_parallel(layout.tp)
+    config.require_tensor_parallel(layout.tp, "--tp")
     if layout.ep:
-        config.require_expert_parallel(layout.tp * layout.dp)
+        config.require_expert_parallel(layout.tp * layout.dp, "--ep")
     if layout.pp > config.num_hidden_layers:
-        raise ValueError(
-            f"pipeline_parallel_size is {layout.pp}; "
-            f"the model has {config.num_hidden_layers} layers"
-        )
+        raise ValueError(f"--pp is {layout.pp}; the model has {config.num_hidden_layers} layers")
     cache = CacheLayout.of(config, kv_dtype, page_size).with_ring_rows(
         layout.num_speculative_tokens + 1
     )

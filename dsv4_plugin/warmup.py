@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_plugin.cache.device_step import DeviceStepBuilder
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import CacheLayout
-from dsv4_plugin.cache.step import BlockTables
+from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.engine import allocate
 from dsv4_plugin.kernels.dispatch import use_triton
+from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.block import Block
 from dsv4_plugin.model.transformer import Transformer
 
@@ -38,7 +38,7 @@ OFTEN = 5.0
 def shapes(rows: int, requests: int, longest: int) -> list[tuple[int, int, int]]:
     """(rows, most rows of a request, most tokens of a request) of the steps to run: decoding alone
     and in company, prompts, at every length that changes a launch."""
-    from dsv4_plugin.kernels.paged_index.kernel import BLOCKS
+    from dsv4_plugin.kernels.index.kernel import BLOCKS
 
     few = (1, 256)  # no compressed rows; some, but not more than are chosen
     lengths = sorted({min(n, longest) for n in (*few, *(4 * b for b in BLOCKS))} | {longest})
@@ -48,7 +48,7 @@ def shapes(rows: int, requests: int, longest: int) -> list[tuple[int, int, int]]
 
 def warm_up(
     model: Transformer,
-    steps: DeviceStepBuilder,
+    steps: StepBuilder,
     caches: Sequence[LayerCache],
     tables: BlockTables,
     rows: int,
@@ -60,8 +60,8 @@ def warm_up(
 
     caches, tables: laid out as those of serving, because strides and alignments are compiled in;
     nothing in them is read or written. share: this process among those of the machine that compile
-    the same, and their number. Returns how many variants of each kernel were compiled, and logs it;
-    does nothing where kernels are torch's.
+    the same, and their number. Returns how many variants of each kernel there are now, and logs it,
+    and how many of them Triton's cache did not have; does nothing where kernels are torch's.
     """
     if not use_triton(tables.window.device):
         return Counter()
@@ -71,18 +71,29 @@ def warm_up(
         for shape in shapes(rows, requests, longest):
             _padding(model, steps, caches, tables, *shape)
 
-    with compiled() as found, torch.inference_mode():
+    with compiled() as found, unknown() as new, torch.inference_mode():
         _compile_together(run, share)
         run()
-    took = time.perf_counter() - start
-    names = ", ".join(f"{name} {n}" for name, n in sorted(found.items()))
-    log.info("Warm-up: %d kernels in %.1f s (%s).", found.total(), took, names or "all known")
+    log.info(
+        "Warm-up: %d kernels in %.1f s (%s), of which %d were compiled and the others found in %s.",
+        found.total(),
+        time.perf_counter() - start,
+        ", ".join(f"{name} {n}" for name, n in sorted(found.items())) or "all known",
+        len(new),
+        _cache(),
+    )
     return found
+
+
+def _cache() -> str:
+    import triton
+
+    return str(triton.knobs.cache.dir)
 
 
 def _padding(
     model: Transformer,
-    steps: DeviceStepBuilder,
+    steps: StepBuilder,
     caches: Sequence[LayerCache],
     tables: BlockTables,
     rows: int,
@@ -116,7 +127,7 @@ def nothing(
 
 @contextmanager
 def compiled() -> Iterator[Counter[str]]:
-    """What Triton compiles inside: variants by kernel."""
+    """What Triton compiles or finds in its cache inside: variants by kernel."""
     import triton
 
     found: Counter[str] = Counter()
@@ -130,6 +141,28 @@ def compiled() -> Iterator[Counter[str]]:
         yield found
     finally:
         triton.knobs.runtime.jit_post_compile_hook = before
+
+
+@contextmanager
+def unknown() -> Iterator[list[str]]:
+    """Kernels that Triton compiles inside because its cache does not have them, one name for each
+    variant."""
+    import triton
+
+    found: list[str] = []
+    before = triton.knobs.compilation.listener
+
+    def note(*, src: Any, cache_hit: bool, **rest: Any) -> None:
+        if not cache_hit:
+            found.append(src.name)
+        if before is not None:
+            before(src=src, cache_hit=cache_hit, **rest)
+
+    triton.knobs.compilation.listener = note
+    try:
+        yield found
+    finally:
+        triton.knobs.compilation.listener = before
 
 
 def _compile_together(run: Callable[[], None], share: tuple[int, int]) -> None:

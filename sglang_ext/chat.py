@@ -87,7 +87,7 @@ class ChatAdapter:
         self.parses = reasoning in chosen or calls in chosen
         if self.parses and not (chosen[0] in (None, reasoning) and chosen[1] in (None, calls)):
             raise ValueError(
-                f"reasoning_parser is {chosen[0]!r} and tool_call_parser {chosen[1]!r}; "
+                f"--reasoning-parser is {chosen[0]!r} and --tool-call-parser {chosen[1]!r}; "
                 f"{reasoning!r} and {calls!r} cannot be mixed with others"
             )
 

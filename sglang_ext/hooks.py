@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from http import HTTPStatus
 from typing import Any
 
 import torch
@@ -119,6 +120,27 @@ def settle_request(original: Callable, self: Any, request: Any) -> str | None:
     except ValueError as refusal:
         return str(refusal)
     return error
+
+
+def end_streams(original: Callable, self: Any) -> None:
+    """AROUND TokenizerManager.force_exit_handler: tell requests that the server ends.
+
+    SGLang kills its schedulers next and then waits for open connections, which nobody would end.
+    """
+    from sglang.srt.managers.io_struct import AbortReq
+
+    from sglang_ext.config import SERVED_ARCHITECTURE
+
+    original(self)
+    if self.model_config.hf_config.architectures != [SERVED_ARCHITECTURE]:
+        return
+    reason = {
+        "type": "abort",
+        "message": "The server is shutting down",
+        "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
+    }
+    for rid in list(self.rid_to_state):
+        self._handle_abort_req(AbortReq(rid=rid, finished_reason=reason))
 
 
 def serves(model: Any) -> bool:

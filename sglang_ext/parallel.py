@@ -16,10 +16,7 @@ class SglangParallel(RankParallel):
         rank, size = get_parallel().tp_rank, get_parallel().tp_size
         own = get_parallel().moe_ep_size > 1
         super().__init__(config, dtype, rank, size, tensor_model_parallel_all_reduce, own)
-        if config.vocab_size % self.size:
-            raise ValueError(
-                f"tp_size is {self.size}; it must divide vocab_size ({config.vocab_size})"
-            )
+        assert config.vocab_size % self.size == 0
 
     def embedding(self, prefix: str) -> nn.Module:
         if self.size == 1:

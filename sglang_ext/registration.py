@@ -48,6 +48,11 @@ HOOKS = (
         hooks.settle_request,
         HookType.AROUND,
     ),
+    (
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.force_exit_handler",
+        hooks.end_streams,
+        HookType.AROUND,
+    ),
 )
 """Target, hook, kind."""
 

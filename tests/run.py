@@ -66,7 +66,7 @@ def pytest(name: str, paths: str, engine: str = "vllm", long: bool = False, **en
     return Part(name, command, environ, long)
 
 
-SERVERS = [f"tests/sglang/test_{name}.py" for name in ("device", "formats", "mini")]
+SERVERS = [f"tests/sglang/test_{name}.py" for name in ("device", "formats", "mini", "soak")]
 """Files of SGLang's whose tests have servers of their own; the others share one."""
 ENGINES = [f"tests/triton/test_{name}.py" for name in ("vllm", "budgets")]
 """Files of emulated kernels that take as long as all others together."""

@@ -18,7 +18,6 @@ from typing import Any
 MODEL = "deepseek-v4"
 """The name under which checkpoints are served."""
 LIFETIME = 900
-"""Most seconds a test server lives, whatever becomes of the test."""
 START = 300
 """Seconds it may take to become healthy."""
 
@@ -31,6 +30,8 @@ class Server:
         log: file that takes its output.
         environ: further environment variables. The plugin's network serves unless DSV4_MODEL says
             otherwise, also where `auto` would leave it to the engine, as on CPUs with AMX.
+
+    lifetime: seconds it lives at most, whatever becomes of the test.
     """
 
     def __init__(
@@ -40,8 +41,8 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
-        self.command = ["timeout", "--foreground", str(LIFETIME), "nice", "-n", "5", *command]
-        self.command += ["--host=127.0.0.1", f"--port={port}"]
+        self.lifetime = LIFETIME
+        self.command = ["nice", "-n", "5", *command, "--host=127.0.0.1", f"--port={port}"]
         self.environ = {"DSV4_MODEL": "plugin"} | os.environ | {"HF_HUB_OFFLINE": "1"}
         self.environ |= environ or {}
 
@@ -62,7 +63,7 @@ class Server:
         """Start the process; `with` also waits until it is healthy."""
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
-                self.command,
+                ["timeout", "--foreground", str(self.lifetime), *self.command],
                 env=self.environ,
                 cwd=self.log.parent,
                 stdout=out,
@@ -110,9 +111,9 @@ class Server:
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"{error.code}: {error.read().decode()}") from None
 
-    def metric(self, name: str) -> float:
+    def metric(self, name: str, path: str = "/metrics") -> float:
         """The sum of a metric over its labels."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             text = answer.read().decode()
         found = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
         assert found, name

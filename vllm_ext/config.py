@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils.hub import cached_file
 from vllm.config import CUDAGraphMode
-from vllm.model_executor.models.config import DeepseekV4ForCausalLMConfig
+from vllm.model_executor.models.config import (
+    DeepseekV4ForCausalLMConfig,
+    VerifyAndUpdateConfig,
+)
 from vllm.platforms import current_platform
 
 from dsv4_plugin import env
@@ -87,17 +90,15 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
         _refuse_unsupported(vllm_config)
         config = model_config_of(vllm_config)
         parallel = vllm_config.parallel_config
-        config.require_tensor_parallel(parallel.tensor_parallel_size)
+        config.require_tensor_parallel(parallel.tensor_parallel_size, "--tensor-parallel-size")
         if parallel.enable_expert_parallel:
             size = parallel.tensor_parallel_size * parallel.data_parallel_size
-            config.require_expert_parallel(size)
+            config.require_expert_parallel(size, "--enable-expert-parallel")
         if current_platform.is_cpu() and parallel.pipeline_parallel_size > 1:
             parallel.worker_cls = CPU_PIPELINE_WORKER
         cache_layout(config, vllm_config)
         mtp = vllm_config.speculative_config is not None
         _settle_graphs(vllm_config)
-        if mtp:
-            config.with_mtp_layer()
         directory = vllm_config.model_config.model
         if Path(directory).is_dir() and vllm_config.load_config.load_format != "dummy":
             check_checkpoint(config, directory, mtp)
@@ -106,6 +107,15 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
         model.hf_config.model_type = SERVED_TYPE
         model.hf_config.head_dtype = "float32"
         log.info("DeepSeek-V4 is served by dsv4-plugin: %s; %s.", choose().reason, chat())
+
+
+class DrafterConfig(VerifyAndUpdateConfig):
+    """Runs when vLLM reads the drafter's configuration, before it divides by the number of MTP
+    layers."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config) -> None:  # type: ignore[no-untyped-def]
+        _core_config(model_config).with_mtp_layer("--speculative-config")
 
 
 def chat() -> str:
@@ -136,7 +146,10 @@ def _settle_graphs(vllm_config: VllmConfig) -> None:
 
 def model_config_of(vllm_config: VllmConfig) -> ModelConfig:
     """The core's configuration, from config.json itself and --hf-overrides."""
-    model = vllm_config.model_config
+    return _core_config(vllm_config.model_config)
+
+
+def _core_config(model: Any) -> ModelConfig:
     path = cached_file(model.model, "config.json", revision=model.revision)
     exported = cached_file(model.model, HF_QUANT, revision=model.revision, **_OPTIONAL)
     hf = read_hf(path, exported)
@@ -162,11 +175,13 @@ def cache_layout(config: ModelConfig, vllm_config: VllmConfig) -> CacheLayout:
     if index not in _INDEX_DTYPES:
         allowed = ", ".join(_INDEX_DTYPES)
         raise ValueError(f"--attention-config.indexer_kv_dtype is {index!r}; allowed are {allowed}")
+    block_size = vllm_config.cache_config.block_size
+    config.require_page_size(block_size, "--block-size")
     speculative = vllm_config.speculative_config
     return CacheLayout.of(
         config,
         kv_dtype,
-        vllm_config.cache_config.block_size,
+        block_size,
         index_dtype=_INDEX_DTYPES[index],
         num_speculative_tokens=speculative.num_speculative_tokens if speculative else 0,
     )

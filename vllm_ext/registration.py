@@ -30,7 +30,7 @@ REASONING_PARSER = ("vllm_ext.reasoning_parser", "DeepseekV4ReasoningParser")
 def register_all() -> None:
     """Register the model (where the plugin serves it) and the chat layer."""
     require_tested_version()
-    from vllm_ext.config import NativeConfig, PluginConfig
+    from vllm_ext.config import DrafterConfig, NativeConfig, PluginConfig
 
     _show_the_core_s_log()
 
@@ -39,6 +39,7 @@ def register_all() -> None:
         ModelRegistry.register_model(ARCHITECTURE, ":".join(MODEL))
         ModelRegistry.register_model(DRAFTER_ARCHITECTURE, ":".join(DRAFTER))
         MODELS_CONFIG_MAP[ARCHITECTURE] = PluginConfig
+        MODELS_CONFIG_MAP[DRAFTER_ARCHITECTURE] = DrafterConfig
     else:
         MODELS_CONFIG_MAP[ARCHITECTURE] = NativeConfig
     if env.CHAT.read() == "plugin":

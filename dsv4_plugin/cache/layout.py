@@ -27,9 +27,9 @@ from dsv4_plugin.cache.rows import (
     FP4IndexRows,
     FP8IndexRows,
     FP8KVRows,
+    RowCodec,
 )
 from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
-from dsv4_plugin.kernels.formats import RowCodec
 
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 INDEX_DTYPES = ("auto", "bfloat16", "fp8", "fp4")
@@ -68,6 +68,7 @@ class BlockLayout:
 class CacheLayout:
     """Block layouts by layer kind (compress ratio), shared by all layers of the kind."""
 
+    sliding_window: int
     page_size: int
     window_block: int
     ring_rows: int
@@ -96,11 +97,7 @@ class CacheLayout:
             ValueError: an unknown dtype, or a page size that a ratio does not divide.
         """
         ratios = sorted(set(config.compress_ratios) - {SWA})
-        for ratio in ratios:
-            if page_size < 1 or page_size % ratio:
-                raise ValueError(
-                    f"block_size is {page_size}; it must be a multiple of {ratios[-1]}"
-                )
+        config.require_page_size(page_size)
         kv, key = _codecs(config, kv_dtype)
         if index_dtype not in INDEX_DTYPES:
             raise ValueError(
@@ -119,7 +116,7 @@ class CacheLayout:
             page[HCA] = BlockLayout.of(kv=(kv, page_size // HCA))
             ring[HCA] = BlockLayout.of(sums=(Float32Rows(3 * d), rows))
         window = BlockLayout.of(kv=(kv, window_block))
-        return cls(page_size, window_block, rows, window, page, ring)
+        return cls(config.sliding_window, page_size, window_block, rows, window, page, ring)
 
     def rows_named(self) -> str:
         """For a log line: `FP8KV rows, FP4Index keys`."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv4_plugin.config import FP4_BLOCKS, FP8_BLOCK, Experts, ModelConfig
+from dsv4_plugin.kernels.experts import packed_experts
 from dsv4_plugin.kernels.packed import (
     FP4Matrix,
     FP8Matrix,
@@ -21,7 +22,6 @@ from dsv4_plugin.kernels.packed import (
     product,
     round_inputs,
 )
-from dsv4_plugin.kernels.packed.experts import packed_experts
 from dsv4_plugin.model.parallel import GroupedLinear, MakeExperts, OutputGroups, Parallel
 from dsv4_plugin.quant.e4m3 import decode_ue8m0
 
@@ -33,6 +33,7 @@ class QuantisedParallel:
         self.config, self.plain = config, plain
         self.rank, self.size, self.dtype = plain.rank, plain.size, plain.dtype
         self.embedding, self.head, self.all_reduce = plain.embedding, plain.head, plain.all_reduce
+        self.breaking = plain.breaking
 
     def column(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
         if not self.config.is_fp8(prefix):
@@ -98,8 +99,8 @@ def part_of(n: int, size: int, unit: int, what: str) -> int:
     """A rank's share of n values. Raises ValueError where it would cut a block of `unit`."""
     if n % size or (size > 1 and n // size % unit):
         raise ValueError(
-            f"tensor_parallel_size is {size}; {what} has {n} values in blocks of {unit} with one "
-            f"scale each, which {size} ranks cannot share evenly"
+            f"{size} tensor-parallel ranks cannot share {what} evenly: it has {n} values in blocks "
+            f"of {unit} with one scale each"
         )
     return n // size
 
@@ -141,8 +142,8 @@ class QuantisedGroupedLinear(nn.Module):
         self.groups, self.n_out, n_in = groups, n_out, groups.unit * dim
         if groups.parts_of_group > 1 and n_in % FP8_BLOCK:
             raise ValueError(
-                f"tensor_parallel_size is {groups.size}; it would cut {prefix}.weight into columns "
-                f"of {n_in}, which are no whole blocks of {FP8_BLOCK}"
+                f"{groups.size} tensor-parallel ranks would cut {prefix}.weight into columns of "
+                f"{n_in}, which are no whole blocks of {FP8_BLOCK}"
             )
         rows = groups.parts * n_out
         self.weight = packed(rows, n_in)

@@ -323,7 +323,7 @@ def test_prompts(small, prompt):
 def test_tensor_parallel_sizes(small):
     config = ModelConfig.from_pretrained(small)
     config.require_tensor_parallel(2)
-    with pytest.raises(ValueError, match="tensor_parallel_size is 3; it must divide num_attention"):
+    with pytest.raises(ValueError, match="ranks is 3; it must divide num_attention"):
         config.require_tensor_parallel(3)
 
 

@@ -57,7 +57,7 @@ def test_a_group_split_inside(tmp_path):
 
 def test_cut_blocks_are_refused(tmp_path):
     make_checkpoint(tmp_path / "tiny", "tiny", overrides=SMALL, tokenizer=False, fmt="fp8-fp4")
-    with pytest.raises(ValueError, match=r"tensor_parallel_size is 2; .* blocks of 128 with one"):
+    with pytest.raises(ValueError, match=r"2 tensor-parallel ranks cannot share .* blocks of 128"):
         Ranks(2).load(tmp_path / "tiny")
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.forward_context import override_forward_context
 
+import vllm_ext.parallel
 from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
 from dsv4_plugin.checkpoint.load import load_weights
@@ -16,7 +19,7 @@ from dsv4_plugin.engine import Batch, load
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
 from tests.conftest import SMALL, random_ids
-from tests.parallel.ranks import Ranks
+from tests.parallel.ranks import DataGroup, DataParallel, Ranks
 from tests.tolerances import LOGITS_STD
 
 
@@ -42,6 +45,28 @@ def test_ranks_equal_one(small, size, expert_parallel):
     found = ranks.run(lambda rank: logits(models[rank], ids))
     expected = load(small, "float32").logits(ids)
     assert all(error(f, expected) < LOGITS_STD for f in found)
+
+
+def test_data_parallel_ranks_share_the_experts(small, monkeypatch):
+    """Each with half of them and prompts of its own, in steps of as many rows as it has."""
+    ranks = Ranks(2)
+    groups = [DataGroup(ranks, rank) for rank in range(2)]
+    monkeypatch.setattr(vllm_ext.parallel, "get_dp_group", lambda: groups[ranks.mine.rank])
+    config = ModelConfig.from_pretrained(small)
+    headers = check_checkpoint(config, small)
+
+    def one(rank: int) -> torch.Tensor:
+        model = Transformer(config, DataParallel(config, torch.float32))
+        load_weights(model, read_tensors(headers, progress=False))
+        return logits(model, asked[rank])
+
+    asked = [random_ids(n, seed=n) for n in (500, 420)]
+    most = SimpleNamespace(max=lambda: 300)  # rows of the longest step of any rank
+    metadata = SimpleNamespace(dp_metadata=SimpleNamespace(num_tokens_across_dp_cpu=most))
+    with override_forward_context(metadata):
+        found = ranks.run(one)
+    for ids, result in zip(asked, found, strict=True):
+        assert error(result, load(small, "float32").logits(ids)) < LOGITS_STD
 
 
 def test_heads_that_straddle_groups(tmp_path):

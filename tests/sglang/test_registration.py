@@ -3,6 +3,7 @@ it cannot serve."""
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import pkgutil
 import re
@@ -17,6 +18,8 @@ from sglang.srt.arg_groups.resolution_hooks import _HOOKS
 from sglang.srt.entrypoints.openai import chat_encoding_adapters
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.mem_cache.base_swa_memory_pool import BaseSWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.pool_configurator import compute_swa_request_cap
@@ -37,6 +40,7 @@ from sglang_ext.config import (
 )
 
 from ..paths import ROOT
+from ..refusals import named
 from .server import FLOAT32, Server
 
 PARAMETERS = {
@@ -46,6 +50,7 @@ PARAMETERS = {
     "_build_token_to_kv_pool": {"self", "sizes", "req_to_token_pool"},
     "configure_kv_cache_dtype": {"server_args_kv_cache_dtype", "model"},
     "_validate_request": {"self", "request"},
+    "force_exit_handler": {"self"},
 }
 """Parameters that the hooks rely on, by the hooked function."""
 
@@ -117,6 +122,27 @@ def test_self_check(monkeypatch: pytest.MonkeyPatch):
         patch.setitem(chat_encoding_adapters._BUILDERS["dsv4"], "builtin", print)
         with pytest.raises(RuntimeError, match="chat encoding dsv4"):
             registration.check_active()
+
+
+def test_a_forced_end_tells_every_request():
+    """And only where the plugin's network serves."""
+
+    def told_by(architecture: str) -> list[AbortReq]:
+        told: list[AbortReq] = []
+        manager = SimpleNamespace(
+            model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture])),
+            rid_to_state={"a": object(), "b": object()},
+            _handle_abort_req=told.append,
+        )
+        hooks.end_streams(lambda manager: None, manager)
+        return told
+
+    assert callable(TokenizerManager._handle_abort_req)
+    assert [(r.rid, r.finished_reason["status_code"]) for r in told_by(SERVED_ARCHITECTURE)] == [
+        ("a", 503),
+        ("b", 503),
+    ]
+    assert told_by(ARCHITECTURE) == []
 
 
 def test_who_serves(monkeypatch: pytest.MonkeyPatch):
@@ -192,26 +218,57 @@ def test_unsupported_arguments_are_named(name: str, value: object):
         refuse_unsupported(args)
 
 
+def test_refusals_name_options():
+    """By the names that SGLang's command line has."""
+    fields = inspect.signature(ServerArgs).parameters
+    assert not named(fields, "sglang_ext", "dsv4_plugin")
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    options = {option for action in parser._actions for option in action.option_strings}
+    assert {f"--{name.replace('_', '-')}" for name in SUPPORTED} <= options
+
+
 @pytest.mark.parametrize(
-    ("option", "sentence"),
+    ("option", "environ", "sentence"),
     [
         pytest.param(
             "--enable-hierarchical-cache",
+            {},
             "--enable-hierarchical-cache is True; dsv4-plugin supports a server without",
             marks=pytest.mark.thorough,
         ),
-        ("--page-size=96", "--page-size is 96; it must be a multiple of 128"),
+        ("--page-size=96", {}, "--page-size is 96; it must be a multiple of 128"),
+        pytest.param(
+            "--tp-size=3",
+            {},
+            "--tp-size is 3; it must divide num_attention_heads",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            "--page-size=128",
+            {"DSV4_MODEL": "mine"},
+            "DSV4_MODEL is 'mine'; allowed are auto, plugin, native",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            "--page-size=128",
+            {"DSV4_CHAT": "mine"},
+            "DSV4_CHAT is 'mine'; allowed are plugin, native",
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
-def test_server_refuses_at_start(serve, option: str, sentence: str):
-    server: Server = serve(*FLOAT32, "--max-total-tokens=4096", option)
+def test_server_refuses_at_start(serve, option: str, environ: dict[str, str], sentence: str):
+    """Its last words, but for what extensions print of themselves when Python ends."""
+    server: Server = serve(*FLOAT32, "--max-total-tokens=4096", option, environ=environ)
     server.launch()
     try:
         assert server.process.wait(120) != 0
     except subprocess.TimeoutExpired:
         server.stop()
         raise
-    assert sentence in server.read_log()
+    (*_, last) = re.findall(r"^\w+Error: .*", server.read_log(), re.M)
+    assert sentence in last
 
 
 def test_the_documented_cache_dtypes():

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,9 +14,12 @@ import pytest
 import torch
 
 from dsv4_plugin import warmup
+from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.kernels.norm import kernel
+from tests.conftest import A_LAYER_OF_EACH, SMALL
 from tests.kit import mode
 from tests.kit.targets import FakeGPU
+from tests.paths import ROOT
 
 
 @pytest.mark.skipif(mode.INTERPRET or mode.DEVICE != "cpu", reason="compiles for an absent GPU")
@@ -33,6 +40,60 @@ def test_what_is_needed_is_compiled_first_and_not_launched():
             run()
         assert len(gpu.launches) == 2
         assert found.total() == 2
+
+
+@pytest.mark.skipif(mode.INTERPRET or mode.DEVICE != "cpu", reason="compiles for an absent GPU")
+def test_what_was_compiled_is_found_again(tmp_path, monkeypatch):
+    """By another device's name nothing of it is in this process's memory: as at the next start."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    x = torch.zeros(2, 160, dtype=torch.bfloat16)
+    compiled = []
+    with FakeGPU("sm80") as gpu:
+        for start in ("first", "second"):
+            gpu.get_current_device = lambda start=start: f"fake:{start} start"
+            with warmup.compiled() as found, warmup.unknown() as new:
+                warmup._compile_together(lambda: kernel.rms_norm(x, x[0], 1e-6), (0, 1))
+            assert found.total() == 1
+            compiled.append(new)
+    assert compiled == [["normalise"], []]
+
+
+PROGRAM = """
+import logging, sys
+import torch
+from dsv4_plugin import load
+from dsv4_plugin.cache.device_step import DeviceStepBuilder
+from dsv4_plugin.warmup import nothing, warm_up
+from tests.kit.targets import FakeGPU
+
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+with FakeGPU("sm80"):
+    whole = load(sys.argv[1], dtype="bfloat16", kv_dtype="fp8")
+    caches, tables, _ = nothing(whole.model, whole.layout, torch.device("cpu"))
+    steps = DeviceStepBuilder(whole.config, whole.layout, 1, "cpu")
+    warm_up(whole.model, steps, caches, tables, 1, 1, 1)
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(mode.INTERPRET or mode.DEVICE != "cpu", reason="compiles for an absent GPU")
+def test_the_second_start_compiles_nothing(tmp_path):
+    directory, cache = tmp_path / "checkpoint", tmp_path / "cache"
+    make_checkpoint(directory, "tiny", 2, SMALL | A_LAYER_OF_EACH, tokenizer=False)
+    environ = {"DSV4_KERNELS": "triton", "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(directory)],
+            env=os.environ | environ, check=True, stdout=subprocess.PIPE, text=True, timeout=600,
+        )  # fmt: skip
+        (line,) = re.findall(r"^Warm-up: (\d+) kernels in .* of which (\d+) .* in (.*)\.$",
+                             done.stdout, re.M)  # fmt: skip
+        said.append(line)
+    (needed, compiled, where), (again, later, _) = said
+    assert 10 < int(needed) == int(compiled) == int(again)
+    assert later == "0"
+    assert where == str(cache)
 
 
 def test_processes_begin_at_different_places():

@@ -12,15 +12,21 @@ from typing import get_args
 import pytest
 import torch
 from vllm.config.cache import CacheDType
-from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 import vllm_ext
 from dsv4_plugin.cache.rows import BFloat16Rows, Float32Rows, FP8KVRows
+from dsv4_plugin.checkpoint.make import make_checkpoint
+from tests.conftest import SMALL
 from tests.paths import ROOT
+from tests.refusals import named
+from tests.vllm_chat.server import Server
 from vllm_ext._compat import end_streams_at_shutdown
 from vllm_ext.config import _KV_DTYPES, PAGE_SIZE, cache_layout, model_config_of
+
+MTP = {"method": "mtp", "num_speculative_tokens": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -36,23 +42,70 @@ def configure(directory, **options):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"block_size": 96}, "block_size is 96; it must be a multiple of 128"),
+        ({"block_size": 96}, "--block-size is 96; it must be a multiple of 128"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype is 'fp8_e5m2'; allowed are auto, bfl"),
         ({"dtype": "float16"}, "--dtype is 'float16'; allowed are float32 and bfloat16"),
         (
             {"enable_lora": True, "enforce_eager": True},
             "--enable-lora is given; dsv4-plugin does not support it so far, so leave it out",
         ),
-        ({"tensor_parallel_size": 8}, "tensor_parallel_size is 8; it must divide num_attention_he"),
+        ({"tensor_parallel_size": 8}, "--tensor-parallel-size is 8; it must divide num_attention"),
         (
             {"enable_expert_parallel": True, "tensor_parallel_size": 2, "data_parallel_size": 3},
-            "expert parallelism over 6 ranks needs n_routed_experts",
+            "--enable-expert-parallel over 6 ranks needs n_routed_experts",
+        ),
+        (
+            {"speculative_config": MTP},
+            "a checkpoint that has 1, so leave --speculative-config",
+        ),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 1}},
+            "--speculative-config.method is 'ngram'; dsv4-plugin drafts with 'mtp' only",
+        ),
+        ({"quantization": "fp8"}, "--quantization is 'fp8'; dsv4-plugin takes it from the checkpo"),
+        (
+            {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+            "--decode-context-parallel-size is given; dsv4-plugin does not support it so far",
         ),
     ],
 )
 def test_refused_options(small, options, sentence):
     with pytest.raises((ValueError, NotImplementedError), match=sentence):
         configure(small, **options)
+
+
+def test_drafts_on_pipeline_stages_are_refused(tmp_path):
+    fields = SMALL | {"num_nextn_predict_layers": 1}
+    make_checkpoint(tmp_path / "drafting", "tiny", 1, fields, tokenizer=False)
+    sentence = "--pipeline-parallel-size is 2 and --speculative-config is given; vLLM's model run"
+    with pytest.raises(NotImplementedError, match=sentence):
+        configure(tmp_path / "drafting", speculative_config=MTP, pipeline_parallel_size=2)
+
+
+def test_refusals_name_options():
+    assert not named(AsyncEngineArgs.__dataclass_fields__, "vllm_ext", "dsv4_plugin")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("DSV4_MODEL", "mine", "DSV4_MODEL is 'mine'; allowed are auto, plugin, native"),
+        ("DSV4_CHAT", "mine", "DSV4_CHAT is 'mine'; allowed are plugin, native"),
+        ("DSV4_KERNELS", "triton", "DSV4_KERNELS is 'triton', but Triton finds no GPU driver here"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_a_server_s_last_words_are_the_refusal(small, tmp_path, variable, value, sentence):
+    server = Server(small, tmp_path / "log", "--skip-tokenizer-init", {variable: value})
+    server.launch()
+    try:
+        assert server.process.wait(120) == 1
+    finally:
+        server.stop()
+    log = server.read_log()
+    assert sentence in "".join(log.splitlines()[-3:])
+    assert log.count("Traceback") == 1
 
 
 @pytest.mark.parametrize(

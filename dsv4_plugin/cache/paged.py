@@ -7,7 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv4_plugin.kernels.formats import Pool
+from dsv4_plugin.cache.rows import RowPool
+
+
+@dataclass(frozen=True)
+class BlockTables:
+    """What the engine knows: block numbers per request, and the words from one block to the next.
+
+    window, page: int [B, n]; ring: int [B]. On a GPU they may be int32; -1 marks no block.
+    """
+
+    window: Tensor
+    page: Tensor
+    ring: Tensor
+    window_stride: int
+    page_stride: int
+    ring_stride: int
 
 
 @dataclass(frozen=True)
@@ -18,7 +33,7 @@ class Paged:
     table: int [B, n]; stride, offset in words; rows per block.
     """
 
-    pool: Pool
+    pool: RowPool
     table: Tensor
     stride: int
     offset: int

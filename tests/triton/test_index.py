@@ -5,17 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4_plugin.kernels import paged_index
-from dsv4_plugin.kernels.paged_index import (
-    kernel,
-    reference_queries,
-    reference_scores,
-    reference_topk,
-)
+from dsv4_plugin.cache.rows import RowFormat
+from dsv4_plugin.kernels import index
+from dsv4_plugin.kernels.index import kernel, reference
 from tests.kit import mode
 from tests.kit.order import seeded
 from tests.tolerances import FP16, OP_FP32
-from tests.triton.cases import far, generator, key_codec, paged, pairs
+from tests.triton.cases import far, generator, key_codec, paged, pairs, step_of_rows
 
 RATIO = 4
 
@@ -26,6 +22,10 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 def ints(*values):
     return torch.tensor(values, dtype=torch.int32, device=mode.DEVICE)
+
+
+def of(kind):
+    return RowFormat[kind.upper()]
 
 
 def stored(q, kind):
@@ -48,8 +48,8 @@ def test_queries(gpu, n, heads, c, rope, kind):
     q = q * torch.logspace(-3, 3, heads, device=q.device)[:, None].to(q.dtype)
     q[0, 1] = 0
     weight, cis = normal(n, heads, seed=2), pairs(n, rope, 3)
-    found, scaled = kernel.queries(q, weight, cis, kind)
-    expected, weights = reference_queries(q, weight, cis, kind)
+    found, scaled = kernel.queries(q, weight, cis, of(kind))
+    expected, weights = reference.queries(q, weight, cis, of(kind))
     assert torch.equal(scaled, weights)
     step = (found.float() - stored(expected, kind).float()).abs().max()
     assert step <= 2**-11  # one rounding of float16 between 1/2 and 1
@@ -62,9 +62,9 @@ def world(positions, heads=64, c=128, kind="fp8", seed=0):
     position, request = ints(*(p for _, p in flat)), ints(*(b for b, _ in flat))
     keys = paged(key_codec(kind, c), [(max(some) + 1) // RATIO for some in positions], 64, seed)
     weight = normal(len(flat), heads, seed=seed + 1).abs()
-    q, weight = reference_queries(
+    q, weight = reference.queries(
         normal(len(flat), heads, c, seed=seed + 2, dtype=torch.bfloat16),
-        weight, pairs(len(flat), 16, seed), kind,
+        weight, pairs(len(flat), 16, seed), of(kind),
     )  # fmt: skip
     n = max(1, *((p + 1) // RATIO for _, p in flat))
     rest = (weight, keys, position, request, RATIO, n)
@@ -86,7 +86,7 @@ SCORES = [
 def test_scores(gpu, positions, heads, c, kind, tiles):
     q, plain, rest = world(positions, heads, c, kind)
     found = kernel.scores(q, *rest, tiles=tiles)
-    expected = reference_scores(plain, *rest)
+    expected = reference.scores(plain, *rest)
     seen = ~expected.isnan()
     tolerance = FP16 if kind == "bfloat16" else OP_FP32
     found = found[:, : expected.shape[1]]
@@ -133,7 +133,7 @@ def test_topk(gpu, lengths, n, k):
     position = ints(*(RATIO * x - 1 for x in lengths))
     score = score.to(mode.DEVICE)
     assert torch.equal(
-        kernel.topk(score, position, RATIO, k), reference_topk(score, position, RATIO, k)
+        kernel.topk(score, position, RATIO, k), reference.topk(score, position, RATIO, k)
     )
 
 
@@ -144,7 +144,7 @@ def test_topk_of_many_blocks(gpu, monkeypatch, few):
     n, k = 3000, 64
     score = torch.stack([tied(n, 1), normal(n, seed=2).cpu()]).to(mode.DEVICE)
     position = ints(4 * 2990 - 1, 4 * 40 - 1 if few else 4 * n - 1)
-    expected = reference_topk(score, position, RATIO, k)
+    expected = reference.topk(score, position, RATIO, k)
     for seed in range(3):
         with seeded(seed):
             assert torch.equal(kernel.topk(score, position, RATIO, k), expected)
@@ -158,20 +158,22 @@ def test_more_entries_than_two_rounds_choose_from(monkeypatch):
 
 def test_choices_in_turns(gpu, monkeypatch):
     """Scores of two rows at a time, and no rows at all; scores are summed over ranks."""
-    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    mode.kernels(monkeypatch, "triton")
     _, _, (_, keys, position, request, _, n) = world([range(700, 705)])
     q = normal(5, 64, 128, seed=7, dtype=torch.bfloat16)
     weight, cis = normal(5, 64, seed=8), pairs(5, 64, 9)
 
-    def choose(rows=slice(None), reduce=None):
-        at = (position[rows], request[rows], RATIO, 705, 64)
-        return paged_index.choose(q[rows], weight[rows], cis[rows], keys, *at, reduce=reduce)
+    def choose(rows=slice(None), reduce=lambda score: score):
+        step = step_of_rows(position[rows], request[rows], 705)
+        return index.choose(q[rows], weight[rows], cis[rows], keys, step, RATIO, 64, reduce)
 
     expected = choose()
-    score = kernel.scores(*kernel.queries(q, weight, cis, "fp8"), keys, position, request, RATIO, n)
-    assert torch.equal(expected, reference_topk(score[:, :n], position, RATIO, 64))
-    monkeypatch.setattr(paged_index, "SCORE_VALUES", 2 * n)
+    score = kernel.scores(
+        *kernel.queries(q, weight, cis, of("fp8")), keys, position, request, RATIO, n
+    )
+    assert torch.equal(expected, reference.topk(score[:, :n], position, RATIO, 64))
+    monkeypatch.setattr(index, "SCORE_VALUES", 2 * n)
     assert torch.equal(choose(), expected)
-    worst = reference_topk(-score[:, :n], position, RATIO, 64)
+    worst = reference.topk(-score[:, :n], position, RATIO, 64)
     assert torch.equal(choose(reduce=torch.neg), worst)
     assert choose(slice(0, 0)).shape == (0, 64)

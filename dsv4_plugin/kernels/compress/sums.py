@@ -1,4 +1,4 @@
-"""The compressor's softmax pooling, carried on as running sums.
+"""Softmax pooling carried on as running sums, for torch.
 
 A window's state per channel is (max, sum, weighted sum): the softmax-weighted mean of any set of
 tokens, mergeable in any order, exact to float32 rounding. Shapes: G tokens, C channels, h halves
@@ -9,11 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def reference(kv: Tensor, score: Tensor) -> Tensor:
-    """One entry: per-channel softmax over score [tokens, C], weighted sum of kv -> [C]."""
-    return (score.softmax(0) * kv).sum(0)
 
 
 def nothing(like: Tensor) -> Tensor:

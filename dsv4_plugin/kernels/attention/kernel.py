@@ -25,10 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_plugin.cache.paged import Paged
+from dsv4_plugin.cache.rows import RowFormat
+from dsv4_plugin.cache.step import Step
 from dsv4_plugin.kernels.arrival import counters, is_last
 from dsv4_plugin.kernels.launch import pick
-from dsv4_plugin.kernels.paged import Paged
-from dsv4_plugin.kernels.paged_attention import Queries
 
 LOG2E = 1.4426950408889634
 
@@ -433,33 +434,36 @@ def attend(
         )  # fmt: skip
 
 
-def paged_attention(
+def attention(
     q: Tensor,
     sink: Tensor,
-    queries: Queries,
+    cis: Tensor,
+    step: Step,
     window: Paged,
     span: int,
     entries: Paged | None = None,
     ratio: int = 0,
     chosen: Tensor | None = None,
-    tiles: bool = False,
 ) -> Tensor:
-    """As `reference`; tiles: rows are neighbouring tokens of few requests (prefill).
+    """As in `reference`.
 
     Raises:
         ValueError: rows of a format the kernel does not read.
     """
     n, heads, d = q.shape
-    rope = queries.cis.shape[1]
+    rope = cis.shape[1]
     fp8 = _is_fp8(window)
+    assert q.stride()[1:] == (d, 1)
+    assert cis.is_contiguous()
+    assert chosen is None or chosen.is_contiguous()
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if n == 0:
         return out
     launch = pick(LAUNCH)
-    tile, block = _tile(heads, launch, tiles and chosen is None)
+    tile, block = _tile(heads, launch, step.tiles and chosen is None)
     head_blocks = triton.cdiv(heads, block)
     entries_or_window = window if entries is None else entries
-    longest = 0 if ratio == 0 else queries.longest // ratio
+    longest = 0 if ratio == 0 else step.longest // ratio
     choices = 0 if chosen is None else chosen.shape[1]
     pieces = 1 + triton.cdiv(min(longest, choices) if choices else longest, PIECE[ratio])
     split = tile == 1 and pieces > 1 and n * head_blocks < launch.split
@@ -469,9 +473,9 @@ def paged_attention(
     dealt = min(pieces, triton.cdiv(launch.split, n * head_blocks)) if split else 1
     grid = (triton.cdiv(n, tile), head_blocks, dealt)
     attend[grid](
-        q, sink, queries.position, queries.request, queries.cis,
+        q, sink, step.position, step.request, cis,
         *_arguments(window), *_arguments(entries_or_window),
-        chosen if chosen is not None else queries.position, choices,
+        chosen if chosen is not None else step.position, choices,
         out, part_top, part_sum, part_out, counters("attention", q.device, n * head_blocks * split),
         d**-0.5 * LOG2E, n, pieces, q.stride(0),
         heads, NOPE=d - rope, ROPE=rope, P=max(MIN_DOT, triton.next_power_of_2((d - rope) // 4)),
@@ -503,7 +507,7 @@ def _alignment(rows: Paged) -> int:
 
 
 def _is_fp8(rows: Paged) -> bool:
-    kind = rows.pool.codec.kind
-    if kind not in ("fp8", "bfloat16"):
-        raise ValueError(f"kv_dtype is {kind}; Triton attention reads bfloat16 and fp8")
-    return kind == "fp8"
+    stored = rows.pool.codec.format
+    if stored not in (RowFormat.FP8, RowFormat.BFLOAT16):
+        raise ValueError(f"kv_dtype is {stored}; Triton attention reads bfloat16 and fp8")
+    return stored == RowFormat.FP8

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from dsv4_plugin.cache.rows import Float32Rows, RowPool
-from dsv4_plugin.kernels.paged_attention import Queries, kernel, reference
-from dsv4_plugin.kernels.paged_attention.kernel import paged_attention
+from dsv4_plugin.cache.step import TILED
+from dsv4_plugin.kernels.attention import kernel
+from dsv4_plugin.kernels.attention.kernel import attention
+from dsv4_plugin.kernels.attention.reference import attention as reference
 from tests.kit import mode
 from tests.kit.mode import interpreted_first
 from tests.kit.order import seeded
 from tests.tolerances import ATTENTION_BF16
-from tests.triton.cases import far, generator, kv_codec, paged, pairs
+from tests.triton.cases import far, generator, kv_codec, paged, pairs, step_of_rows
 
 SPAN = 128
 
@@ -30,7 +32,8 @@ def world(positions, heads, kind, ratio=0, k=None, d=512, rope=64, seed=0, span=
     arguments = {
         "q": torch.randn(len(flat), heads, d, generator=g).bfloat16(),
         "sink": torch.randn(heads, generator=g),
-        "queries": Queries(position, request, pairs(len(flat), rope, seed), max(lengths)),
+        "cis": pairs(len(flat), rope, seed),
+        "step": step_of_rows(position.to(mode.DEVICE), request.to(mode.DEVICE), max(lengths)),
         "window": paged(codec, lengths, 32, seed + 1),
         "span": span,
         "ratio": ratio,
@@ -46,16 +49,20 @@ def world(positions, heads, kind, ratio=0, k=None, d=512, rope=64, seed=0, span=
             chosen[t, : len(some)] = some
         chosen[:, : k // 2] = chosen[:, : k // 2].flip(0) if len(flat) == 1 else chosen[:, : k // 2]
         arguments["chosen"] = chosen
-    return on_device(arguments)
-
-
-def on_device(arguments):
-    queries = arguments["queries"]
-    moved = {
+    return {
         k: v.to(mode.DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
     }
-    fields = (t.to(mode.DEVICE) for t in (queries.position, queries.request, queries.cis))
-    return moved | {"queries": Queries(*fields, queries.longest)}
+
+
+def some(case, rows):
+    """Of the same requests, these rows."""
+    step = case["step"]
+    fewer = replace(step, position=step.position[rows], request=step.request[rows])
+    return case | {"q": case["q"][rows], "cis": case["cis"][rows], "step": fewer}
+
+
+def in_tiles(case):
+    return case | {"step": replace(case["step"], longest_query=TILED)}
 
 
 def error(found, expected):
@@ -79,13 +86,13 @@ DECODE = [
 @pytest.mark.parametrize(("positions", "heads", "kind", "ratio", "k"), DECODE)
 def test_decode(gpu, positions, heads, kind, ratio, k):
     case = world(positions, heads, kind, ratio, k)
-    assert error(paged_attention(**case), reference(**case)) < ATTENTION_BF16
+    assert error(attention(**case), reference(**case)) < ATTENTION_BF16
 
 
 @pytest.mark.parametrize("kind", ["fp8", interpreted_first("bfloat16")])
 def test_small_heads_of_the_tiny_model(gpu, kind):
     case = world([[300], [5]], 4, kind, 4, 64, d=64, rope=16)
-    assert error(paged_attention(**case), reference(**case)) < ATTENTION_BF16
+    assert error(attention(**case), reference(**case)) < ATTENTION_BF16
 
 
 PREFILL = [
@@ -100,7 +107,7 @@ PREFILL = [
 @pytest.mark.parametrize(("positions", "heads", "kind", "ratio"), PREFILL)
 def test_prefill(gpu, positions, heads, kind, ratio):
     case = world(positions, heads, kind, ratio)
-    found = paged_attention(**case, tiles=True)
+    found = attention(**in_tiles(case))
     assert error(found, reference(**case)) < ATTENTION_BF16
 
 
@@ -108,14 +115,12 @@ def test_prefill(gpu, positions, heads, kind, ratio):
 def test_the_same_bits_alone_in_company_in_tiles_and_in_pieces(gpu, monkeypatch):
     """Split over programs or not, one query or a tile of two: every row comes out the same."""
     case = world([range(440, 447), [100]], 8, "fp8", 128)
-    tiles = paged_attention(**case, tiles=True)
-    pieces = paged_attention(**case)
-    queries = case["queries"]
-    alone = Queries(queries.position[3:4], queries.request[3:4], queries.cis[3:4], 447)
-    one = paged_attention(**case | {"q": case["q"][3:4], "queries": alone})
+    tiles = attention(**in_tiles(case))
+    pieces = attention(**case)
+    one = attention(**some(case, slice(3, 4)))
     launch = replace(kernel.LAUNCH["any"], split=0)
     monkeypatch.setattr(kernel, "LAUNCH", {"any": launch})
-    whole = paged_attention(**case)
+    whole = attention(**case)
     assert torch.equal(pieces, whole)
     assert torch.equal(tiles, whole)
     assert torch.equal(one, whole[3:4])
@@ -127,7 +132,7 @@ def test_the_order_of_programs_does_not_matter(gpu):
     All keys weigh the same. In one dim two pieces cancel out, but not what rounding loses where
     they come first: another order of merging gives another sum."""
     case = world([[82000], [40000], [3]], 16, "bfloat16", 128, d=64, rope=16, span=32)
-    assert error(paged_attention(**case), reference(**case)) < ATTENTION_BF16
+    assert error(attention(**case), reference(**case)) < ATTENTION_BF16
     case["q"].zero_()
     entries = case["entries"]
     for first, value in ((0, 2.0**20), (256, -(2.0**20))):
@@ -140,7 +145,7 @@ def test_the_order_of_programs_does_not_matter(gpu):
     found = []
     for seed in range(5):
         with seeded(seed):
-            found.append(paged_attention(**case))
+            found.append(attention(**case))
     assert all(torch.equal(other, found[0]) for other in found[1:])
 
 
@@ -148,26 +153,24 @@ def test_blocks_taken_back_are_not_read(gpu):
     """The engine frees window blocks that no query sees; their numbers in the table are -1."""
     case = world([[300]], 8, "fp8")
     table = case["window"].table
-    expected = paged_attention(**case)
+    expected = attention(**case)
     table[0, : (300 - SPAN + 1) // 32] = -1
-    assert torch.equal(paged_attention(**case), expected)
+    assert torch.equal(attention(**case), expected)
 
 
 def test_no_rows(gpu):
     case = world([[5]], 8, "fp8")
-    queries = case["queries"]
-    none = Queries(queries.position[:0], queries.request[:0], queries.cis[:0], 6)
-    assert paged_attention(**case | {"q": case["q"][:0], "queries": none}).shape == (0, 8, 512)
+    assert attention(**some(case, slice(0))).shape == (0, 8, 512)
 
 
 def test_rows_beyond_two_gigabytes(gpu):
     case = world([[60]], 8, "fp8")
-    expected = paged_attention(**case)
-    assert torch.equal(paged_attention(**case | {"window": far(case["window"])}), expected)
+    expected = attention(**case)
+    assert torch.equal(attention(**case | {"window": far(case["window"])}), expected)
 
 
 def test_a_format_it_does_not_read():
     case = world([[5]], 8, "bfloat16")
     pool = RowPool(case["window"].pool.storage, Float32Rows(512))
     with pytest.raises(ValueError, match=r"kv_dtype is float32; .* reads bfloat16 and fp8"):
-        paged_attention(**case | {"window": replace(case["window"], pool=pool)})
+        attention(**case | {"window": replace(case["window"], pool=pool)})

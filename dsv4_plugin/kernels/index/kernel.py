@@ -18,9 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_plugin.cache.paged import Paged
+from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.kernels.arrival import counters, is_last
+from dsv4_plugin.kernels.device import FP4, FP8
 from dsv4_plugin.kernels.launch import pick
-from dsv4_plugin.kernels.paged import Paged
 
 BLOCKS = (1024, 4096, 16384)
 """How many scores a program of the top-k looks at: the least that holds a row, or the most."""
@@ -41,8 +43,6 @@ class Launch:
 
 
 LAUNCH = {"any": Launch(entries=64, warps=4, programs=864, rows=4, row_warps=8, blocks=8)}
-BITS = {"bfloat16": 16, "fp8": 8, "fp4": 4}
-"""Of a value, by the keys' format."""
 
 
 @triton.jit
@@ -202,9 +202,9 @@ def index_scores(
                     address = number.to(tl.int64) * block_stride + offset
                     address = address + (entry % PAGE_ROWS) * WORDS
                     row = storage + tl.where(ok, address, 0)
-                    if FORMAT == 8:
+                    if FORMAT == FP8:
                         k0, k1, k2, k3, scale = _keys(row, ok, C, P)
-                    elif FORMAT == 4:
+                    elif FORMAT == FP4:
                         k0, k1, k2, k3, scale = _narrow_keys(row, ok, C, P)
                     else:
                         k0, k1, k2, k3, scale = _wide_keys(row, ok, C, P)
@@ -379,18 +379,18 @@ def choose(
                 )  # fmt: skip
 
 
-def queries(q: Tensor, weight: Tensor, cis: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """As `reference_queries`, with the dims of a head in the order that `scores` reads."""
+def queries(q: Tensor, weight: Tensor, cis: Tensor, keys: RowFormat) -> tuple[Tensor, Tensor]:
+    """As in `reference`, with the dims of a head in the order that `scores` reads."""
     n, heads, c = q.shape
     out = torch.empty((n, heads, c), dtype=torch.float16, device=q.device)
     scaled = torch.empty((n, heads), dtype=torch.float32, device=q.device)
     if n:
         block = min(16, triton.next_power_of_2(heads))
-        wide = kind == "bfloat16"
+        wide = keys == RowFormat.BFLOAT16
         index_queries[(n, triton.cdiv(heads, block))](
             q, weight, cis, out, scaled, q.stride(0), weight.stride(0), c**-0.5, heads,
             C=c, ROPE=cis.shape[1], STAGES=0 if wide else c.bit_length() - 1,
-            E2M1=kind == "fp4", PARTS=2 if wide else 4, HEADS=block, num_warps=4,
+            E2M1=keys == RowFormat.FP4, PARTS=2 if wide else 4, HEADS=block, num_warps=4,
         )  # fmt: skip
     return out, scaled
 
@@ -405,14 +405,14 @@ def scores(
     n: int,
     tiles: bool = False,
 ) -> Tensor:
-    """As `reference_scores`, but left unwritten where undefined.
+    """As in `reference`, but left unwritten where undefined.
 
     Raises:
         ValueError: keys of a format the kernel does not read.
     """
-    kind = keys.pool.codec.kind
-    if kind not in BITS:
-        raise ValueError(f"indexer keys are {kind}; the Triton indexer reads {', '.join(BITS)}")
+    stored = keys.pool.codec.format
+    if stored == RowFormat.FLOAT32:
+        raise ValueError(f"indexer keys are {stored}; the Triton indexer reads bfloat16, fp8, fp4")
     t, heads, c = q.shape
     width = triton.cdiv(n, 4) * 4
     out = torch.empty((t, width), dtype=torch.float32, device=q.device)
@@ -428,7 +428,7 @@ def scores(
         q, weight, position, request, keys.pool.storage, keys.table, keys.stride, keys.offset,
         keys.table.shape[1] - 1, keys.table.stride(0), out, t, width, heads,
         IP=max(16, triton.next_power_of_2(heads)), C=c,
-        P=max(16, triton.next_power_of_2(c // 4)), FORMAT=BITS[kind],
+        P=max(16, triton.next_power_of_2(c // 4)), FORMAT=int(stored),
         WORDS=keys.pool.codec.words, PAGE_ROWS=keys.rows, RATIO=ratio,
         ROWS=rows, ENTRIES=launch.entries,
         num_warps=launch.row_warps if rows > 1 else launch.warps, num_stages=1,
@@ -437,7 +437,7 @@ def scores(
 
 
 def topk(score: Tensor, position: Tensor, ratio: int, k: int) -> Tensor:
-    """As `reference_topk`: the best of every block of scores, then of those.
+    """As in `reference`: the best of every block of scores, then of those.
 
     Raises:
         ValueError: scores of a row that take more than these two rounds.
