@@ -22,10 +22,12 @@ from sglang.srt.model_executor.pool_configurator import (
 from sglang.srt.runtime_context import get_schedule
 from torch import Tensor
 
+from dsv4_plugin import env
 from dsv4_plugin.cache.layer import bind_layers, block_words
 from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.config import ModelConfig
+from sglang_ext.choice import choose
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
@@ -96,6 +98,18 @@ class KVPool(BaseSWAKVPool):
 
     def translate_loc_from_full_to_swa(self, kv_indices: Tensor) -> Tensor:
         return self.full_to_swa_index_mapping[kv_indices]
+
+    def report(self, model: str) -> None:
+        """One line in the log: what serves, and why."""
+        log.info(
+            "DeepSeek-V4 is served by dsv4-plugin (%s): model %s, attention backend dsv4_plugin, "
+            "KV cache %s in pages of %d tokens, chat %s.",
+            choose(self.device).reason,
+            model,
+            self.layout.rows_named(),
+            self.page_size,
+            env.CHAT.read(),
+        )
 
     def get_kv_size_bytes(self) -> int:
         return sum(blocks.storage.nbytes for blocks in (self.window, self.page, self.ring))

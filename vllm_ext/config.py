@@ -21,6 +21,7 @@ from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.dispatch import require_driver
 from dsv4_plugin.serving import config_json
 from vllm_ext._compat import end_streams_at_shutdown
+from vllm_ext.active import check_active
 from vllm_ext.choice import choose
 
 if TYPE_CHECKING:
@@ -76,8 +77,6 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Raises ValueError or NotImplementedError in one sentence that names the option."""
-        from vllm_ext.registration import check_active
-
         check_active()
         env.check()
         end_streams_at_shutdown()
