@@ -18,7 +18,7 @@ SGLANG_STAMP := $(SGLANG)/.built-$(PINS)
 TORCH = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --group torch-cpu
 CHECKPOINTS := .cache/checkpoints
 
-.PHONY: env env-sglang demo demo-sglang test test-all test-gpu lint bench bench-slice bench-kv bench-chat eval train-mini compare-engines compare-mini kernels-report vllm-0.33 clean
+.PHONY: env env-sglang demo demo-sglang test test-all test-gpu lint bench bench-serve bench-slice bench-kv bench-chat eval train-mini compare-engines compare-mini kernels-report vllm-0.33 clean
 
 env: $(STAMP)
 
@@ -75,6 +75,10 @@ lint: $(STAMP)
 
 bench: $(CHECKPOINTS)/bench $(SGLANG_STAMP)
 	$(VLLM)/bin/python -m benchmarks.serving $< --sglang $(SGLANG)/bin/python
+
+# Both engines' servers of dsv4-mini, measured by `dsv4 bench`; NATIVE=1: the engines' own V4 too.
+bench-serve: $(CHECKPOINTS)/mini $(SGLANG_STAMP)
+	$(VLLM)/bin/python -m benchmarks.bench_serve $< --sglang $(SGLANG)/bin/python $(if $(NATIVE),--native)
 
 kernels-report: $(STAMP)
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m benchmarks.kernels_report

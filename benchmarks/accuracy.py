@@ -19,8 +19,8 @@ from shutil import rmtree
 from dsv4_plugin.chat import Encoder, Message, StreamParser, TokenBytes, collect
 from dsv4_plugin.checkpoint.convert import convert_checkpoint
 from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.conversations import SKILLS, Conversation, accepts, held_out, remembered
 from tests.engines import Answers, Setting, ask
-from training.skills import SKILLS, Conversation, accepts, held_out, remembered
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
 DISTANCES = {200: 0.7, 1000: 0.2, 4000: 0.1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 
 from openai import OpenAI
 
-from tests.paths import STUBS
+from tests.paths import ROOT, STUBS
 from tests.server import MODEL, Server
 
 TOKENS = 128
@@ -29,15 +30,19 @@ SGLANG_FLAGS = (
 )
 
 
-def server(engine: str, checkpoint: Path, log: Path) -> Server:
+def server(
+    engine: str, checkpoint: Path, log: Path, python: str = sys.executable, flags: str = ""
+) -> Server:
+    """A server of an engine that `python` has; flags: further ones, which win over those above."""
     if engine == "vllm":
-        vllm = str(Path(sys.executable).parent / "vllm")
+        vllm = str(Path(python).parent / "vllm")
         command, environment = [vllm, "serve", str(checkpoint), *VLLM_FLAGS.split()], {}
     else:
-        launcher = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
+        launcher = [python, "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
         command = [*launcher, *SGLANG_FLAGS.split()]
-        environment = {"PYTHONPATH": str(STUBS), "OMP_NUM_THREADS": "1"}
-    return Server([*command, "--served-model-name", MODEL], log, environment)
+        path = os.pathsep.join([str(STUBS), str(ROOT), *os.environ.get("PYTHONPATH", "").split()])
+        environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return Server([*command, *flags.split(), "--served-model-name", MODEL], log, environment)
 
 
 class Chat:

@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.launches import per_kind
-from dsv4_plugin.kernels.paged import Paged
-from dsv4_plugin.kernels.paged_attention import Queries
-from dsv4_plugin.kernels.paged_attention import kernel as attention
-from dsv4_plugin.kernels.paged_index import kernel as index
+from dsv4_plugin.cache.paged import Paged
+from dsv4_plugin.kernels.attention import kernel as attention
+from dsv4_plugin.kernels.index import kernel as index
 from tests.kit.compile import Built, build
 from tests.kit.gpu import EmulatedGPU
 from tests.kit.memory import Counters
 from tests.kit.targets import SHARED_LIMIT, TARGETS
-from tests.triton.cases import key_codec, kv_codec
+from tests.triton.cases import key_codec, kv_codec, step_of_rows
 from tests.triton.production import MODULES
 
 PAGE = 256
@@ -109,7 +108,7 @@ def attention_work(context: int, ratio: int, many: bool, heads: int = 64) -> Wor
     seen = min(k, context // ratio) if k else context // ratio
     position = torch.full((batch,), context - 1, dtype=torch.int32)
     q = torch.zeros(batch, heads, 512, dtype=torch.bfloat16)
-    queries = Queries(position, torch.arange(batch).int(), torch.zeros(batch, 64), context)
+    cis, step = torch.zeros(batch, 64), step_of_rows(position, torch.arange(batch).int(), context)
     window = pages(codec, 32, context, batch)
     entries = pages(codec, PAGE // ratio, context // ratio, batch)
     chosen = None
@@ -133,7 +132,7 @@ def attention_work(context: int, ratio: int, many: bool, heads: int = 64) -> Wor
         attention.LAUNCH["any"] = replace(launch, split=0) if many else launch
         try:
             sink = torch.zeros(heads)
-            attention.paged_attention(q, sink, queries, window, 128, entries, ratio, chosen)
+            attention.attention(q, sink, cis, step, window, 128, entries, ratio, chosen)
         finally:
             torch.empty = stock
             attention.LAUNCH["any"] = launch

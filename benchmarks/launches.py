@@ -19,13 +19,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4_plugin import load
-from dsv4_plugin.cache.device_step import DeviceStepBuilder
 from dsv4_plugin.cache.layout import CacheLayout
-from dsv4_plugin.cache.step import BlockTables
+from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.config import CSA, HCA, SWA
 from dsv4_plugin.engine import allocate
-from dsv4_plugin.kernels import arrival
+from dsv4_plugin.kernels import arrival, dispatch
+from dsv4_plugin.kernels.step import StepBuilder
 from tests.kit.gpu import EmulatedGPU
 
 KINDS = {"SWA": SWA, "CSA": CSA, "HCA": HCA}
@@ -85,12 +85,14 @@ class Paused(nn.Module):
 def kernels(choice: str) -> Iterator[None]:
     before = os.environ.get("DSV4_KERNELS")
     os.environ["DSV4_KERNELS"] = choice
+    dispatch.choose_again()
     try:
         yield
     finally:
         del os.environ["DSV4_KERNELS"]
         if before is not None:
             os.environ["DSV4_KERNELS"] = before
+        dispatch.choose_again()
 
 
 def decode(ratios: list[int], directory: Path) -> tuple[Counter[str], Counter[str]]:
@@ -110,7 +112,7 @@ def decode(ratios: list[int], directory: Path) -> tuple[Counter[str], Counter[st
     for kernel in arrival.KERNELS:  # made once, before any step
         arrival.counters(kernel, torch.device("cpu"), 0)
     with kernels("triton"), CountingGPU(operations) as gpu, torch.inference_mode():
-        builder = DeviceStepBuilder(model.config, layout, 1, "cpu")
+        builder = StepBuilder(model.config, layout, 1, "cpu")
         start, lengths = torch.tensor([0, 1]).int(), torch.tensor([1]).int()
         with operations:
             step = builder.build(tables, start, lengths, 1, 1, 2048)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from dsv4_plugin import load
 from dsv4_plugin.engine import Batch, LocalModel
+from dsv4_plugin.model import block as block_module
 from dsv4_plugin.model.attention import Attention
-from dsv4_plugin.model.compressor import Pool
-from dsv4_plugin.model.hyper_connection import HyperConnection
+from dsv4_plugin.model.compressor import Compressors
 from dsv4_plugin.model.indexer import Indexer
 from dsv4_plugin.model.moe import Expert, MoE
 from dsv4_plugin.model.quantised import QuantisedExperts
@@ -34,12 +34,13 @@ RESULTS = Path(__file__).parent / "results" / "slice.csv"
 PARTS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "attention": (Attention, ("forward",)),
     "indexer": (Indexer, ("forward",)),
-    "compressor": (Pool, ("forward",)),
+    "compressor": (Compressors, ("forward",)),
     "experts": (QuantisedExperts, ("forward",)),
     "shared expert": (Expert, ("forward",)),
     "gate and sum": (MoE, ("forward",)),
-    "mHC": (HyperConnection, ("pre", "post")),
 }
+MHC = "mHC"
+"""The part that is an operation of blocks and no module of its own."""
 GIB = 2**30
 
 
@@ -67,7 +68,8 @@ class Clock:
 
 
 def time_parts(model: nn.Module, clock: Clock) -> None:
-    """Make the methods of PARTS report to the clock."""
+    """Make the methods of PARTS, and mHC's operation, report to the clock."""
+    block_module.streams = _timed(block_module.streams, MHC, clock)
     for module in model.modules():
         for name, (kind, methods) in PARTS.items():
             if isinstance(module, kind):
@@ -129,7 +131,7 @@ def main() -> None:
     )
     clock = Clock()
     time_parts(local.model, clock)
-    names = [*PARTS, "rest"]
+    names = [*PARTS, MHC, "rest"]
     print(f"{'case':14}{'tokens/s':>10}" + "".join(f"{name:>15}" for name in names))
     for n in args.prompts:
         _report(_prefill(local, n, clock))
@@ -180,7 +182,7 @@ def _decode(local: LocalModel, requests: int, steps: int, clock: Clock) -> Row:
 
 
 def _report(row: Row) -> None:
-    parts = [row.parts.get(name, 0.0) for name in PARTS]
+    parts = [row.parts.get(name, 0.0) for name in (*PARTS, MHC)]
     shares = [p / row.seconds for p in [*parts, row.seconds - sum(parts)]]
     speed = row.tokens / row.seconds
     print(f"{row.case:14}{speed:>10.2f}" + "".join(f"{s:>15.1%}" for s in shares), flush=True)
@@ -188,7 +190,7 @@ def _report(row: Row) -> None:
     with RESULTS.open("a", newline="") as file:
         out = csv.writer(file)
         if new:
-            out.writerow(["time", "machine", "case", "tokens_per_s", *PARTS, "rest"])
+            out.writerow(["time", "machine", "case", "tokens_per_s", *PARTS, MHC, "rest"])
         machine = f"{platform.machine()} {os.cpu_count()} cores"
         values = [round(v, 4) for v in (speed, *shares)]
         out.writerow([time.strftime("%Y-%m-%dT%H:%M:%S"), machine, row.case, *values])

@@ -12,15 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv4_plugin.cache.device_step import DeviceStepBuilder
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
-from dsv4_plugin.cache.step import BlockTables, Step, StepBuilder
+from dsv4_plugin.cache.paged import BlockTables
+from dsv4_plugin.cache.step import Step
 from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
 from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.config import SWA, ModelConfig
-from dsv4_plugin.kernels.dispatch import use_triton
-from dsv4_plugin.kernels.step import DeviceStep
+from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.mtp import MTP
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
@@ -45,7 +44,7 @@ def load(
         kv_dtype: 'float32', 'bfloat16', 'fp8', or 'auto' (float32 for float32 models, else
             bfloat16).
         index_dtype: of indexer keys: 'auto' (as kv_dtype), 'bfloat16', 'fp8' or 'fp4'.
-        mtp: load the MTP layer too, for `generate(num_speculative_tokens=...)`; on a CPU.
+        mtp: load the MTP layer too, for `generate(num_speculative_tokens=...)`.
         device: 'cpu', or 'cuda' (also 'cuda:1', ...).
 
     Raises:
@@ -54,8 +53,6 @@ def load(
     """
     config = ModelConfig.from_pretrained(directory)
     place = _usable(device)
-    if mtp and place.type != "cpu":
-        raise NotImplementedError(f"mtp is True and device is {device!r}; drafts need 'cpu' so far")
     dtype = config.torch_dtype if dtype == "auto" else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed are auto, {', '.join(DTYPES)}")
@@ -65,8 +62,10 @@ def load(
     with place:
         model = Transformer(config, parallel)
     load_weights(model, read_tensors(headers))
-    drafter = MTP(config, parallel) if mtp else None
-    if drafter is not None:
+    drafter = None
+    if mtp:
+        with place:
+            drafter = MTP(config, parallel)
         load_weights(drafter, read_tensors(headers, progress=False, mtp=True))
     log.info("%s.", model.weight_bytes)
     layout = CacheLayout.of(config, kv_dtype, index_dtype=index_dtype)
@@ -195,9 +194,6 @@ class Sampler:
 class Batch:
     """Requests in flight, with block tables fixed from the start, where the model's weights are.
 
-    Steps are the ordinary ones on a CPU, and the device's where kernels are Triton's or the device
-    is no CPU.
-
     Every request owns the pages of its final length, a ring, and as many window blocks as a step
     can touch, used in turn; draft layers have window rows of their own. `poison` fills fresh caches
     with NaN, so that a stray read shows.
@@ -215,11 +211,8 @@ class Batch:
         self.model, self.chunk = model, chunk
         self.device = next(model.parameters()).device
         config, page_size = model.config, layout.page_size
-        self.builder = StepBuilder(config, layout)
-        self.device_steps: DeviceStepBuilder | None = None
-        if self.device.type != "cpu" or use_triton(self.device):
-            rows = max(chunk, len(max_lengths))
-            self.device_steps = DeviceStepBuilder(config, layout, rows, self.device)
+        rows = max(chunk, len(max_lengths) * layout.ring_rows)
+        self.builder = StepBuilder(config, layout, rows, self.device)
         n, longest = len(max_lengths), max(max_lengths)
         pages = -(-longest // page_size)
         turns = -(-(config.sliding_window - 1 + min(chunk, longest)) // layout.window_block) + 1
@@ -240,42 +233,30 @@ class Batch:
         self.lengths = torch.zeros(n, dtype=torch.int64)
 
     def step(self, requests: Tensor, counts: Tensor) -> Step:
-        """The next `counts` tokens of some requests, int64 [G] each on the CPU, as an ordinary
-        step."""
-        tables, start, lengths = self._next(requests, counts)
-        return self.builder.build(tables, start.to(self.device), lengths.to(self.device))
-
-    def next_step(self, requests: Tensor, counts: Tensor) -> Step | DeviceStep:
-        """The same, as this batch runs it."""
-        if self.device_steps is None:
-            return self.step(requests, counts)
-        tables, start, lengths = self._next(requests, counts)
-        on_device = start.int().to(self.device), lengths.int().to(self.device)
-        most = int(start[-1]), int(counts.max()), int(lengths.max())
-        return self.device_steps.build(tables, *on_device, *most)
-
-    def _next(self, requests: Tensor, counts: Tensor) -> tuple[BlockTables, Tensor, Tensor]:
+        """The next `counts` tokens of some requests, int64 [G] each on the CPU."""
         self.lengths[requests] += counts
         t, chosen = self.tables, requests.to(self.device)
         tables = BlockTables(
             t.window[chosen], t.page[chosen], t.ring[chosen],
             t.window_stride, t.page_stride, t.ring_stride,
         )  # fmt: skip
-        start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        return tables, start, self.lengths[requests]
+        start, lengths = torch.nn.functional.pad(counts.cumsum(0), (1, 0)), self.lengths[requests]
+        most = int(start[-1]), int(counts.max()), int(lengths.max())
+        on_device = start.int().to(self.device), lengths.int().to(self.device)
+        return self.builder.build(tables, *on_device, *most)
 
     def run(self, work: Sequence[tuple[int, Tensor]]) -> Tensor:
         """One step: the next ids of some requests -> hidden states of all of them, flat."""
         requests = torch.tensor([b for b, _ in work])
         counts = torch.tensor([len(ids) for _, ids in work])
-        step = self.next_step(requests, counts)
+        step = self.step(requests, counts)
         ids = torch.cat([ids for _, ids in work]).to(self.device)
         hidden: Tensor = self.model(ids, step, self.caches)
         return hidden
 
     def decode(self, requests: Sequence[int], token: Tensor) -> Tensor:
         """One token each -> hidden states [G, D]."""
-        step = self.next_step(torch.tensor(requests), torch.ones(len(requests), dtype=torch.int64))
+        step = self.step(torch.tensor(requests), torch.ones(len(requests), dtype=torch.int64))
         hidden: Tensor = self.model(token.to(self.device), step, self.caches)
         return hidden
 

@@ -39,9 +39,10 @@ MODEL = Choice(
 )
 KERNELS = Choice(
     "DSV4_KERNELS",
-    ("auto", "triton", "torch"),
+    ("auto", "triton", "torch", "reference"),
     "auto",
-    "What computes the network's own operations. auto: Triton's kernels on GPUs, torch elsewhere.",
+    "What computes the network's own operations. auto: Triton's kernels on GPUs, torch elsewhere; "
+    "reference: their definitions, far slower, to compare with.",
 )
 EFFORT = Choice(
     "DSV4_DEFAULT_EFFORT",

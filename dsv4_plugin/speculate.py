@@ -89,7 +89,7 @@ class Speculator:
                 part = ids[start : start + batch.chunk]
                 step = batch.step(who, torch.tensor([len(part)]))
                 h = self._main(batch, step, part)
-                following = ids[start + 1 : start + 1 + len(part)]
+                following = ids[start + 1 : start + 1 + len(part)].to(batch.device)
                 if len(following) < len(part):
                     token = sampler(self.model.head(self.model.collapse(h[-1:]).float()))
                     following = torch.cat([following, token])
@@ -108,7 +108,7 @@ class Speculator:
         h = self._main(batch, step, ids.flatten())
         picked = sampler(self.model.head(self.model.collapse(h).float())).view_as(ids)
         kept = (picked[:, :-1] == drafts).long().cumprod(1).sum(1)
-        batch.lengths[running] -= self.n - kept
+        batch.lengths[running] -= self.n - kept.cpu()
         self.drafted += drafts.numel()
         self.accepted += int(kept.sum())
         h = self._draft(batch, step, h, picked.flatten()).unflatten(0, ids.shape)
@@ -126,6 +126,7 @@ class Speculator:
         return torch.stack(drafts, 1)
 
     def _main(self, batch: Batch, step: Step, ids: Tensor) -> Tensor:
+        ids = ids.to(batch.device)
         return self.model.run(self.model.spread(ids), ids, step, batch.caches[:-1])
 
     def _draft(self, batch: Batch, step: Step, h: Tensor, following: Tensor) -> Tensor:

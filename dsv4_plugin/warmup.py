@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_plugin.cache.device_step import DeviceStepBuilder
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import CacheLayout
-from dsv4_plugin.cache.step import BlockTables
+from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.engine import allocate
 from dsv4_plugin.kernels.dispatch import use_triton
+from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.block import Block
 from dsv4_plugin.model.transformer import Transformer
 
@@ -38,7 +38,7 @@ OFTEN = 5.0
 def shapes(rows: int, requests: int, longest: int) -> list[tuple[int, int, int]]:
     """(rows, most rows of a request, most tokens of a request) of the steps to run: decoding alone
     and in company, prompts, at every length that changes a launch."""
-    from dsv4_plugin.kernels.paged_index.kernel import BLOCKS
+    from dsv4_plugin.kernels.index.kernel import BLOCKS
 
     few = (1, 256)  # no compressed rows; some, but not more than are chosen
     lengths = sorted({min(n, longest) for n in (*few, *(4 * b for b in BLOCKS))} | {longest})
@@ -48,7 +48,7 @@ def shapes(rows: int, requests: int, longest: int) -> list[tuple[int, int, int]]
 
 def warm_up(
     model: Transformer,
-    steps: DeviceStepBuilder,
+    steps: StepBuilder,
     caches: Sequence[LayerCache],
     tables: BlockTables,
     rows: int,
@@ -93,7 +93,7 @@ def _cache() -> str:
 
 def _padding(
     model: Transformer,
-    steps: DeviceStepBuilder,
+    steps: StepBuilder,
     caches: Sequence[LayerCache],
     tables: BlockTables,
     rows: int,

@@ -13,10 +13,10 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from torch import Tensor
 
-from dsv4_plugin.cache.device_step import DeviceStepBuilder
-from dsv4_plugin.cache.step import BlockTables, Step, StepBuilder
+from dsv4_plugin.cache.paged import BlockTables
+from dsv4_plugin.cache.step import Step
 from dsv4_plugin.kernels.dispatch import use_triton
-from dsv4_plugin.kernels.step import DeviceStep
+from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.warmup import warm_up
 from sglang_ext.pool import KVPool
 
@@ -33,7 +33,7 @@ class Backend(AttentionBackend):
     Pools are asked for in every step: they are the runner's, which may replace them.
     """
 
-    forward_metadata: Step | DeviceStep
+    forward_metadata: Step
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
@@ -43,16 +43,16 @@ class Backend(AttentionBackend):
                 "leave --attention-backend out"
             )
         self.runner = runner
-        pool, device = self.token_to_kv_pool, torch.device(runner.device)
-        self.steps = StepBuilder(pool.config, pool.layout)
-        self.device_steps: DeviceStepBuilder | None = None
+        args, device = runner.server_args, torch.device(runner.device)
+        chunk = args.chunked_prefill_size or 0
+        rows = max(chunk if chunk > 0 else args.max_prefill_tokens, self.requests)
+        self.steps = self._builder(rows)
         if use_triton(device):
-            args = runner.server_args
-            chunk = args.chunked_prefill_size or 0
-            rows = chunk if chunk > 0 else args.max_prefill_tokens
-            self.rows = max(rows, self.requests)
-            self.device_steps = DeviceStepBuilder(pool.config, pool.layout, self.rows, device)
             self._warm_up(device)
+
+    def _builder(self, rows: int) -> StepBuilder:
+        pool = self.token_to_kv_pool
+        return StepBuilder(pool.config, pool.layout, rows, self.runner.device)
 
     @property
     def token_to_kv_pool(self) -> KVPool:
@@ -74,44 +74,28 @@ class Backend(AttentionBackend):
 
     def _warm_up(self, device: torch.device) -> None:
         """Compile what serving needs, before a graph is captured."""
-        assert self.device_steps is not None
         pool, parallel = self.token_to_kv_pool, self.runner.model.parallel
         nothing = torch.zeros(1, 1, dtype=torch.int32, device=device)
         strides = pool.window.stride, pool.page.stride, pool.ring.stride
         tables = BlockTables(nothing, nothing, nothing[0], *strides)
-        limits = self.rows, self.requests, self.longest
+        limits = self.steps.rows, self.requests, self.longest
         share = parallel.rank, parallel.size
-        warm_up(
-            self.runner.model.model, self.device_steps, pool.layers, tables, *limits, share=share
-        )
+        warm_up(self.runner.model.model, self.steps, pool.layers, tables, *limits, share=share)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Of a step that is not replayed."""
         batch = forward_batch
         extending = batch.forward_mode.is_extend()
-        lengths = batch.seq_lens.long()
-        counts = batch.extend_seq_lens.long() if extending else torch.ones_like(lengths)
-        start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        longest = self._longest(batch)
-        tables = self._tables(batch, longest)
-        if self.device_steps is None:
-            self.forward_metadata = self.steps.build(tables, start, lengths)
-            return
-        rows = len(batch.input_ids)
+        lengths = batch.seq_lens.int()
+        counts = batch.extend_seq_lens if extending else torch.ones_like(lengths)
+        start = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        rows, longest = len(batch.input_ids), self._longest(batch)
         query = max(batch.extend_seq_lens_cpu) if extending else 1
-        self.forward_metadata = self._room(rows).build(
-            tables, start.int(), lengths.int(), rows, query, longest
+        if rows > self.steps.rows:  # more than SGLang said
+            self.steps = self._builder(rows)
+        self.forward_metadata = self.steps.build(
+            self._tables(batch, longest), start, lengths, rows, query, longest
         )
-
-    def _room(self, rows: int) -> DeviceStepBuilder:
-        """The builder; a larger one from the first step on that is larger than SGLang said."""
-        assert self.device_steps is not None
-        if rows > self.rows:
-            self.rows = rows
-            pool = self.token_to_kv_pool
-            device = torch.device(self.runner.device)
-            self.device_steps = DeviceStepBuilder(pool.config, pool.layout, rows, device)
-        return self.device_steps
 
     @staticmethod
     def _longest(batch: ForwardBatch) -> int:
@@ -119,16 +103,14 @@ class Backend(AttentionBackend):
         return int(known.max())
 
     def _tables(self, batch: ForwardBatch, longest: int) -> BlockTables:
-        """Of every request, as far as the longest needs them; int32 on a GPU."""
+        """Of every request, as far as the longest needs them."""
         pool, request = self.token_to_kv_pool, batch.req_pool_indices.long()
         firsts = torch.arange(0, max(1, longest), pool.page_size, device=request.device)
         slots = self.req_to_token_pool.req_to_token[request[:, None], firsts]
-        dtype = torch.int64 if self.device_steps is None else torch.int32
-        return pool.tables(slots, request, dtype)
+        return pool.tables(slots, request)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Buffers that graphs of at most max_bs requests, one token each, read."""
-        assert self.device_steps is not None
         assert max_num_tokens == max_bs
         pool, device = self.token_to_kv_pool, torch.device(self.runner.device)
         blocks = -(-self.longest // pool.page_size)
@@ -136,7 +118,7 @@ class Backend(AttentionBackend):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        self.graph_steps = DeviceStepBuilder(pool.config, pool.layout, max_bs, device)
+        self.graph_steps = self._builder(max_bs)
         self.graph_window, self.graph_page = zeros(max_bs, blocks), zeros(max_bs, blocks)
         self.graph_ring = zeros(max_bs)
         self.graph_rows = torch.arange(max_bs + 1, dtype=torch.int32, device=device)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import BlockLayout, CacheLayout
-from dsv4_plugin.cache.step import BlockTables
+from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.config import SWA, ModelConfig
 
 if TYPE_CHECKING:
@@ -104,17 +104,15 @@ class KVPool(BaseSWAKVPool):
             layers.append(LayerCache.bind(self.layout, ratio, self.window.layer(i), page, ring))
         return layers
 
-    def tables(
-        self, slots: Tensor, request: Tensor, dtype: torch.dtype = torch.int64
-    ) -> BlockTables:
+    def tables(self, slots: Tensor, request: Tensor) -> BlockTables:
         """Block tables of a step, from the slot of each block's first token int [B, blocks] and the
         requests' rows in ReqToTokenPool [B]. Numbers beyond a request's length mean nothing."""
         size = self.page_size
         slots = slots.long()
         return BlockTables(
-            window=(self.full_to_swa_index_mapping[slots] // size).to(dtype),
-            page=(slots // size).to(dtype),
-            ring=request.to(dtype),
+            window=(self.full_to_swa_index_mapping[slots] // size).int(),
+            page=(slots // size).int(),
+            ring=request.int(),
             window_stride=self.window.stride,
             page_stride=self.page.stride,
             ring_stride=self.ring.stride,

@@ -16,11 +16,11 @@ import time
 from itertools import zip_longest
 from pathlib import Path
 
+from dsv4_plugin.conversations import SKILLS, held_out
 from tests.engines import EOS, Setting, ask
 from tests.sglang.reference import Reference
 from tests.sglang.server import Output
 from training.data import Renderer
-from training.skills import SKILLS, held_out
 
 ENGINES = ("local", "vllm", "sglang")
 MOST = 128

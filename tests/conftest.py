@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.checkpoint.mini import make_mini
+from dsv4_plugin.kernels import dispatch
 
 os.environ["DSV4_MODEL"] = "plugin"
 """On machines where `auto` would leave the model to the engine too, as on CPUs with AMX."""
@@ -36,6 +37,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left = [item for item in items if item.get_closest_marker("thorough")]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+
+
+@pytest.fixture(autouse=True)
+def chosen_kernels() -> Iterator[None]:
+    """What one test sets DSV4_KERNELS to is not the next one's."""
+    dispatch.choose_again()
+    yield
+    dispatch.choose_again()
 
 
 @pytest.fixture(scope="session")

@@ -25,9 +25,9 @@ import torch
 
 from dsv4_plugin import load
 from dsv4_plugin.checkpoint.mini import make_mini
+from dsv4_plugin.conversations import SKILLS, held_out
 from tests.paths import ROOT
 from training.data import Renderer
-from training.skills import SKILLS, held_out
 
 ANSWERS, MOST = 40, 128
 """Conversations, and tokens of an answer."""

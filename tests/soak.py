@@ -18,9 +18,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from training.skills import held_out
+
 from tests.mini.asking import body
 from tests.server import Server
-from training.skills import held_out
 
 STREAMS = 64
 LIFETIME = 600

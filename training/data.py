@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsv4_plugin import conversations
 from dsv4_plugin.chat import Encoder
 from dsv4_plugin.chat.tokens import ASSISTANT, EOS
 from dsv4_plugin.cli.render import tokenizer_path
-from training import skills
-from training.skills import SKILLS, Conversation, Writer
+from dsv4_plugin.conversations import SKILLS, Conversation, Writer
 
 PROMPT_WEIGHT = 0.05
 """Loss weight of tokens the model reads but need not write: they teach copying."""
@@ -114,16 +114,16 @@ class Vocabulary:
 _WORDS = [
     word
     for group in (
-        skills.NAMES,
-        skills.CITIES,
-        skills.COLORS,
-        skills.JOBS,
-        skills.ITEMS,
-        skills.STYLES,
-        skills.STATES,
-        skills.VERBS,
-        skills.THINGS,
-        skills.SKIES,
+        conversations.NAMES,
+        conversations.CITIES,
+        conversations.COLORS,
+        conversations.JOBS,
+        conversations.ITEMS,
+        conversations.STYLES,
+        conversations.STATES,
+        conversations.VERBS,
+        conversations.THINGS,
+        conversations.SKIES,
     )
     for word in group
 ]

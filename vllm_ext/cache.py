@@ -36,10 +36,9 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import BlockLayout, CacheLayout
-from dsv4_plugin.cache.step import BlockTables
+from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.config import SWA, ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
-from dsv4_plugin.model import fused
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -99,8 +98,6 @@ class MetadataBuilder(AttentionMetadataBuilder[GroupMetadata]):
     ) -> GroupMetadata:
         m, n = common_attn_metadata, common_attn_metadata.num_reqs
         tensors = m.block_table_tensor[:n], m.query_start_loc[: n + 1], m.seq_lens[:n]
-        if not use_triton(self.device):
-            tensors = tuple(t.long() for t in tensors)
         return GroupMetadata(*tensors, m.max_query_len, m.max_seq_len)
 
     def build_for_cudagraph_capture(
@@ -242,6 +239,7 @@ class PagedCaches:
             self.ring = entry("ring", rings, block_size=layout.page_size)
         self._layers: list[LayerCache] | None = None
         self.allocated: Callable[[], None] = lambda: None
+        self.taken: Callable[[], None] = lambda: None
         self._entries = [blocks for blocks in (self.window, self.page, self.ring) if blocks]
         self._anew: set[str] = set()
         for blocks in self._entries:
@@ -251,7 +249,7 @@ class PagedCaches:
         """No view of memory that is no longer an entry's may be used; a set is whole once each of
         its entries has been bound anew."""
         self._layers = None
-        fused.forget()
+        self.taken()
         self._anew.discard(entry.kind)
         if entry.storage is not None:
             self._anew.add(entry.kind)

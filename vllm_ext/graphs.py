@@ -6,7 +6,8 @@ run anew between its segments; what they hand on lies where the segments look fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,25 +16,50 @@ from vllm.compilation.breakable_cudagraph import (
     eager_break_during_capture,
 )
 
-from dsv4_plugin.model import fused
+from dsv4_plugin.cache.layer import LayerCache
+from dsv4_plugin.cache.step import Step
+from dsv4_plugin.model.parallel import Attend
 
 
-def breaking_attention() -> Callable[[Tensor, int], Tensor]:
-    """The core's `attend`, into a buffer of the graph that is captured, if one is.
+@dataclass
+class Running:
+    """The step that runs and its caches, for attention that a graph's replay calls: what it was
+    called with when the graph was captured is of another step.
 
-    To be called once vLLM has decided whether it uses such graphs, which is when it has made its
-    configuration: the decorator asks at once.
+    layers: how many attentions there are.
     """
 
-    @eager_break_during_capture
-    def attend_into(out: Tensor, x: Tensor, block: int) -> None:
-        out.copy_(fused.attend(x, block))
+    step: Step | None = None
+    caches: Sequence[LayerCache] = ()
+    layers: int = 0
 
-    def attend(x: Tensor, block: int) -> Tensor:
-        if not BreakableCUDAGraphCapture.is_active():
-            return fused.attend(x, block)
-        out = torch.empty_like(x)
-        attend_into(out, x, block)
-        return out
+    def begin(self, step: Step, caches: Sequence[LayerCache]) -> None:
+        assert len(caches) == self.layers
+        self.step, self.caches = step, caches
 
-    return attend
+    def forget(self) -> None:
+        """No step runs: its caches may go."""
+        self.step, self.caches = None, ()
+
+    def breaking(self, attention: Attend) -> Attend:
+        """The next layer's attention, into a buffer of the graph that is captured, if one is.
+
+        To be called once vLLM has decided whether it uses such graphs, which is when it has made
+        its configuration: the decorator asks at once.
+        """
+        layer = self.layers
+        self.layers += 1
+
+        @eager_break_during_capture
+        def attend_into(out: Tensor, x: Tensor) -> None:
+            assert self.step is not None
+            out.copy_(attention(x, self.step, self.caches[layer]))
+
+        def attend(x: Tensor, step: Step, cache: LayerCache) -> Tensor:
+            if not BreakableCUDAGraphCapture.is_active():
+                return attention(x, step, cache)
+            out = torch.empty_like(x)
+            attend_into(out, x)
+            return out
+
+        return attend

@@ -13,21 +13,16 @@ from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.sequence import IntermediateTensors
 
-from dsv4_plugin.cache.device_step import DeviceStepBuilder
-from dsv4_plugin.cache.layer import LayerCache
-from dsv4_plugin.cache.step import Step, StepBuilder
 from dsv4_plugin.checkpoint.files import MTP
 from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.names import stored_tensors
-from dsv4_plugin.engine import Batch
 from dsv4_plugin.kernels.dispatch import use_triton
-from dsv4_plugin.model import fused
+from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.transformer import Transformer
 from dsv4_plugin.plan import GIB, workspace_bytes
 from dsv4_plugin.warmup import nothing, warm_up
 from vllm_ext.cache import GroupMetadata, PagedCaches
 from vllm_ext.config import SERVED_TYPE, cache_layout, model_config_of
-from vllm_ext.graphs import breaking_attention
 from vllm_ext.parallel import VllmParallel
 
 if TYPE_CHECKING:
@@ -63,19 +58,16 @@ class DeepseekV4ForCausalLM(nn.Module):
         self.model = Transformer(config, self.parallel, self.parallel.stages[self.parallel.stage])
         ratios = [[config.compress_ratios[i] for i in s] for s in self.parallel.stages]
         self.caches = PagedCaches(config, self.layout, ratios, self.parallel.stage)
-        self.steps = StepBuilder(config, self.layout)
-        self.device = vllm_config.device_config.device
-        self.device_steps = None
+        self.device = torch.device(vllm_config.device_config.device)
         scheduler = vllm_config.scheduler_config
         rows, longest = scheduler.max_num_batched_tokens, vllm_config.model_config.max_model_len
         self.limits = rows, scheduler.max_num_seqs, longest
         self.drafting = vllm_config.speculative_config is not None
-        if use_triton(self.device) and not self.drafting:
-            self.device_steps = DeviceStepBuilder(config, self.layout, rows, self.device)
-            self.model.attend = breaking_attention()
+        self.steps = StepBuilder(config, self.layout, rows, self.device)
         self.begin = eager_break_during_capture(self._begin)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.caches.allocated = self._allocated
+        self.caches.taken = self.parallel.running.forget
         self.cache_config = vllm_config.cache_config
         self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._streams: Tensor | None = None
@@ -107,14 +99,14 @@ class DeepseekV4ForCausalLM(nn.Module):
     def _compile(self) -> None:
         """Compile what serving needs, once: before vLLM measures memory or captures a graph, or
         when it binds caches, whichever comes first. Strides are compiled in, addresses are not."""
-        if self.device_steps is None or self._compiled_for == self.caches.strides:
+        if not use_triton(self.device) or self._compiled_for == self.caches.strides:
             return
         self._compiled_for = self.caches.strides
         caches, _, _ = nothing(self.model, self.layout, self.device)
         tables = self.caches.nothing(self.device)
         with override_forward_context(None):
             warm_up(
-                self.model, self.device_steps, caches, tables, *self.limits,
+                self.model, self.steps, caches, tables, *self.limits,
                 share=(torch.distributed.get_rank(), torch.distributed.get_world_size()),
             )  # fmt: skip
 
@@ -148,36 +140,21 @@ class DeepseekV4ForCausalLM(nn.Module):
     ) -> Tensor | IntermediateTensors:
         """input_ids [T], perhaps padded -> hidden states [T, D]; positions follow from lengths.
         All pipeline stages but the last return the streams [T, R, D] instead."""
-        if self.device_steps is not None:
-            return self._forward_on_device(input_ids.int(), intermediate_tensors)
-        step, caches = self._step(len(input_ids))
-        n, total = len(step.window_write), len(input_ids)
-        ids = input_ids[:n].long()
+        self._compile()
+        self.begin(len(input_ids))
+        running = self.parallel.running
+        assert running.step is not None
+        step, caches, ids = running.step, running.caches, input_ids.int()
+        if self.model.first and self.model.last and not self.drafting:
+            return self.model(ids, step, caches)
         if self.model.first:
             h = self.model.spread(ids)
         else:
             assert intermediate_tensors is not None
-            h = intermediate_tensors[STREAMS][:n]
+            h = intermediate_tensors[STREAMS]
         h = self.model.run(h, ids, step, caches)
         if self.drafting:
             self._streams = h.flatten(1)
-        if self.model.last:
-            return nn.functional.pad(self.model.collapse(h), (0, 0, 0, total - n))
-        return IntermediateTensors({STREAMS: nn.functional.pad(h, (0, 0, 0, 0, 0, total - n))})
-
-    def _forward_on_device(
-        self, input_ids: Tensor, intermediate_tensors: IntermediateTensors | None
-    ) -> Tensor | IntermediateTensors:
-        self._compile()
-        self.begin(len(input_ids))
-        if self.model.first and self.model.last:
-            return fused.forward(self.model, input_ids)
-        if self.model.first:
-            h = self.model.spread(input_ids)
-        else:
-            assert intermediate_tensors is not None
-            h = intermediate_tensors[STREAMS]
-        h = fused.run(self.model, h, input_ids)
         return self.model.collapse(h) if self.model.last else IntermediateTensors({STREAMS: h})
 
     def make_empty_intermediate_tensors(
@@ -187,8 +164,7 @@ class DeepseekV4ForCausalLM(nn.Module):
         return IntermediateTensors({STREAMS: torch.zeros(shape, dtype=dtype, device=device)})
 
     def _begin(self, n_tokens: int) -> None:
-        """Build the device's step of so many rows, from what vLLM knows of the running forward."""
-        assert self.device_steps is not None
+        """Build the step of so many rows, from what vLLM knows of the running forward."""
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # before caches exist, or to keep data-parallel ranks in step: padding
             caches, _, ends = nothing(self.model, self.layout, self.device)
@@ -199,18 +175,7 @@ class DeepseekV4ForCausalLM(nn.Module):
             group: GroupMetadata = metadata[self.caches.window.prefix]
             lengths = group.longest_query, group.longest
             given = tables, group.query_start, group.seq_lens, n_tokens, *lengths
-        fused.begin(self.model, self.device_steps.build(*given), caches)
-
-    def _step(self, n_tokens: int) -> tuple[Step, list[LayerCache]]:
-        metadata = get_forward_context().attn_metadata
-        if metadata is None:
-            # A run before caches exist, or one that keeps data-parallel ranks in step: one
-            # request, in caches of its own.
-            batch = Batch(self.model, self.layout, [n_tokens], n_tokens)
-            return batch.step(torch.tensor([0]), torch.tensor([n_tokens])), batch.caches
-        group: GroupMetadata = metadata[self.caches.window.prefix]
-        tables = self.caches.tables(metadata)
-        return self.steps.build(tables, group.query_start, group.seq_lens), self.caches.layers()
+        self.parallel.running.begin(self.steps.build(*given), caches)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         hidden_states = float32_logits(hidden_states)

@@ -16,14 +16,16 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from dsv4_plugin.cache.layer import LayerCache
-from dsv4_plugin.cache.step import BlockTables, Step, StepBuilder
+from dsv4_plugin.cache.paged import BlockTables
+from dsv4_plugin.cache.step import Step
 from dsv4_plugin.checkpoint.files import MTP as PREFIX
 from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.config import SWA
-from dsv4_plugin.engine import Batch
+from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.mtp import MTP
-from vllm_ext.cache import CacheBlocks
+from dsv4_plugin.warmup import nothing
+from vllm_ext.cache import CacheBlocks, GroupMetadata
 from vllm_ext.config import cache_layout, model_config_of
 from vllm_ext.model import float32_logits
 from vllm_ext.parallel import VllmParallel
@@ -55,7 +57,9 @@ class DeepseekV4MTP(nn.Module):
         window = self.layout.window
         spec = {"block_size": self.layout.window_block, "window": config.sliding_window}
         self.cache = CacheBlocks("draft", [window], window.words, spec)
-        self.steps = StepBuilder(config, self.layout)
+        self.device = torch.device(vllm_config.device_config.device)
+        rows = vllm_config.scheduler_config.max_num_batched_tokens
+        self.steps = StepBuilder(config, self.layout, rows, self.device)
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -78,22 +82,21 @@ class DeepseekV4MTP(nn.Module):
     ) -> Tensor:
         """The next token of each position [T], the streams there [T, R * D] -> streams."""
         step, cache = self._step(len(input_ids))
-        n = len(step.window_write)
-        ids = input_ids[:n].long()
-        h = hidden_states[:n].unflatten(1, (self.config.hc_mult, -1))
-        h = self.model.network(h, self.embed_input_ids(ids), ids, step, cache).flatten(1)
-        return nn.functional.pad(h, (0, 0, 0, len(input_ids) - n))
+        h = hidden_states.unflatten(1, (self.config.hc_mult, -1))
+        ids = input_ids.int()
+        return self.model.network(h, self.embed_input_ids(ids), ids, step, cache).flatten(1)
 
     def _step(self, n_tokens: int) -> tuple[Step, LayerCache]:
         metadata = get_forward_context().attn_metadata
-        if metadata is None:
-            batch = Batch(self.model.network, self.layout, [n_tokens], n_tokens)
-            step = batch.step(torch.tensor([0]), torch.tensor([n_tokens]))
-            return step, batch.caches[0]
-        group = metadata[self.cache.prefix]
-        none = group.table[:, 0]
-        tables = BlockTables(group.table, group.table, none, self.cache.stride, 0, 0)
-        step = self.steps.build(tables, group.query_start, group.seq_lens)
+        if metadata is None:  # before caches exist: padding
+            caches, tables, ends = nothing(self.model.network, self.layout, self.device)
+            given = tables, ends, ends[:1], n_tokens, n_tokens, n_tokens
+            return self.steps.build(*given), caches[0]
+        group: GroupMetadata = metadata[self.cache.prefix]
+        table = group.table
+        tables = BlockTables(table, table, table[:, 0], self.cache.stride, 0, 0)
+        lengths = n_tokens, group.longest_query, group.longest
+        step = self.steps.build(tables, group.query_start, group.seq_lens, *lengths)
         return step, LayerCache.bind(self.layout, SWA, self.cache.layer(0), None, None)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:

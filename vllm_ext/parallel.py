@@ -31,6 +31,7 @@ from vllm.platforms import current_platform
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.linear import Product, pack, pack_rows
 from dsv4_plugin.model.parallel import MakeExperts, OwnExperts, SplitExperts
+from vllm_ext.graphs import Running
 
 
 class _Packed:
@@ -63,7 +64,7 @@ class PackedHead(_Packed, UnquantizedEmbeddingMethod):
 class VllmParallel:
     """This process's place in vLLM's groups, and its layers.
 
-    stage: pipeline rank; stages: the layers of every stage.
+    stage: pipeline rank; stages: the layers of every stage; running: the step that runs.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, expert_parallel: bool) -> None:
@@ -74,6 +75,8 @@ class VllmParallel:
         self.stage = pipeline.rank_in_group
         n, size = config.num_hidden_layers, pipeline.world_size
         self.stages = [range(*get_pp_indices(n, i, size)) for i in range(size)]
+        self.running = Running()
+        self.breaking = self.running.breaking
 
     def column(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
         return _packed(

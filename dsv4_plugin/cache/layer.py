@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dsv4_plugin.cache.layout import BlockLayout, CacheLayout
+from dsv4_plugin.cache.paged import BlockTables, Paged
 from dsv4_plugin.cache.rows import RowPool
 from dsv4_plugin.config import SWA
 
@@ -14,9 +15,10 @@ from dsv4_plugin.config import SWA
 @dataclass(frozen=True)
 class LayerCache:
     """window: KV rows of recent tokens. kv, key, carry, sums: see `layout`; None where the layer
-    kind has none."""
+    kind, `ratio`, has none."""
 
     layout: CacheLayout
+    ratio: int
     window: RowPool
     kv: RowPool | None = None
     key: RowPool | None = None
@@ -38,7 +40,25 @@ class LayerCache:
             assert page is not None
             assert ring is not None
             pools |= _pools(layout.page[ratio], page) | _pools(layout.ring[ratio], ring)
-        return cls(layout, **pools)
+        return cls(layout, ratio, **pools)
+
+    def window_rows(self, tables: BlockTables) -> Paged:
+        """The rows of positions."""
+        block = self.layout.window_block
+        return Paged(self.window, tables.window, tables.window_stride, 0, block)
+
+    def entries(self, tables: BlockTables) -> Paged:
+        """The compressed rows."""
+        return self._in_pages(self.kv, "kv", tables)
+
+    def keys(self, tables: BlockTables) -> Paged:
+        """The indexer's keys of the compressed rows."""
+        return self._in_pages(self.key, "key", tables)
+
+    def _in_pages(self, pool: RowPool | None, name: str, tables: BlockTables) -> Paged:
+        assert pool is not None
+        part = self.layout.page[self.ratio].parts[name]
+        return Paged(pool, tables.page, tables.page_stride, part.offset, part.rows)
 
 
 def _pools(layout: BlockLayout, storage: Tensor) -> dict[str, RowPool]:

@@ -27,9 +27,9 @@ from dsv4_plugin.cache.rows import (
     FP4IndexRows,
     FP8IndexRows,
     FP8KVRows,
+    RowCodec,
 )
 from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
-from dsv4_plugin.kernels.formats import RowCodec
 
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 INDEX_DTYPES = ("auto", "bfloat16", "fp8", "fp4")
@@ -68,6 +68,7 @@ class BlockLayout:
 class CacheLayout:
     """Block layouts by layer kind (compress ratio), shared by all layers of the kind."""
 
+    sliding_window: int
     page_size: int
     window_block: int
     ring_rows: int
@@ -115,7 +116,7 @@ class CacheLayout:
             page[HCA] = BlockLayout.of(kv=(kv, page_size // HCA))
             ring[HCA] = BlockLayout.of(sums=(Float32Rows(3 * d), rows))
         window = BlockLayout.of(kv=(kv, window_block))
-        return cls(page_size, window_block, rows, window, page, ring)
+        return cls(config.sliding_window, page_size, window_block, rows, window, page, ring)
 
     def rows_named(self) -> str:
         """For a log line: `FP8KV rows, FP4Index keys`."""

@@ -8,24 +8,52 @@ engine puts around it. (Words, not bytes: torch's row gather is 10 times slower 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from enum import IntEnum
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from dsv4_plugin.kernels.formats import RowCodec
 from dsv4_plugin.quant.e2m1 import MX_BLOCK, look_up_mxfp4, quantise_mxfp4
 from dsv4_plugin.quant.e4m3 import decode_e4m3, decode_ue8m0, quantise_e4m3
 
-FP8_BLOCK = 64
+KV_BLOCK = 64
 """Dims that share one scale in an fp8 KV row."""
+
+
+class RowFormat(IntEnum):
+    """How a row is stored; Triton kernels compare these numbers."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    FP8 = 2
+    FP4 = 3
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class RowCodec(Protocol):
+    """Turns [N, width] values into [N, words] int32 rows and back."""
+
+    format: ClassVar[RowFormat]
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def words(self) -> int: ...
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Float32Rows:
     """4 bytes per value: exact; states always, KV rows of a float32 model."""
 
-    kind: ClassVar[str] = "float32"
+    format: ClassVar[RowFormat] = RowFormat.FLOAT32
     width: int
 
     @property
@@ -43,7 +71,7 @@ class Float32Rows:
 class BFloat16Rows:
     """2 bytes per value."""
 
-    kind: ClassVar[str] = "bfloat16"
+    format: ClassVar[RowFormat] = RowFormat.BFLOAT16
     width: int
 
     @property
@@ -65,7 +93,7 @@ class FP8KVRows:
     For head_dim 512 with 64 rope dims: 448 + 128 + 7 + 1 = 584 bytes.
     """
 
-    kind: ClassVar[str] = "fp8"
+    format: ClassVar[RowFormat] = RowFormat.FP8
     width: int
     rope: int
 
@@ -75,14 +103,14 @@ class FP8KVRows:
 
     @property
     def blocks(self) -> int:
-        return -(-self.nope // FP8_BLOCK)
+        return -(-self.nope // KV_BLOCK)
 
     @property
     def words(self) -> int:
         return -(-(self.nope + 2 * self.rope + self.blocks) // 8) * 2
 
     def encode(self, x: Tensor) -> Tensor:
-        codes, scales = quantise_e4m3(x[:, : self.nope], FP8_BLOCK)
+        codes, scales = quantise_e4m3(x[:, : self.nope], KV_BLOCK)
         rope = x[:, self.nope :].to(torch.bfloat16).contiguous().view(torch.uint8)
         used = self.nope + 2 * self.rope + self.blocks
         padding = rope.new_zeros(x.shape[0], 4 * self.words - used)
@@ -92,7 +120,7 @@ class FP8KVRows:
         data = rows.view(torch.uint8)
         rope_end = self.nope + 2 * self.rope
         scales = decode_ue8m0(data[..., rope_end : rope_end + self.blocks])
-        nope = decode_e4m3(data[..., : self.nope], scales, FP8_BLOCK)
+        nope = decode_e4m3(data[..., : self.nope], scales, KV_BLOCK)
         rope = data[..., self.nope : rope_end].contiguous().view(torch.bfloat16)
         return torch.cat([nope.to(dtype), rope.to(dtype)], -1)
 
@@ -101,7 +129,7 @@ class FP8KVRows:
 class FP8IndexRows:
     """An indexer key: e4m3 codes and one float32 scale for the whole row (128 + 4 bytes)."""
 
-    kind: ClassVar[str] = "fp8"
+    format: ClassVar[RowFormat] = RowFormat.FP8
     width: int
 
     @property
@@ -122,7 +150,7 @@ class FP8IndexRows:
 class FP4IndexRows:
     """An indexer key: e2m1 codes, two per byte, and a UE8M0 scale per 32 (64 + 4 bytes)."""
 
-    kind: ClassVar[str] = "fp4"
+    format: ClassVar[RowFormat] = RowFormat.FP4
     width: int
 
     @property
@@ -166,6 +194,14 @@ class RowPool:
     def write(self, address: Tensor, x: Tensor) -> None:
         """Store x [N, width] at the int64 addresses [N]."""
         self._rows.index_put_((address,), self.codec.encode(x))
+
+    def write_real(self, address: Tensor, x: Tensor) -> None:
+        """The same, but rows of address -1 are not written."""
+        real = address >= 0
+        if real.all():
+            self.write(address, x)
+        elif real.any():
+            self.write(address[real], x[real])
 
     def read(self, address: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows at int64 addresses [...]: [..., width] in `dtype`."""

@@ -12,6 +12,7 @@ COMMANDS = {
     "checkpoint": "make checkpoints, convert or inspect them",
     "plan": "what fits on which GPUs",
     "gpu-check": "check and time every kernel on this GPU",
+    "bench": "latency and throughput of a running server",
     "chat": "talk to a server or the local engine",
     "render": "messages to prompt text and ids",
     "parse": "model output to a message",

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_plugin.cache.device_step import DeviceStepBuilder
 from dsv4_plugin.cache.layout import CacheLayout
+from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.checkpoint.files import DTYPES
 from dsv4_plugin.checkpoint.formats import format_fields
 from dsv4_plugin.checkpoint.load import load_weights
@@ -26,7 +26,7 @@ from dsv4_plugin.checkpoint.make import preset_fields
 from dsv4_plugin.checkpoint.names import EXPERT, Stored, stored_tensors
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.engine import allocate
-from dsv4_plugin.kernels.step import BlockTables, DeviceStep
+from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
 
@@ -217,7 +217,7 @@ class Requests:
     model: Transformer
     caches: list[Any]
     tables: BlockTables
-    steps: DeviceStepBuilder
+    steps: StepBuilder
     ids: Tensor
     count: int
     length: int
@@ -243,7 +243,7 @@ class Requests:
             0, model.config.vocab_size, (rows,), generator=generator, device=device,
             dtype=torch.int32,
         )  # fmt: skip
-        steps = DeviceStepBuilder(model.config, layout, rows, device)
+        steps = StepBuilder(model.config, layout, rows, device)
         found = cls(model, caches, tables, steps, ids, count, length)
         found._fill(min(CHUNK, length - 1), layout.page_size)
         return found
@@ -269,7 +269,7 @@ class Requests:
         start = torch.arange(count + 1, dtype=torch.int32, device=device) * tokens
         lengths = torch.full((count,), length, dtype=torch.int32, device=device)
         rows = count * tokens
-        step: DeviceStep = self.steps.build(tables, start, lengths, rows, tokens, length)
+        step = self.steps.build(tables, start, lengths, rows, tokens, length)
         hidden: Tensor = self.model(self.ids[:rows], step, self.caches)
         return hidden
 

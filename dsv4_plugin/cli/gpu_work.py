@@ -14,34 +14,14 @@ from torch import Tensor
 
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import BlockLayout, CacheLayout
-from dsv4_plugin.cache.rows import RowPool
+from dsv4_plugin.cache.paged import BlockTables
+from dsv4_plugin.cache.rows import RowFormat, RowPool
+from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
-from dsv4_plugin.kernels import (
-    compress,
-    experts,
-    gate,
-    norm,
-    paged_attention,
-    paged_index,
-    qkv,
-    step,
-    streams,
-)
 from dsv4_plugin.kernels.compress import State, Target
-from dsv4_plugin.kernels.packed import (
-    ROUNDED,
-    FP4Matrix,
-    FP8Matrix,
-    Matrix,
-    NVFP4Matrix,
-    tiled_product,
-)
-from dsv4_plugin.kernels.packed.experts import reference as packed_reference
-from dsv4_plugin.kernels.paged import Paged
-from dsv4_plugin.kernels.paged_attention import Queries
-from dsv4_plugin.kernels.step import BlockTables, DeviceStep, Rows
+from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix
+from dsv4_plugin.kernels.step import Rows
 from dsv4_plugin.kernels.streams import Mixer, Spread
-from dsv4_plugin.quant.e4m3 import round_e4m3
 
 Outputs = list[Tensor]
 HEADS, D, ROPE, HIDDEN, STREAMS, EXPERTS, INDEX_HEADS, INDEX_D = 64, 512, 64, 4096, 4, 256, 64, 128
@@ -152,15 +132,21 @@ class World:
         address = torch.empty(self.rows, dtype=torch.int64, device=self.device)
         return Rows(int32(self.rows), int32(self.rows), address, int32(4, self.rows))
 
-    def step(self, ratio: int) -> DeviceStep:
+    def grains(self) -> Tensor:
+        return torch.tensor((1, 1, 4, 128), dtype=torch.int32, device=self.device)
+
+    def step(self, ratio: int) -> Step:
+        from dsv4_plugin.kernels.step.reference import place
+
         rows, tables = self.places(), self.tables(ratio)
         words, block = self.layout.window.parts["kv"].codec.words, self.layout.window_block
-        step.reference(tables, self.start(), self.lengths(), block, words, (1, 1, 4, 128), rows)
+        place(tables, self.start(), self.lengths(), block, words, self.grains(), rows)
         angle = self.random(self.rows, ROPE // 2)
         cis = torch.stack([angle.cos(), angle.sin()], -1).flatten(1)
-        return DeviceStep(
-            rows.position, rows.request, rows.window_write, self.start(), self.lengths(),
-            {SWA: cis, CSA: cis, HCA: cis}, {CSA: cis, HCA: cis}, tables, self.tokens, self.length,
+        return Step(
+            self.layout, tables, self.start(), self.lengths(), rows.position, rows.request,
+            rows.window_write, {SWA: cis, CSA: cis, HCA: cis}, {CSA: cis, HCA: cis},
+            self.tokens, self.length,
         )  # fmt: skip
 
     def window(self) -> Tensor:
@@ -185,47 +171,44 @@ class World:
             for address in (first + part.offset + inside).flatten().split(1 << 16):
                 x = self.random(len(address), part.codec.width)
                 # States hold sums of exponentials, which are positive.
-                pool.write(address, x.abs() + 0.1 if part.codec.kind == "float32" else x)
+                pool.write(address, x.abs() + 0.1 if part.codec.format == RowFormat.FLOAT32 else x)
         return storage
 
 
 def place(world: World) -> Work:
-    from dsv4_plugin.kernels.step import kernel
+    from dsv4_plugin.kernels.step import kernel, reference
 
     words, block = world.layout.window.parts["kv"].codec.words, world.layout.window_block
-    grains = (1, 1, 4, 128)
-    on_device = torch.tensor(grains, dtype=torch.int32, device=world.device)
-    tables, start, lengths = world.tables(SWA), world.start(), world.lengths()
-
+    given = world.tables(SWA), world.start(), world.lengths(), block, words, world.grains()
     same = world.places()
 
-    def run(fill: Callable[[Rows], None]) -> Outputs:
+    def run(op: Callable[..., None]) -> Outputs:
         rows = world.places()
-        fill(rows)
+        op(*given, rows)
         return [rows.position, rows.request, rows.window_write, rows.angles_at]
 
     return Work(
-        lambda: run(lambda r: kernel.place(tables, start, lengths, block, words, on_device, r)),
-        lambda: run(lambda r: step.reference(tables, start, lengths, block, words, grains, r)),
+        lambda: run(kernel.place),
+        lambda: run(reference.place),
         36 * world.rows,
-        lambda: kernel.place(tables, start, lengths, block, words, on_device, same),
+        lambda: kernel.place(*given, same),
     )
 
 
 def latent_norm(world: World) -> Work:
-    from dsv4_plugin.kernels.norm import kernel
+    from dsv4_plugin.kernels.norm import kernel, reference
 
     x = world.random(world.rows, 1024, dtype=torch.bfloat16)
     weight = world.random(1024)
     return Work(
         lambda: [kernel.rms_norm(x, weight, EPS)],
-        lambda: [norm.reference(x, weight, EPS)],
+        lambda: [reference.rms_norm(x, weight, EPS)],
         2 * x.nbytes,
     )
 
 
 def queries_and_window(world: World) -> Work:
-    from dsv4_plugin.kernels.qkv import kernel
+    from dsv4_plugin.kernels.qkv import kernel, reference
 
     s = world.step(SWA)
     q = world.random(world.rows, HEADS, D, dtype=torch.bfloat16)
@@ -241,11 +224,11 @@ def queries_and_window(world: World) -> Work:
 
     nbytes = 2 * q.nbytes + kv.nbytes + 4 * codec.words * world.rows
     again = partial(kernel.qkv, q, kv, weight, EPS, s.cis[SWA], s.window_write, same)
-    return Work(lambda: run(kernel.qkv), lambda: run(qkv.reference), nbytes, again)
+    return Work(lambda: run(kernel.qkv), lambda: run(reference.qkv), nbytes, again)
 
 
 def compressor(world: World, ratio: int) -> Work:
-    from dsv4_plugin.kernels.compress import kernel
+    from dsv4_plugin.kernels.compress import kernel, reference
 
     s, cache = world.step(ratio), world.cache(ratio)
     assert cache.kv is not None
@@ -267,8 +250,7 @@ def compressor(world: World, ratio: int) -> Work:
             targets.append(Target(to.key, parts["key"].offset, weights[1], rotate=True))
             carry = parts["carry"].offset
         state = State(to.sums, world.layout.ring_rows, to.carry, carry)
-        size = world.layout.page_size
-        op(y, ape, EPS, s, ratio, size, targets, state, torch.bfloat16)
+        op(y, ape, EPS, s, ratio, targets, state, torch.bfloat16)
         return [to.kv.storage, to.sums.storage]
 
     def run(op: Callable[..., None]) -> Outputs:
@@ -277,11 +259,11 @@ def compressor(world: World, ratio: int) -> Work:
 
     nbytes = y.nbytes + 8 * cache.sums.codec.words * world.requests
     again = partial(on, kernel.compress, cache)
-    return Work(lambda: run(kernel.compress), lambda: run(compress.reference), nbytes, again)
+    return Work(lambda: run(kernel.compress), lambda: run(reference.compress), nbytes, again)
 
 
 def residual_streams(world: World) -> Work:
-    from dsv4_plugin.kernels.streams import kernel
+    from dsv4_plugin.kernels.streams import kernel, reference
 
     n, r = world.rows, STREAMS
     outputs = (2 + r) * r
@@ -298,17 +280,17 @@ def residual_streams(world: World) -> Work:
         return [streams_, x, spread.post, spread.mixing]
 
     nbytes = 2 * h.nbytes + 2 * out.nbytes + fn.nbytes
-    return Work(lambda: run(kernel.streams), lambda: run(streams.reference), nbytes)
+    return Work(lambda: run(kernel.streams), lambda: run(reference.streams), nbytes)
 
 
 def router(world: World) -> Work:
-    from dsv4_plugin.kernels.gate import kernel
+    from dsv4_plugin.kernels.gate import kernel, reference
 
     logits, bias = 3 * world.random(world.rows, EXPERTS), world.random(EXPERTS)
     ids = torch.zeros(world.rows, dtype=torch.int64, device=world.device)
     args = (logits, 6, 1.5, bias, None, ids)
     return Work(
-        lambda: list(kernel.gate(*args)), lambda: list(gate.reference(*args)), logits.nbytes
+        lambda: list(kernel.gate(*args)), lambda: list(reference.gate(*args)), logits.nbytes
     )
 
 
@@ -318,7 +300,7 @@ def _read(world: World, nbytes: int) -> int:
 
 
 def plain_experts(world: World) -> Work:
-    from dsv4_plugin.kernels.experts import kernel
+    from dsv4_plugin.kernels.experts import cpu, kernel
 
     x, ids, weight = world.routed()
     w13, w2 = (
@@ -328,14 +310,14 @@ def plain_experts(world: World) -> Work:
     args = (x, ids, weight, w13, w2, LIMIT)
     return Work(
         lambda: [kernel.experts(*args)],
-        lambda: [experts.grouped(*args)],
+        lambda: [cpu.experts(*args)],
         _read(world, w13.nbytes + w2.nbytes) + 2 * x.nbytes,
     )
 
 
 def packed_experts(world: World, kind: str) -> Work:
     """Inputs as they are: a sum in another order may round to another e4m3 value."""
-    from dsv4_plugin.kernels.experts import kernel
+    from dsv4_plugin.kernels.experts import cpu, kernel
 
     x, ids, weight = world.routed()
     d, f = HIDDEN, EXPERT_WIDTH
@@ -344,13 +326,13 @@ def packed_experts(world: World, kind: str) -> Work:
     stored = sum(t.nbytes for w in (w1, w3, w2) for t in vars(w).values() if torch.is_tensor(t))
     return Work(
         lambda: [kernel.packed_experts(*args)],
-        lambda: [packed_reference(*args)],
+        lambda: [cpu.packed_experts(*args)],
         _read(world, stored) + 2 * x.nbytes,
     )
 
 
 def fp8_linear(world: World, n_out: int, n_in: int) -> Work:
-    from dsv4_plugin.kernels.packed import kernel
+    from dsv4_plugin.kernels.packed import cpu, kernel
 
     x, matrix = (
         world.random(world.rows, n_in, dtype=torch.bfloat16),
@@ -358,30 +340,20 @@ def fp8_linear(world: World, n_out: int, n_in: int) -> Work:
     )
     return Work(
         lambda: [kernel.product(x, matrix)],
-        lambda: [tiled_product(x, matrix)],
+        lambda: [cpu.product(x, matrix)],
         n_out * n_in + x.nbytes + 2 * n_out * world.rows,
     )
 
 
 def rounded_inputs(world: World) -> Work:
-    from dsv4_plugin.kernels.packed import kernel
+    from dsv4_plugin.kernels.packed import cpu, kernel
 
     x = world.random(world.rows, HIDDEN, dtype=torch.bfloat16)
     return Work(
-        lambda: [kernel.round_inputs(x, ROUNDED)],
-        lambda: [round_e4m3(x, ROUNDED)],
+        lambda: [kernel.round_inputs(x)],
+        lambda: [cpu.round_inputs(x)],
         2 * x.nbytes,
     )
-
-
-def _paged(world: World, pool: RowPool | None, name: str, ratio: int) -> Paged:
-    assert pool is not None
-    tables = world.tables(ratio)
-    if name == "window":
-        block = world.layout.window_block
-        return Paged(pool, tables.window, tables.window_stride, 0, block)
-    part = world.layout.page[ratio].parts[name]
-    return Paged(pool, tables.page, tables.page_stride, part.offset, part.rows)
 
 
 def _entries(world: World, ratio: int) -> int:
@@ -390,7 +362,7 @@ def _entries(world: World, ratio: int) -> int:
 
 
 def index_queries(world: World) -> Work:
-    from dsv4_plugin.kernels.paged_index import kernel
+    from dsv4_plugin.kernels.index import kernel, reference
 
     cis = world.step(CSA).cis[CSA]
     q = world.random(world.rows, INDEX_HEADS, INDEX_D, dtype=torch.bfloat16)
@@ -398,39 +370,38 @@ def index_queries(world: World) -> Work:
 
     def expect() -> Outputs:
         """With the dims of a head in the kernel's order: every fourth together."""
-        turned, scaled = paged_index.reference_queries(q, weight, cis, "fp8")
+        turned, scaled = reference.queries(q, weight, cis, RowFormat.FP8)
         return [turned.unflatten(-1, (-1, 4)).transpose(-1, -2).flatten(-2), scaled]
 
-    return Work(lambda: list(kernel.queries(q, weight, cis, "fp8")), expect, 2 * q.nbytes)
+    return Work(lambda: list(kernel.queries(q, weight, cis, RowFormat.FP8)), expect, 2 * q.nbytes)
 
 
 def index(world: World) -> Work:
     """Scores and their top-k, from given queries."""
-    from dsv4_plugin.kernels.paged_index import kernel
+    from dsv4_plugin.kernels.index import kernel, reference
 
     s, cache = world.step(CSA), world.cache(CSA)
     q = world.random(world.rows, INDEX_HEADS, INDEX_D, dtype=torch.bfloat16)
     weight = world.random(world.rows, INDEX_HEADS)
-    keys = _paged(world, cache.key, "key", CSA)
-    n, tiles = world.length // CSA, world.tokens >= 16
-    kind = keys.pool.codec.kind
+    keys = cache.keys(s.tables)
+    n, kind = world.length // CSA, keys.pool.codec.format
     turned = kernel.queries(q, weight, s.cis[CSA], kind)
     at = s.position, s.request
 
     def launch() -> Outputs:
-        score = kernel.scores(*turned, keys, *at, CSA, n, tiles)
+        score = kernel.scores(*turned, keys, *at, CSA, n, s.tiles)
         return [kernel.topk(score, s.position, CSA, TOPK)]
 
     def expect() -> Outputs:
         # By the kernel's scores: sums of another order may choose another entry.
-        score = kernel.scores(*turned, keys, *at, CSA, n, tiles)
-        plain_queries = paged_index.reference_queries(q, weight, s.cis[CSA], kind)
-        plain = paged_index.reference_scores(*plain_queries, keys, *at, CSA, n)
+        score = kernel.scores(*turned, keys, *at, CSA, n, s.tiles)
+        plain_queries = reference.queries(q, weight, s.cis[CSA], kind)
+        plain = reference.scores(*plain_queries, keys, *at, CSA, n)
         seen = ~plain.isnan()
         close = 1e-3 * float(plain[seen].abs().max())
         # The kernel's rows are a little longer than there are entries.
         torch.testing.assert_close(score[:, :n][seen], plain[seen], rtol=0, atol=close)
-        return [paged_index.reference_topk(score, s.position, CSA, TOPK)]
+        return [reference.topk(score, s.position, CSA, TOPK)]
 
     row = 4 * keys.pool.codec.words
     nbytes = _entries(world, CSA) // world.tokens * row + q.nbytes
@@ -438,14 +409,13 @@ def index(world: World) -> Work:
 
 
 def attention(world: World, ratio: int) -> Work:
-    from dsv4_plugin.kernels.paged_attention import kernel
+    from dsv4_plugin.kernels.attention import kernel, reference
 
     s, cache = world.step(ratio), world.cache(ratio)
     q = world.random(world.rows, HEADS, D, dtype=torch.bfloat16)
     sink = world.random(HEADS)
-    queries = Queries(s.position, s.request, s.cis[ratio], world.length)
-    window = _paged(world, cache.window, "window", ratio)
-    entries = _paged(world, cache.kv, "kv", ratio) if ratio else None
+    window = cache.window_rows(s.tables)
+    entries = cache.entries(s.tables) if ratio else None
     chosen = None
     read = min(128, world.length)
     if ratio == CSA:
@@ -455,12 +425,12 @@ def attention(world: World, ratio: int) -> Work:
         read += min(TOPK, n)
     elif ratio == HCA:
         read += world.length // HCA
-    args = (q, sink, queries, window, 128, entries, ratio, chosen)
+    args = (q, sink, s.cis[ratio], s, window, 128, entries, ratio, chosen)
     row = 4 * window.pool.codec.words
     nbytes = read * row * (world.rows if ratio == CSA else world.requests) + 2 * q.nbytes
     return Work(
-        lambda: [kernel.paged_attention(*args, tiles=world.tokens >= 16)],
-        lambda: [paged_attention.reference(*args)],
+        lambda: [kernel.attention(*args)],
+        lambda: [reference.attention(*args)],
         nbytes,
     )
 

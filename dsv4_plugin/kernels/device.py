@@ -9,13 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.kernels.bits import e4m3_encode, e4m3_scale, ue8m0_decode
 
-FLOAT32 = tl.constexpr(0)
-BFLOAT16 = tl.constexpr(1)
-FP8 = tl.constexpr(2)
-FP4 = tl.constexpr(3)
-"""How a cache row is stored; `formats` maps a codec to one."""
+FLOAT32 = tl.constexpr(int(RowFormat.FLOAT32))
+BFLOAT16 = tl.constexpr(int(RowFormat.BFLOAT16))
+FP8 = tl.constexpr(int(RowFormat.FP8))
+FP4 = tl.constexpr(int(RowFormat.FP4))
+"""How a cache row is stored."""
 
 
 @triton.jit

@@ -1,10 +1,16 @@
-"""Which implementation of an operation runs: Triton's kernel or plain torch."""
+"""Which implementation of an operation runs.
+
+An operation is a package with one function, whose module `reference` defines it in plain torch, to
+be read; `cpu` is torch's fast way, `kernel` Triton's. Which one a device takes is decided once.
+"""
 
 from __future__ import annotations
 
 import logging
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -14,12 +20,17 @@ log = logging.getLogger("dsv4_plugin")
 
 LOWEST = (8, 0)
 """The oldest NVIDIA compute capability the kernels are compiled and checked for."""
+MODULES = {"triton": "kernel", "torch": "cpu", "reference": "reference"}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def implementation(operation: str, device: torch.device) -> Any:
+    """The module of an operation's package that computes it on a device."""
+    return _module(operation, device.type, device.index)
+
+
 def use_triton(device: torch.device) -> bool:
-    """Are this device's operations Triton's? Logged once, with the reason."""
-    return _decide(device.type, device.index, env.KERNELS.read())
+    """Are this device's operations Triton's?"""
+    return chosen(device.type, device.index) == "triton"
 
 
 def require_driver() -> None:
@@ -37,30 +48,43 @@ def require_driver() -> None:
     except RuntimeError:
         raise ValueError(
             "DSV4_KERNELS is 'triton', but Triton finds no GPU driver here; "
-            "allowed without one are auto and torch"
+            "allowed without one are auto, torch and reference"
         ) from None
 
 
 @lru_cache
-def _decide(kind: str, index: int | None, choice: str) -> bool:
-    """Raises ModuleNotFoundError where DSV4_KERNELS=triton and there is no Triton."""
-    triton, reason = _choose(kind, index, choice)
-    log.info("Kernels on %s: %s (%s).", kind, "Triton" if triton else "torch", reason)
-    return triton
+def chosen(kind: str, index: int | None) -> str:
+    """triton, torch or reference, for a device; logged once, with the reason.
+
+    Raises ModuleNotFoundError where DSV4_KERNELS=triton and there is no Triton."""
+    choice, reason = _choose(kind, index, env.KERNELS.read())
+    log.info("Kernels on %s: %s (%s).", kind, choice.replace("triton", "Triton"), reason)
+    return choice
 
 
-def _choose(kind: str, index: int | None, choice: str) -> tuple[bool, str]:
+@lru_cache
+def _module(operation: str, kind: str, index: int | None) -> Any:
+    return import_module(f"{operation}.{MODULES[chosen(kind, index)]}")
+
+
+def choose_again() -> None:
+    """Forget what was chosen: DSV4_KERNELS has changed, as it does in tests."""
+    chosen.cache_clear()
+    _module.cache_clear()
+
+
+def _choose(kind: str, index: int | None, choice: str) -> tuple[str, str]:
     installed = find_spec("triton") is not None
     if choice != "auto":
         if choice == "triton" and not installed:
             raise ModuleNotFoundError("DSV4_KERNELS is triton, but Triton is not installed")
-        return choice == "triton", f"DSV4_KERNELS={choice}"
+        return choice, f"DSV4_KERNELS={choice}"
     if kind != "cuda":
-        return False, "not a GPU"
+        return "torch", "not a GPU"
     if not installed:
-        return False, "Triton is not installed"
+        return "torch", "Triton is not installed"
     if torch.version.hip is None:
         found = torch.cuda.get_device_capability(index)
         if found < LOWEST:
-            return False, f"compute capability {found[0]}.{found[1]} is below {LOWEST[0]}.0"
-    return True, torch.cuda.get_device_name(index)
+            return "torch", f"compute capability {found[0]}.{found[1]} is below {LOWEST[0]}.0"
+    return "triton", torch.cuda.get_device_name(index)

@@ -1,4 +1,4 @@
-"""One layer: attention, then MoE, each between mHC's pre and post."""
+"""One layer: attention, then MoE, each between mHC's collapse and spread."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ from torch import Tensor, nn
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.kernels.streams import Spread, streams
 from dsv4_plugin.model.attention import Attention
 from dsv4_plugin.model.hyper_connection import HyperConnection
 from dsv4_plugin.model.moe import MoE
 from dsv4_plugin.model.norm import RMSNorm
 from dsv4_plugin.model.parallel import Parallel
 
+Streams = tuple[Tensor | None, Tensor, Spread | None]
+"""The residual streams between two sublayers: the last one's output [T, D], the streams [T, R, D]
+without it, and how it joins them. (None, h, None: it has.) Joining and the next collapse are one
+pass over them."""
+
 
 class Block(nn.Module):
+    """attend: the attention, or what an engine puts around it where its captured graphs break."""
+
     def __init__(self, config: ModelConfig, parallel: Parallel, layer: int, prefix: str) -> None:
         super().__init__()
         d, eps = config.hidden_size, config.rms_norm_eps
@@ -22,13 +30,11 @@ class Block(nn.Module):
         self.attn_norm, self.ffn_norm = RMSNorm(d, eps), RMSNorm(d, eps)
         self.attn = Attention(config, parallel, layer, f"{prefix}.attn")
         self.ffn = MoE(config, parallel, layer, f"{prefix}.ffn")
+        self.attend = parallel.breaking(self.attn.forward)
 
-    def forward(self, h: Tensor, input_ids: Tensor, step: Step, cache: LayerCache) -> Tensor:
-        """h [T, R, D] -> [T, R, D], in the model's dtype."""
-        dtype, h32 = h.dtype, h.float()
-        x, post, mixing = self.hc_attn.pre(h32)
-        out = self.attn(self.attn_norm(x.to(dtype)), step, cache)
-        h32 = self.hc_attn.post(out, h32, post, mixing).to(dtype).float()
-        x, post, mixing = self.hc_ffn.pre(h32)
-        out = self.ffn(self.ffn_norm(x.to(dtype)), input_ids)
-        return self.hc_ffn.post(out, h32, post, mixing).to(dtype)
+    def forward(self, before: Streams, input_ids: Tensor, step: Step, cache: LayerCache) -> Streams:
+        """input_ids int [T]."""
+        h, x, by = streams(*before, self.hc_attn.mixer(self.attn_norm))
+        out = self.attend(x, step, cache)
+        h, x, by = streams(out, h, by, self.hc_ffn.mixer(self.ffn_norm))
+        return self.ffn(x, input_ids, step), h, by

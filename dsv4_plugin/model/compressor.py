@@ -3,7 +3,7 @@
 A CSA layer runs two of them on the same tokens, one for KV entries and one for indexer keys; their
 channels lie side by side here (C of them), so that one product and one pooling serve both.
 
-Shapes: T tokens, G tokens of a decode group, h halves (1 for HCA, 2 for CSA), C channels per half.
+Shapes: T tokens, h halves (1 for HCA, 2 for CSA), C channels per half.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dsv4_plugin.cache.layer import LayerCache
-from dsv4_plugin.cache.rows import RowPool
-from dsv4_plugin.cache.step import DecodeGroup, PrefillSpan, Step
+from dsv4_plugin.cache.rows import RowFormat
+from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import CSA, ModelConfig
-from dsv4_plugin.kernels import pooling
-from dsv4_plugin.kernels.rope import rotate_
+from dsv4_plugin.kernels.compress import State, Target, compress
 from dsv4_plugin.model.norm import RMSNorm
 from dsv4_plugin.model.parallel import Linear
 
@@ -34,7 +33,7 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(dim, config.rms_norm_eps)
 
 
-class Pool(nn.Module):
+class Compressors(nn.Module):
     """Runs a layer's compressors over a step, from pooling sums in the cache to finished rows.
 
     Made of loaded compressors, whose products it fuses into one (and takes away from them). Pooling
@@ -45,9 +44,9 @@ class Pool(nn.Module):
     def __init__(self, ratio: int, compressors: list[Compressor], dtype: torch.dtype) -> None:
         super().__init__()
         self.ratio, self.halves, self.dtype = ratio, 2 if ratio == CSA else 1, dtype
-        self.norms = nn.ModuleList(c.norm for c in compressors)
-        self.dims = [c.norm.weight.numel() for c in compressors]
-        self.channels = sum(self.dims)
+        self.norms = [c.norm for c in compressors]
+        self.eps = compressors[0].norm.eps
+        self.channels = sum(c.norm.weight.numel() for c in compressors)
         kv = self._beside([c.wkv.weight for c in compressors], 0)
         gate = self._beside([c.wgate.weight for c in compressors], 0)
         self.project = Linear(kv.shape[1], 2 * len(kv), torch.float32)
@@ -62,108 +61,19 @@ class Pool(nn.Module):
         parts = [t.unflatten(dim, (self.halves, -1)) for t in tensors]
         return torch.cat(parts, dim + 1).flatten(dim, dim + 1)
 
-    def forward(self, x: Tensor, step: Step, cache: LayerCache, rotate: Tensor | None) -> None:
-        """Pool the normed x [T, D] and write whatever became complete.
-
-        rotate: Hadamard matrix applied to indexer keys before they are quantised, or None.
-        """
-        y = self.project(x.float()).unflatten(-1, (2, self.halves, self.channels))
-        for group in step.decode:
-            if not group.opens_page:
-                self._decode(y.index_select(0, group.rows), group, cache, rotate)
-        for span in step.prefill:
-            self._prefill(y[span.start : span.end], span, cache, rotate)
-        for group in step.decode:
-            if group.opens_page:
-                self._decode(y.index_select(0, group.rows), group, cache, rotate)
-
-    def _decode(
-        self, y: Tensor, group: DecodeGroup, cache: LayerCache, rotate: Tensor | None
-    ) -> None:
-        at = group.pooling[self.ratio]
-        assert cache.sums is not None
-        score = y[:, 1] + self.ape[at.phase]
-        before = cache.sums.read(at.before, torch.float32).unflatten(-1, (self.halves, 3, -1))
-        nothing = pooling.nothing(y)
-        if at.opening.numel():
-            if self.halves == 2:
-                before[at.opening, 1] = before[at.opening, 0]
-            before[at.opening, 0] = nothing
-        if self.halves == 2 and at.paging.numel():
-            assert cache.carry is not None
-            packed = cache.carry.read(at.carry_in, torch.float32).unflatten(-1, (2, -1))
-            before[at.paging, 1] = pooling.unpack(packed)
-        before[at.fresh] = nothing
-        sums = pooling.merge(before, pooling.of_token(y[:, 0], score))
-        cache.sums.write(at.sums, sums.flatten(1))
-        if at.closing.numel():
-            entries = pooling.mean(sums[at.closing, -1])
-            self._finish(entries, at.cis, at.kv_out, at.key_out, cache, rotate)
-        if self.halves == 2 and at.filling.numel():
-            self._carry(sums[at.filling, 0], at.carry_out, cache.carry)
-
-    def _prefill(
-        self, y: Tensor, span: PrefillSpan, cache: LayerCache, rotate: Tensor | None
-    ) -> None:
-        at, r = span.pooling[self.ratio], self.ratio
-        assert cache.sums is not None
-        sums = self._windows(y, span)
-        if span.p0 % r or (span.p0 and self.halves == 2):
-            before = cache.sums.read(at.before, torch.float32)[0].unflatten(
-                -1, (self.halves, 3, -1)
-            )
-        previous = None
-        if span.p0 % r:
-            sums[0] = pooling.merge(before, sums[0])
-        elif span.p0 and self.halves == 2:
-            previous = before[0]
-            if at.carry_in is not None:
-                assert cache.carry is not None
-                packed = cache.carry.read(at.carry_in, torch.float32).unflatten(-1, (2, -1))
-                previous = pooling.unpack(packed)[0]
-        if self.halves == 2:
-            if previous is not None:
-                sums[0, 1] = pooling.merge(previous, sums[0, 1])
-            sums[1:, 1] = pooling.merge(sums[:-1, 0], sums[1:, 1])
-            if at.carry_windows.numel():
-                self._carry(sums[at.carry_windows, 0], at.carry_out, cache.carry)
-        cache.sums.write(at.sums, sums[-1].reshape(1, -1))
-        closed = span.p1 // r - span.p0 // r
-        if closed:
-            entries = pooling.mean(sums[:closed, -1])
-            self._finish(entries, at.cis, at.kv_out, at.key_out, cache, rotate)
-
-    def _windows(self, y: Tensor, span: PrefillSpan) -> Tensor:
-        """States of the windows the span touches: [windows, h, 3, C]."""
-        r, (n, _, h, c) = self.ratio, y.shape
-        lead, tail = span.p0 % r, -span.p1 % r
-        phase = torch.arange(span.p0, span.p1, device=y.device) % r
-        kv, score = y[:, 0], y[:, 1] + self.ape[phase]
-        if lead or tail:
-            shape = (lead + n + tail, h, c)
-            kv, score = kv.new_zeros(shape), score.new_full(shape, float("-inf"))
-            kv[lead : lead + n] = y[:, 0]
-            score[lead : lead + n] = y[:, 1] + self.ape[phase]
-        return pooling.of_windows(kv.unflatten(0, (-1, r)), score.unflatten(0, (-1, r)))
-
-    def _finish(
-        self,
-        entries: Tensor,
-        cis: Tensor,
-        kv_out: Tensor,
-        key_out: Tensor | None,
-        cache: LayerCache,
-        rotate: Tensor | None,
-    ) -> None:
-        parts = entries.to(self.dtype).split(self.dims, -1)
+    def forward(self, x: Tensor, step: Step, cache: LayerCache) -> None:
+        """Pool the normed x [T, D] and write whatever became complete."""
         assert cache.kv is not None
-        cache.kv.write(kv_out, rotate_(self.norms[0](parts[0]), cis))
-        if key_out is not None:
-            assert cache.key is not None
-            key = rotate_(self.norms[1](parts[1]), cis)
-            cache.key.write(key_out, key if rotate is None else key.float() @ rotate)
-
-    @staticmethod
-    def _carry(state: Tensor, address: Tensor, pool: RowPool | None) -> None:
-        assert pool is not None
-        pool.write(address, pooling.pack(state).flatten(1))
+        assert cache.sums is not None
+        parts = cache.layout.page[self.ratio].parts
+        weights = [norm.weight for norm in self.norms]
+        targets = [Target(cache.kv, parts["kv"].offset, weights[0])]
+        carry = 0
+        if cache.key is not None:
+            # Under a Hadamard transform, which decides how quantised keys round.
+            quantised = cache.key.codec.format in (RowFormat.FP8, RowFormat.FP4)
+            targets.append(Target(cache.key, parts["key"].offset, weights[1], quantised))
+            carry = parts["carry"].offset
+        state = State(cache.sums, cache.layout.ring_rows, cache.carry, carry)
+        y = self.project(x.float()).view(-1, 2, self.halves, self.channels)
+        compress(y, self.ape, self.eps, step, self.ratio, targets, state, self.dtype)

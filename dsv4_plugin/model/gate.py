@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.kernels.select import stable_topk
+from dsv4_plugin.kernels.gate import gate
 
 
 class Gate(nn.Module):
@@ -27,12 +27,6 @@ class Gate(nn.Module):
             self.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D], input_ids int64 [T] -> expert ids int64 [T, k], weights float32 [T, k]."""
-        scores = nn.functional.softplus(nn.functional.linear(x.float(), self.weight)).sqrt_()
-        if self.tid2eid is not None:
-            ids: Tensor = self.tid2eid[input_ids]
-        else:
-            assert self.bias is not None
-            ids = stable_topk(scores + self.bias, self.k)
-        weight = scores.gather(1, ids)
-        return ids, weight / weight.sum(-1, keepdim=True) * self.scale
+        """x [T, D], input_ids int [T] -> expert ids int64 [T, k], weights float32 [T, k]."""
+        logits = nn.functional.linear(x.float(), self.weight)
+        return gate(logits, self.k, self.scale, self.bias, self.tid2eid, input_ids)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.experts import swiglu
 from dsv4_plugin.model.gate import Gate
 from dsv4_plugin.model.parallel import Parallel
@@ -34,6 +36,9 @@ class MoE(nn.Module):
         self.shared_experts = Expert(config, parallel, f"{prefix}.shared_experts")
         self.all_reduce = parallel.all_reduce
 
-    def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
+    def forward(self, x: Tensor, input_ids: Tensor, step: Step) -> Tensor:
         """x [T, D] -> [T, D]."""
-        return self.all_reduce(self.experts(x, *self.gate(x, input_ids)) + self.shared_experts(x))
+        ids, weight = self.gate(x, input_ids)
+        if use_triton(x.device):  # no expert is read for rows of padding
+            ids.masked_fill_(step.padding[:, None], -1)
+        return self.all_reduce(self.experts(x, ids, weight) + self.shared_experts(x))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import SWA, ModelConfig
+from dsv4_plugin.kernels.streams import spread, streams
 from dsv4_plugin.model.block import Block
 from dsv4_plugin.model.hyper_connection import HyperHead
 from dsv4_plugin.model.norm import RMSNorm
@@ -54,12 +55,10 @@ class MTP(Network):
         of each position, ids [T], embedding [T, D] -> this block's streams [T, R, D]."""
         block = self._block
         e = block.e_proj(block.enorm(embedding))
-        joined = block.h_proj(block.hnorm(h).flatten(0, 1)).view_as(h)
-        out: Tensor = block(e[:, None] + joined, ids, step, cache)
-        return out
+        joined = block.h_proj(block.hnorm(h.flatten(0, 1))).view_as(h)
+        return spread(*block((None, e[:, None] + joined, None), ids, step, cache))
 
     def collapse(self, h: Tensor) -> Tensor:
         """Streams [T, R, D] -> hidden states [T, D], ready for the head."""
         block = self._block
-        out: Tensor = block.norm(block.hc_head(h))
-        return out
+        return streams(None, h, None, block.hc_head.mixer(block.norm))[1]

@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dsv4_plugin.cache.layer import LayerCache
+from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.experts import experts
@@ -65,6 +67,10 @@ class OutputGroups:
         return out
 
 
+Attend = Callable[[Tensor, Step, LayerCache], Tensor]
+"""x [T, D], normed -> [T, D]."""
+
+
 class RoutedExperts(Protocol):
     """x [T, D], expert ids int64 [T, k], weights float32 [T, k] -> this rank's sum [T, D]."""
 
@@ -104,6 +110,10 @@ class Parallel(Protocol):
         """The experts of a layer, by width or by number; make builds other than plain ones."""
 
     def all_reduce(self, x: Tensor) -> Tensor: ...
+
+    def breaking(self, attention: Attend) -> Attend:
+        """A layer's attention, perhaps outside of the graphs that an engine captures around it:
+        whatever differs from step to step, other than in values, stays in there."""
 
 
 def take_shard(param: nn.Parameter, tensor: Tensor, rank: int, dim: int | None = None) -> None:
@@ -290,6 +300,9 @@ class LocalParallel:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
+
+    def breaking(self, attention: Attend) -> Attend:
+        return attention
 
 
 class RankParallel(LocalParallel):

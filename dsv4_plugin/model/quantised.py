@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv4_plugin.config import FP4_BLOCKS, FP8_BLOCK, Experts, ModelConfig
+from dsv4_plugin.kernels.experts import packed_experts
 from dsv4_plugin.kernels.packed import (
     FP4Matrix,
     FP8Matrix,
@@ -21,7 +22,6 @@ from dsv4_plugin.kernels.packed import (
     product,
     round_inputs,
 )
-from dsv4_plugin.kernels.packed.experts import packed_experts
 from dsv4_plugin.model.parallel import GroupedLinear, MakeExperts, OutputGroups, Parallel
 from dsv4_plugin.quant.e4m3 import decode_ue8m0
 
@@ -33,6 +33,7 @@ class QuantisedParallel:
         self.config, self.plain = config, plain
         self.rank, self.size, self.dtype = plain.rank, plain.size, plain.dtype
         self.embedding, self.head, self.all_reduce = plain.embedding, plain.head, plain.all_reduce
+        self.breaking = plain.breaking
 
     def column(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
         if not self.config.is_fp8(prefix):

@@ -5,7 +5,7 @@ With pipeline parallelism a process holds some of the blocks; the R streams trav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.kernels.step import DeviceStep
-from dsv4_plugin.model import fused
-from dsv4_plugin.model.block import Block
+from dsv4_plugin.kernels.streams import spread, streams
+from dsv4_plugin.model.block import Block, Streams
 from dsv4_plugin.model.hyper_connection import HyperHead
 from dsv4_plugin.model.norm import RMSNorm
 from dsv4_plugin.model.parallel import Parallel
@@ -49,12 +48,7 @@ class Network(nn.Module):
 
 
 class Transformer(Network):
-    """Parameters carry the checkpoint's names (see `checkpoint.names`).
-
-    attend: a layer's attention in steps on the device; where an engine's graphs break.
-    """
-
-    attend: Callable[[Tensor, int], Tensor] = staticmethod(fused.attend)
+    """Parameters carry the checkpoint's names (see `checkpoint.names`)."""
 
     def __init__(
         self, config: ModelConfig, parallel: Parallel, layers: range | None = None
@@ -77,36 +71,30 @@ class Transformer(Network):
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.head = parallel.head("head")
 
-    def forward(
-        self, input_ids: Tensor, step: Step | DeviceStep, caches: Sequence[LayerCache]
-    ) -> Tensor:
-        """input_ids int64 [T] -> hidden states [T, D], normed, ready for `head`."""
-        if isinstance(step, DeviceStep):
-            fused.begin(self, step, caches)
-            return fused.forward(self, input_ids)
-        return self.collapse(self.run(self.spread(input_ids), input_ids, step, caches))
+    def forward(self, input_ids: Tensor, step: Step, caches: Sequence[LayerCache]) -> Tensor:
+        """input_ids int [T], padding included -> hidden states [T, D], normed, ready for `head`."""
+        return self._collapse(self._blocks(self.spread(input_ids), input_ids, step, caches))
 
     def spread(self, input_ids: Tensor) -> Tensor:
         """Embeddings as the first streams: [T, R, D]. First stage only."""
         h: Tensor = self.embed(input_ids)
         return h[:, None].repeat(1, self.config.hc_mult, 1)
 
-    def run(
-        self,
-        h: Tensor,
-        input_ids: Tensor,
-        step: Step | DeviceStep,
-        caches: Sequence[LayerCache],
-    ) -> Tensor:
-        """This stage's blocks: [T, R, D] -> [T, R, D]."""
-        if isinstance(step, DeviceStep):
-            fused.begin(self, step, caches)
-            return fused.run(self, h, input_ids)
-        for layer, cache in zip(self.layers.values(), caches, strict=True):
-            h = layer(h, input_ids, step, cache)
-        return h
+    def run(self, h: Tensor, input_ids: Tensor, step: Step, caches: Sequence[LayerCache]) -> Tensor:
+        """This stage's blocks: streams [T, R, D] -> [T, R, D]."""
+        return spread(*self._blocks(h, input_ids, step, caches))
 
     def collapse(self, h: Tensor) -> Tensor:
         """The last streams [T, R, D] -> hidden states [T, D]. Last stage only."""
-        out: Tensor = self.norm(self.hc_head(h))
-        return out
+        return self._collapse((None, h, None))
+
+    def _blocks(
+        self, h: Tensor, input_ids: Tensor, step: Step, caches: Sequence[LayerCache]
+    ) -> Streams:
+        now: Streams = None, h, None
+        for block, cache in zip(self.layers.values(), caches, strict=True):
+            now = block(now, input_ids, step, cache)
+        return now
+
+    def _collapse(self, last: Streams) -> Tensor:
+        return streams(*last, self.hc_head.mixer(self.norm))[1]

@@ -17,7 +17,6 @@ from dsv4_plugin.checkpoint.files import MTP
 from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.kernels.step import DeviceStep
 from dsv4_plugin.model.transformer import Transformer
 from sglang_ext.config import cache_layout
 from sglang_ext.parallel import SglangParallel
@@ -63,9 +62,8 @@ class DeepseekV4PluginForCausalLM(nn.Module):
     ) -> LogitsProcessorOutput:
         """input_ids [T]; positions follow from lengths."""
         backend = get_attn_backend()
-        step = backend.forward_metadata
-        ids = input_ids.int() if isinstance(step, DeviceStep) else input_ids.long()
-        hidden = self.model(ids, step, backend.token_to_kv_pool.layers)
+        caches = backend.token_to_kv_pool.layers
+        hidden = self.model(input_ids.int(), backend.forward_metadata, caches)
         return self.logits_processor(input_ids, hidden, self.model.head, forward_batch)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 
 from dsv4_plugin import env
+from dsv4_plugin.bench.datasets import GENERATED, INPUT
+from dsv4_plugin.bench.measures import BUSY, LATE
 from dsv4_plugin.checkpoint.convert import CONVERSIONS
 from dsv4_plugin.checkpoint.formats import FORMATS
-from dsv4_plugin.cli import COMMANDS
+from dsv4_plugin.cli import COMMANDS, bench
 from dsv4_plugin.plan import GPUS
 from tests.paths import ROOT
 
@@ -44,6 +47,25 @@ def test_commands():
     rows = re.findall(r"^\| (.*`dsv4 [^|]*(?:\\\|[^|]*)*) \|", text("README.md"), re.M)
     named = {quoted(row)[0].split()[1] for row in rows}
     assert named == set(COMMANDS)
+
+
+def test_options_of_bench():
+    rows = re.findall(r"^\| `(--[a-z-]+)` \|", text("docs/bench.md"), re.M)
+    parser = argparse.ArgumentParser(add_help=False)
+    bench.add_arguments(parser)
+    known = [option for action in parser._actions for option in action.option_strings]
+    assert sorted(rows) == sorted(known)
+    assert f"`{bench.CONCURRENCY}`" in text("docs/bench.md")
+
+
+def test_datasets_of_bench():
+    document = text("docs/bench.md")
+    rows = re.findall(r"^\| `(\w+)` \| .*?(\d+)? \|$", document, re.M)
+    found = {name: tokens for name, tokens in rows if name in GENERATED}
+    assert found == {name: str(INPUT.get(name, "")) for name in GENERATED}
+    marks = re.search(r"in one of 20 looks by more than (\d+) ms", document)
+    assert int(marks[1]) == LATE * 1000
+    assert f"more than {BUSY * 100:.0f} %" in document
 
 
 def test_formats():

@@ -84,7 +84,7 @@ def test_a_page_that_is_filled_in_the_same_step(small, reference, more):
     model = load(small, dtype="float32")
     ids = random_ids(300, seed=8)
     with torch.inference_mode():
-        batch = Batch(model.model, model.layout, [300, 300], 300, poison=True)
+        batch = Batch(model.model, model.layout, [300, 300], 340, poison=True)
         blocks = 256 // model.layout.window_block
         batch.tables.window[1, :blocks] = batch.tables.window[0, :blocks]
         batch.tables.page[1, 0] = batch.tables.page[0, 0]

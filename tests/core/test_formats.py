@@ -19,9 +19,9 @@ from dsv4_plugin.checkpoint.make import PRESETS, made_tensors, make_checkpoint
 from dsv4_plugin.checkpoint.names import EXPERT, stored_as, stored_tensors
 from dsv4_plugin.cli import main
 from dsv4_plugin.config import HF_QUANT, ModelConfig
-from dsv4_plugin.kernels.experts import reference as experts_reference
+from dsv4_plugin.kernels.experts import packed_experts
+from dsv4_plugin.kernels.experts.reference import experts as experts_reference
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, NVFP4Matrix, product
-from dsv4_plugin.kernels.packed.experts import packed_experts
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
 from dsv4_plugin.quant.e4m3 import e4m3_values
 from tests.conftest import SMALL, random_ids

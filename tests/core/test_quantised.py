@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from dsv4_plugin import load
 from dsv4_plugin.engine import Batch
-from dsv4_plugin.model import attention
+from dsv4_plugin.kernels.streams import spread
+from dsv4_plugin.model import indexer
 from tests.paths import SHARED, needs_shared
 from tests.tolerances import QUANTISED
 
@@ -43,34 +44,25 @@ def test_recorded_layers(model, golden, layer, monkeypatch):
     gate = recorded("gate_idx"), recorded("gate_w")
     monkeypatch.setattr(block.ffn.gate, "forward", lambda x, ids: gate)
     if recorded("topk_idx_plus_offset") is not None:
-        force_choice(monkeypatch, recorded("topk_idx_plus_offset")[0] - TOKENS)
+        chosen = (recorded("topk_idx_plus_offset")[0] - TOKENS).clamp(min=-1).int()
+        monkeypatch.setattr(indexer, "choose", lambda *_: chosen)
     found = {}
-    attn, ffn = block.attn.forward, block.ffn.forward
+    attn, ffn = block.attend, block.ffn.forward
 
     def attention_then_the_recorded(x, step, cache):
         found["attn_out"] = attn(x, step, cache)
         return recorded("attn_out")[0].to(torch.bfloat16)
 
-    def remember(x, ids):
-        found["ffn_out"] = ffn(x, ids)
+    def remember(x, ids, step):
+        found["ffn_out"] = ffn(x, ids, step)
         return found["ffn_out"]
 
-    monkeypatch.setattr(block.attn, "forward", attention_then_the_recorded)
+    monkeypatch.setattr(block, "attend", attention_then_the_recorded)
     monkeypatch.setattr(block.ffn, "forward", remember)
     with torch.inference_mode():
         batch = Batch(network, model.layout, [TOKENS], TOKENS)
         step = batch.step(torch.tensor([0]), torch.tensor([TOKENS]))
-        found["out"] = block(h, ids, step, batch.caches[layer])
+        found["out"] = spread(*block((None, h, None), ids, step, batch.caches[layer]))
     for name, out in found.items():
         expected = recorded(name)[0]
         assert (out.float() - expected).norm() / expected.norm() < QUANTISED
-
-
-def force_choice(monkeypatch, chosen: torch.Tensor) -> None:
-    """chosen int64 [T, k]: entries, negative where unused."""
-
-    def choose(self, part: slice, count: int):
-        rows = chosen[part]
-        return rows.clamp(min=0), rows < 0
-
-    monkeypatch.setattr(attention._SpanEntries, "_choose", choose)

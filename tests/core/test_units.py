@@ -9,18 +9,18 @@ import torch
 from safetensors.torch import load_file
 
 from dsv4_plugin.config import CSA, SWA, ModelConfig, Yarn
-from dsv4_plugin.kernels import pooling
-from dsv4_plugin.kernels.experts import swiglu
+from dsv4_plugin.kernels.attention.cpu import Keys, attend
+from dsv4_plugin.kernels.compress import sums
+from dsv4_plugin.kernels.experts import packed_experts, swiglu
+from dsv4_plugin.kernels.index.cpu import hadamard, scores
+from dsv4_plugin.kernels.norm import rms_norm
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, product, round_inputs
-from dsv4_plugin.kernels.packed.experts import packed_experts
-from dsv4_plugin.kernels.rope import Rope, rotate_
-from dsv4_plugin.kernels.select import scores
-from dsv4_plugin.kernels.sinkhorn import sinkhorn
-from dsv4_plugin.kernels.sparse_attention import Keys, sparse_attention
+from dsv4_plugin.kernels.rope import frequencies, rotate_
+from dsv4_plugin.kernels.streams import spread, streams
+from dsv4_plugin.kernels.streams.cpu import sinkhorn
 from dsv4_plugin.model.gate import Gate
 from dsv4_plugin.model.hyper_connection import HyperConnection
-from dsv4_plugin.model.indexer import hadamard
-from dsv4_plugin.model.norm import rms_norm
+from dsv4_plugin.model.norm import RMSNorm
 from dsv4_plugin.model.parallel import GroupedLinear
 from dsv4_plugin.quant.e4m3 import e4m3_values, encode_ue8m0, round_e4m3
 from tests.core.test_cache import flash
@@ -94,20 +94,24 @@ def test_rms_norm():
     close(rms_norm(u["x"], torch.ones(512), float(u["eps"])), u["y_now"])
 
 
+def pairs(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return torch.stack([cos, sin], -1).flatten(-2)
+
+
 def test_rope():
     u = unit("rope")
-    cis = torch.complex(u["cos"], u["sin"])
+    cis = pairs(u["cos"], u["sin"])
     close(rotate_(u["x"].clone(), cis), u["y_fwd"])
-    close(rotate_(u["x"].clone(), cis.conj()), u["y_inv"])
+    close(rotate_(u["x"].clone(), cis, back=True), u["y_inv"])
 
 
 def test_yarn():
     u = unit("yarn")
     both = config(yarn=Yarn(16.0, 65536, 32, 1))
     for ratio, name in ((SWA, "off"), (CSA, "yarn")):
-        cis = Rope(both, ratio)(torch.arange(64))
-        close(cis.real, u[f"cos_{name}"])
-        close(cis.imag, u[f"sin_{name}"])
+        angle = torch.arange(64)[:, None] * frequencies(both, ratio)
+        close(angle.cos(), u[f"cos_{name}"])
+        close(angle.sin(), u[f"sin_{name}"])
 
 
 def test_router():
@@ -131,11 +135,12 @@ def test_hyper_connection():
     hc = HyperConnection(config(hidden_size=64, hc_sinkhorn_iters=20))
     hc.fn.data, hc.base.data, hc.scale.data = u["hc_fn"], u["hc_base"], u["hc_scale"]
     hc.finalize_weights()
-    y, post, mixing = hc.pre(u["x"])
-    close(y, u["y_pre"])
-    close(post[..., 0], u["post"])
-    close(mixing.transpose(1, 2), u["comb"])
-    close(hc.post(u["x_new"], u["x"], post, mixing), u["y_post"])
+    plain = RMSNorm(64, 1e-6)  # of the sublayer behind the collapse; its weight is 1
+    _, y, by = streams(None, u["x"], None, hc.mixer(plain))
+    close(y, rms_norm(u["y_pre"], plain.weight, 1e-6))
+    close(by.post, u["post"])
+    close(by.mixing.transpose(1, 2), u["comb"])
+    close(spread(u["x_new"], u["x"], by), u["y_post"])
 
 
 def test_sinkhorn():
@@ -164,7 +169,7 @@ def test_sparse_attention():
     keys = Keys(u["kv"][0][chosen.clamp(min=0)], chosen < 0)
     q = u["q"][0] * u["scale"]
     found = torch.empty_like(q)
-    sparse_attention(q, u["attn_sink"], [keys], found)
+    attend(q, u["attn_sink"], [keys], found)
     close(found, u["o_ref"][0], BF16_SUM)  # recorded in bfloat16
 
 
@@ -176,14 +181,14 @@ def test_pooling(name):
     if name == "compressor":
         kv, score = u["x"] @ u["wkv"].t(), u["x"] @ u["wgate"].t()
         score = score.view(-1, r, score.shape[-1]) + u["ape"]
-        states = pooling.of_windows(kv.view(-1, r, 1, kv.shape[-1]), score.unsqueeze(2))
-        close(pooling.mean(states)[:, 0], u["pooled"])
+        states = sums.of_windows(kv.view(-1, r, 1, kv.shape[-1]), score.unsqueeze(2))
+        close(sums.mean(states)[:, 0], u["pooled"])
         return
     kv, score = u["kv"].view(-1, r, 2, 64), u["score"].view(-1, r, 2, 64)
     score = score + u["ape"].view(r, 2, 64)
-    states = pooling.of_windows(kv, score)
-    states[1:, 1] = pooling.merge(states[:-1, 0], states[1:, 1])
-    close(pooling.mean(states)[:, 1], u["pooled"])
+    states = sums.of_windows(kv, score)
+    states[1:, 1] = sums.merge(states[:-1, 0], states[1:, 1])
+    close(sums.mean(states)[:, 1], u["pooled"])
 
 
 def test_compressor_to_the_stored_row():
@@ -191,9 +196,9 @@ def test_compressor_to_the_stored_row():
     u = unit("compressor_full")
     halves = (-1, 4, 2, 128)
     kv, score = (u["x"] @ u["wkv"].t()).view(halves), (u["x"] @ u["wgate"].t()).view(halves)
-    states = pooling.of_windows(kv, score + u["ape"].view(4, 2, 128))
-    states[1:, 1] = pooling.merge(states[:-1, 0], states[1:, 1])
-    entry = rms_norm(pooling.mean(states)[:, 1], u["norm_w"], 1e-6)
-    entry = rotate_(entry.clone(), torch.complex(u["cos"], u["sin"]))
+    states = sums.of_windows(kv, score + u["ape"].view(4, 2, 128))
+    states[1:, 1] = sums.merge(states[:-1, 0], states[1:, 1])
+    entry = rms_norm(sums.mean(states)[:, 1], u["norm_w"], 1e-6)
+    entry = rotate_(entry.clone(), pairs(u["cos"], u["sin"]))
     assert torch.equal(round_e4m3(entry[:, :64], 64), u["out"][:, :64])
     close(entry[:, 64:], u["out"][:, 64:])

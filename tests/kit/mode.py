@@ -30,6 +30,14 @@ def interpreted_first(*values: object) -> object:
     return pytest.param(*values, marks=[] if INTERPRET else pytest.mark.thorough)
 
 
+def kernels(monkeypatch: pytest.MonkeyPatch, choice: str) -> None:
+    """From now on operations are `choice`'s: triton, torch or reference. Each test chooses anew."""
+    from dsv4_plugin.kernels import dispatch
+
+    monkeypatch.setenv("DSV4_KERNELS", choice)
+    dispatch.choose_again()
+
+
 def gpu(name: str) -> AbstractContextManager[object]:
     """Kernels launched inside run as `name` (of NAMES) says."""
     if name in ("interpret", "device"):

@@ -3,9 +3,9 @@
 import pytest
 
 from benchmarks.accuracy import Judge, drawn, table
+from dsv4_plugin.conversations import SKILLS, accepts, held_out
 from tests.engines import Answers
 from training.data import Renderer
-from training.skills import SKILLS, accepts, held_out
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 
 from dsv4_plugin.chat import StreamParser, collect
 from dsv4_plugin.checkpoint.mini import COMPACT, VOCABULARY
+from dsv4_plugin.conversations import SKILLS, Writer, held_out, is_held_out, remembered
 from training.data import Renderer, Vocabulary
-from training.skills import SKILLS, Writer, held_out, is_held_out, remembered
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import torch
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
 
 from dsv4_plugin.checkpoint.mini import COMPACT
+from dsv4_plugin.conversations import SKILLS, held_out
 from dsv4_plugin.engine import load
 from tests.conftest import random_ids
 from training.data import Renderer, Vocabulary
 from training.indexer import Watch
 from training.muon import orthogonal
 from training.network import build, hidden_states, leave_out_indexer
-from training.skills import SKILLS, held_out
 from training.train import MIX, Trainer
 
 

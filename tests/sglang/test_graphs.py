@@ -11,14 +11,16 @@ import torch
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 
 from dsv4_plugin import load
-from dsv4_plugin.cache.device_step import DeviceStepBuilder
 from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.checkpoint.make import make_checkpoint
+from dsv4_plugin.kernels import dispatch
+from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.warmup import compiled
 from sglang_ext import config
 from sglang_ext.backend import Backend
 from sglang_ext.pool import KVPool
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
+from tests.kit import mode
 from tests.kit.gpu import EmulatedGPU
 from tests.kit.graphs import RecordedGraph, recorded
 
@@ -83,8 +85,10 @@ class Engine:
         """By torch's operations, which are sooner done than emulated ones."""
         self.backend.init_forward_metadata(batch([row], [len(ids)], [len(ids)]))
         os.environ["DSV4_KERNELS"] = "torch"
+        dispatch.choose_again()
         found = int(self.token(self.forward(torch.tensor(ids))[-1:]))
         os.environ["DSV4_KERNELS"] = "triton"
+        dispatch.choose_again()
         return found
 
     def decode(self, rows, lengths, ids):
@@ -147,12 +151,10 @@ def local(tmp_path_factory):
 def test_replayed_steps_give_the_ordinary_ones_tokens(local, monkeypatch):
     """From pools that are bound anew too. The warm-up compiles everything; the builder is made
     once."""
-    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    mode.kernels(monkeypatch, "triton")
     made = []
-    build = DeviceStepBuilder.__init__
-    monkeypatch.setattr(
-        DeviceStepBuilder, "__init__", lambda *args: made.append(args) or build(*args)
-    )
+    build = StepBuilder.__init__
+    monkeypatch.setattr(StepBuilder, "__init__", lambda *args: made.append(args) or build(*args))
     with EmulatedGPU("sm80") as gpu, recorded(gpu, monkeypatch):
         engine = Engine(local)
         with compiled() as late:
@@ -181,7 +183,7 @@ def test_replayed_steps_give_the_ordinary_ones_tokens(local, monkeypatch):
 )
 def test_the_server_s_options_decide(monkeypatch, device, kernels, given, left):
     """Whole graphs of decode steps unless they are left out, of the sizes asked for."""
-    monkeypatch.setenv("DSV4_KERNELS", kernels)
+    mode.kernels(monkeypatch, kernels)
     decode, prefill = (PhaseConfig(backend=b, bs=[1, 2, 8]) for b in given)
     found = config._graphs(CudaGraphConfig(decode, prefill), device)
     assert (found.decode.backend, found.prefill.backend) == left

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import (
     BFloat16Rows,
     FP4IndexRows,
     FP8IndexRows,
     FP8KVRows,
+    RowCodec,
     RowPool,
 )
-from dsv4_plugin.kernels.formats import RowCodec
-from dsv4_plugin.kernels.paged import Paged
+from dsv4_plugin.cache.step import TILED, Step
 from tests.kit import mode
 from tests.triton.inputs import untouched
 
@@ -59,6 +61,15 @@ def paged(
     table[:, : first // rows] = -1
     pool = RowPool(storage.to(mode.DEVICE), codec)
     return Paged(pool, table.to(mode.DEVICE), stride, offset, rows)
+
+
+def step_of_rows(position: Tensor, request: Tensor, longest: int, tiles: bool = False) -> Step:
+    """A step of which only the rows are known; tiles: they are neighbouring tokens."""
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("layout", "tables", "query_start", "seq_lens", "window_write", "cis", "entry_cis")
+    )
+    most = TILED if tiles else 1
+    return Step(position=position, request=request, longest_query=most, longest=longest, **nothing)
 
 
 def pairs(n: int, rope: int, seed: int) -> Tensor:

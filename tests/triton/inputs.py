@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.cache.layout import CacheLayout
-from dsv4_plugin.kernels import step
-from dsv4_plugin.kernels.step import BlockTables, DeviceStep, Rows
+from dsv4_plugin.cache.paged import BlockTables
+from dsv4_plugin.cache.step import Step
+from dsv4_plugin.kernels.step import Rows
+from dsv4_plugin.kernels.step.reference import place
 from tests.kit import mode
 
 
@@ -32,9 +34,7 @@ def untouched(words: int) -> Tensor:
     return torch.from_numpy(np.zeros(words, np.int32))
 
 
-def step_of(
-    counts: list[int], before: list[int], caches: Caches, rows: int | None = None
-) -> DeviceStep:
+def step_of(counts: list[int], before: list[int], caches: Caches, rows: int | None = None) -> Step:
     """A step of requests that bring `counts` tokens after `before` ones, blocks strewn about."""
     start = torch.nn.functional.pad(torch.tensor(counts).cumsum(0), (1, 0)).int()
     lengths = (torch.tensor(before) + torch.tensor(counts)).int()
@@ -46,15 +46,14 @@ def step_of(
         torch.zeros(rows, dtype=torch.int64),
         torch.zeros(4, rows, dtype=torch.int32),
     )
-    grains = (1, 1, 4, 128)
-    step.reference(
-        tables, start, lengths, caches.layout.window_block, caches.window_words, grains, found
-    )
+    grains = torch.tensor((1, 1, 4, 128), dtype=torch.int32)
+    place(tables, start, lengths, caches.layout.window_block, caches.window_words, grains, found)
     pairs = caches.rope // 2
     frequency = 10000.0 ** -(torch.arange(pairs) / pairs)
     angle = found.angles_at[..., None] * frequency
     cis = torch.stack([angle.cos(), angle.sin()], -1).flatten(2)
-    return DeviceStep(
+    return Step(
+        layout=caches.layout,
         position=found.position,
         request=found.request,
         window_write=found.window_write,

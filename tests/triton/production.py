@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_plugin.kernels.paged import Paged
-from dsv4_plugin.kernels.paged_attention import Queries
-from dsv4_plugin.kernels.paged_attention.kernel import paged_attention
-from dsv4_plugin.kernels.paged_index import kernel as index
-from tests.triton.cases import key_codec, kv_codec
+from dsv4_plugin.cache.paged import Paged
+from dsv4_plugin.cache.rows import RowFormat
+from dsv4_plugin.kernels.attention import kernel as attention_kernel
+from dsv4_plugin.kernels.index import kernel as index
+from tests.triton.cases import key_codec, kv_codec, step_of_rows
 
 MODULES = (__name__, "tests.triton.production_layer", "tests.triton.production_experts")
 """Those of all kernels' CASES."""
@@ -44,22 +44,23 @@ def attention(rows: int, heads: int, ratio: int, k: int = 0, kind: str = "fp8") 
     """8,192 rows are a chunk of a prompt, fewer are decoded; k entries are chosen of ratio 4."""
     codec = kv_codec(kind)
     entries = pages(codec, PAGE // ratio, MILLION // PAGE) if ratio else None
-    paged_attention(
+    at = meta(rows, dtype=INT), meta(rows, dtype=INT)
+    attention_kernel.attention(
         meta(rows, heads, 512, dtype=BF16),
         meta(heads),
-        Queries(meta(rows, dtype=INT), meta(rows, dtype=INT), meta(rows, 64), MILLION),
+        meta(rows, 64),
+        step_of_rows(*at, MILLION, tiles=rows == 8192),
         pages(codec, 32, MILLION // 32),
         128,
         entries,
         ratio,
         meta(rows, k, dtype=INT) if k else None,
-        tiles=rows == 8192,
     )
 
 
 def index_queries(rows: int, heads: int, kind: str) -> None:
     cis, weight = meta(rows, 64), meta(rows, heads, dtype=BF16)
-    index.queries(meta(rows, heads, 128, dtype=BF16), weight, cis, kind)
+    index.queries(meta(rows, heads, 128, dtype=BF16), weight, cis, RowFormat[kind.upper()])
 
 
 def index_scores(rows: int, heads: int, longest: int, kind: str = "fp8") -> None:

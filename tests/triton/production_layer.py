@@ -10,16 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_plugin.cache.layout import CacheLayout
+from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.cache.rows import BFloat16Rows, Float32Rows, FP4IndexRows, FP8IndexRows, FP8KVRows
+from dsv4_plugin.cache.step import Step
+from dsv4_plugin.config import CSA, HCA
 from dsv4_plugin.kernels.compress import State, Target
 from dsv4_plugin.kernels.compress.kernel import compress
 from dsv4_plugin.kernels.gate.kernel import gate
 from dsv4_plugin.kernels.norm.kernel import rms_norm
 from dsv4_plugin.kernels.qkv.kernel import qkv
-from dsv4_plugin.kernels.step import BlockTables, DeviceStep, Rows
+from dsv4_plugin.kernels.step import Rows
 from dsv4_plugin.kernels.step.kernel import place
 from dsv4_plugin.kernels.streams import Mixer, Spread
 from dsv4_plugin.kernels.streams.kernel import streams
+from tests.core.test_cache import flash
 
 INT, LONG, BF16 = torch.int32, torch.int64, torch.bfloat16
 REQUESTS, PAGES, LAYERS = 1024, 4096, 43
@@ -39,9 +44,10 @@ def tables() -> BlockTables:
     return BlockTables(window, page, meta(REQUESTS, dtype=INT), 4672 * LAYERS, 11_840 * 30, 90_000)
 
 
-def step(rows: int) -> DeviceStep:
+def step(rows: int) -> Step:
     cis = meta(rows, 64)
-    return DeviceStep(
+    return Step(
+        layout=CacheLayout.of(flash([CSA, HCA]), "fp8"),
         position=meta(rows, dtype=INT), request=meta(rows, dtype=INT),
         window_write=meta(rows, dtype=LONG), query_start=meta(REQUESTS + 1, dtype=INT),
         seq_lens=meta(REQUESTS, dtype=INT), cis={0: cis, 4: cis, 128: cis},
@@ -63,7 +69,7 @@ def _compress(rows: int, ratio: int, key: Any) -> None:
         targets.append(Target(pool(key), 9344, meta(128), rotate=True))
     state = State(pool(Float32Rows(halves * 3 * channels)), 1, kv, 11_520)
     y = meta(rows, 2, halves, channels)
-    compress(y, meta(ratio, halves, channels), 1e-6, step(rows), ratio, 256, targets, state, BF16)
+    compress(y, meta(ratio, halves, channels), 1e-6, step(rows), ratio, targets, state, BF16)
 
 
 def _streams(rows: int, d: int, n: int) -> None:

@@ -9,9 +9,9 @@ import torch
 
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import CacheLayout
+from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.config import CSA, HCA
-from dsv4_plugin.kernels import compress
-from dsv4_plugin.kernels.compress import State, Target, kernel
+from dsv4_plugin.kernels.compress import State, Target, kernel, reference
 from tests.core.test_cache import flash
 from tests.kit.mode import interpreted_first
 from tests.triton.inputs import Caches, step_of, untouched
@@ -55,12 +55,12 @@ class Layer:
         parts = self.layout.page[self.ratio].parts
         targets = [Target(cache.kv, parts["kv"].offset, self.weights[0])]
         if self.ratio == CSA:
-            quantised = cache.key.codec.kind in ("fp8", "fp4")
+            quantised = cache.key.codec.format in (RowFormat.FP8, RowFormat.FP4)
             targets.append(Target(cache.key, parts["key"].offset, self.weights[1], quantised))
         carry = parts["carry"].offset if self.ratio == CSA else 0
         state = State(cache.sums, self.layout.ring_rows, cache.carry, carry)
         step = step_of(counts, before, c, rows)
-        op(y, self.ape, EPS, step, self.ratio, self.layout.page_size, targets, state, self.dtype)
+        op(y, self.ape, EPS, step, self.ratio, targets, state, self.dtype)
 
     def products(self, rows, dtype=torch.float32):
         return (3 * torch.randn(rows, 2, self.halves, self.channels)).to(dtype)
@@ -68,7 +68,7 @@ class Layer:
 
 def both(layer, y, counts, before, rows=None):
     expected, found = layer.copy(), layer
-    expected.run(compress.reference, y, counts, before, rows)
+    expected.run(reference.compress, y, counts, before, rows)
     found.run(kernel.compress, y, counts, before, rows)
     assert torch.equal(found.caches.ring, expected.caches.ring)
     assert torch.equal(found.caches.page, expected.caches.page)
@@ -95,7 +95,7 @@ def test_csa(gpu, kv_dtype):
 @pytest.mark.parametrize("kv_dtype", ["fp8", "bfloat16", "float32"])
 def test_hca(gpu, kv_dtype):
     layer = Layer(SMALL, HCA, kv_dtype, 3, 2, 128)
-    layer.run(compress.reference, layer.products(250), [120, 1, 129], [0, 0, 0])
+    layer.run(reference.compress, layer.products(250), [120, 1, 129], [0, 0, 0])
     for counts, before in [([7, 1, 2], [120, 1, 129]), ([2, 3, 1], [127, 2, 131])]:
         rows = sum(counts) + 2
         both(layer, layer.products(rows), counts, before, rows)
@@ -110,11 +110,11 @@ def test_a_page_filled_in_the_same_step(gpu, decoding, monkeypatch):
     page = layer.caches.tables.page
     page[1:, 0] = page[0, 0]
     page[2:, 1] = page[1, 1]
-    layer.run(compress.reference, layer.products(30), [30, 0, 0, 0], [0, 0, 0, 0])
+    layer.run(reference.compress, layer.products(30), [30, 0, 0, 0], [0, 0, 0, 0])
     if not decoding:
         both(layer, layer.products(38), [2, 33, 1, 2], [30, 32, 64, 32])
         return
-    layer.run(compress.reference, layer.products(33), [2, 31, 0, 0], [30, 32, 0, 0])
+    layer.run(reference.compress, layer.products(33), [2, 31, 0, 0], [30, 32, 0, 0])
     both(layer, layer.products(4), [1, 1, 1, 1], [32, 63, 64, 64])
 
 
@@ -122,7 +122,7 @@ def test_a_page_filled_in_the_same_step(gpu, decoding, monkeypatch):
 @pytest.mark.parametrize("drafts", [interpreted_first(1), 5])
 def test_rings_keep_what_rejected_drafts_go_back_to(gpu, ratio, drafts):
     layer = Layer(SMALL, ratio, "float32", 3, 2, 128, drafts)
-    layer.run(compress.reference, layer.products(135), [7, 126, 2], [0, 0, 0])
+    layer.run(reference.compress, layer.products(135), [7, 126, 2], [0, 0, 0])
     for counts, before in [
         ([drafts + 1, drafts + 1, 1], [7, 126, 2]),
         ([drafts + 1, 2, drafts + 1], [8, 127, 3]),  # the first took one token of its drafts
@@ -135,7 +135,7 @@ def test_rings_keep_what_rejected_drafts_go_back_to(gpu, ratio, drafts):
 )
 def test_real_sizes(gpu, ratio, kind):
     layer = Layer(FLASH, ratio, kind, 2, 2)
-    layer.run(compress.reference, layer.products(257), [252, 5], [0, 0])
+    layer.run(reference.compress, layer.products(257), [252, 5], [0, 0])
     both(layer, layer.products(9, torch.bfloat16), [6, 3], [252, 5])
 
 
@@ -148,7 +148,7 @@ def test_entries_do_not_depend_on_chunks():
         y = layer.products(70) if y is None else y
         done = 0
         for n in chunks:
-            layer.run(compress.reference, y[done : done + n], [n], [done])
+            layer.run(reference.compress, y[done : done + n], [n], [done])
             done += n
         pages.append(layer.caches)
     for other in pages[1:]:
@@ -170,7 +170,7 @@ def test_pages_and_rings_beyond_two_gigabytes(gpu):
     page, ring = untouched(6 * stride), untouched(6 * stride)
     far.caches = replace(near.caches, tables=tables, page=page, ring=ring)
     y = near.products(33)
-    near.run(compress.reference, y, [33], [0])
+    near.run(reference.compress, y, [33], [0])
     far.run(kernel.compress, y, [33], [0])
     words = near.layout.page[CSA].words
     first = int(near.caches.tables.page[0, 0]) * near.caches.tables.page_stride

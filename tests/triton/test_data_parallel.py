@@ -12,11 +12,11 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dsv4_plugin import load
-from dsv4_plugin.cache.device_step import DeviceStepBuilder
 from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
 from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.checkpoint.names import stored_tensors
+from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.transformer import Transformer
 from tests.conftest import A_LAYER_OF_EACH, SMALL
 from tests.kit import mode
@@ -72,7 +72,7 @@ class State:
         self.start = torch.arange(REQUESTS + 1, dtype=torch.int32)
         self.lengths = torch.ones(REQUESTS, dtype=torch.int32)
         self.ids = torch.zeros(REQUESTS, dtype=torch.int32)
-        self.steps = DeviceStepBuilder(whole.config, whole.layout, REQUESTS, "cpu")
+        self.steps = StepBuilder(whole.config, whole.layout, REQUESTS, "cpu")
 
     def fill(self, ids: list[int], n: int) -> None:
         """Step n: a token for each request there is; the other rows are padding."""
@@ -98,7 +98,7 @@ def test_captured_ranks_give_the_whole_s_tokens(gpu, tmp_path, monkeypatch):
 
     directory = tmp_path / "checkpoint"
     make_checkpoint(directory, "tiny", 2, SMALL | A_LAYER_OF_EACH, tokenizer=False)
-    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    mode.kernels(monkeypatch, "triton")
     whole = load(directory, dtype="bfloat16", kv_dtype="fp8")
     ranks = Ranks(RANKS)
     groups = [Group(ranks, rank) for rank in range(RANKS)]

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.cli.gpu_work import World
-from dsv4_plugin.kernels import experts as plain
 from dsv4_plugin.kernels import packed
+from dsv4_plugin.kernels.experts import cpu as plain
 from dsv4_plugin.kernels.experts import kernel
 from dsv4_plugin.kernels.launch import pick
-from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix, experts
+from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix
+from dsv4_plugin.kernels.packed import cpu as packed_cpu
 from dsv4_plugin.kernels.packed import kernel as packed_kernel
 from dsv4_plugin.model.parallel import OwnExperts, SplitExperts
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
@@ -112,7 +113,7 @@ def test_there_is_room_for_the_worst():
 def test_plain_experts(gpu, tokens, e, d, f, dtype):
     x, (w13, w2) = inputs(tokens, d, dtype), plain_layer(e, d, f, dtype)
     ids, weight = choose(tokens, e, 2)
-    expected = plain.grouped(x.cpu(), ids.cpu(), weight.cpu(), w13.cpu(), w2.cpu(), LIMIT)
+    expected = plain.experts(x.cpu(), ids.cpu(), weight.cpu(), w13.cpu(), w2.cpu(), LIMIT)
     close(kernel.experts(x, ids, weight, w13, w2, LIMIT).cpu(), expected)
 
 
@@ -124,7 +125,7 @@ def test_packed_experts(gpu, kind, tokens, e, d, f):
     """In float32, where nothing else rounds: inputs as they are."""
     x, layer = inputs(tokens, d, torch.float32), packed_layer(kind, e, d, f)
     ids, weight = choose(tokens, e, 2)
-    expected = experts.reference(x, ids, weight, *layer, LIMIT, rounding=False)
+    expected = plain.packed_experts(x, ids, weight, *layer, LIMIT, rounding=False)
     close(kernel.packed_experts(x, ids, weight, *layer, LIMIT, rounding=False), expected)
 
 
@@ -135,7 +136,7 @@ def test_packed_experts_as_served(gpu, kind):
     x, layer = inputs(4, 256), packed_layer(kind, 3, 256, 160)
     ids, weight = choose(4, 3, 2)
     rounding = kind != "nvfp4"
-    expected = experts.reference(x, ids, weight, *layer, LIMIT, rounding)
+    expected = plain.packed_experts(x, ids, weight, *layer, LIMIT, rounding)
     found = kernel.packed_experts(x, ids, weight, *layer, LIMIT, rounding)
     assert (found - expected).norm() / expected.norm() < QUANTISED
 
@@ -146,7 +147,7 @@ def test_all_tokens_on_one_expert(gpu, tokens):
     x, layer = inputs(tokens, 64, torch.float32), packed_layer("fp4", 4, 64, 64)
     ids = torch.full((tokens, 1), 2, device=mode.DEVICE)
     weight = torch.ones(tokens, 1, device=mode.DEVICE)
-    expected = experts.reference(x, ids, weight, *layer, LIMIT, rounding=False)
+    expected = plain.packed_experts(x, ids, weight, *layer, LIMIT, rounding=False)
     close(kernel.packed_experts(x, ids, weight, *layer, LIMIT, rounding=False), expected)
 
 
@@ -156,7 +157,7 @@ def test_pairs_of_nobody(gpu):
     ids, weight = choose(10, 4, 3)
     foreign = ids == 2
     foreign[5] = True
-    expected = plain.grouped(x, ids, weight * ~foreign, w13, w2, LIMIT)
+    expected = plain.experts(x, ids, weight * ~foreign, w13, w2, LIMIT)
     for stranger in (-1, 4, 300):
         found = kernel.experts(x, ids.masked_fill(foreign, stranger), weight, w13, w2, LIMIT)
         close(found, expected)
@@ -175,12 +176,12 @@ def test_experts_of_this_rank(gpu, monkeypatch):
         own = OwnExperts(c, rank, 2, lambda part: SplitExperts(part, torch.float32))
         mine = slice(rank * own.count, (rank + 1) * own.count)
         own.experts.w13.data, own.experts.w2.data = w13[mine].clone(), w2[mine].clone()
-        monkeypatch.setenv("DSV4_KERNELS", "torch")
+        mode.kernels(monkeypatch, "torch")
         expected = own(x, ids, weight)
-        monkeypatch.setenv("DSV4_KERNELS", "triton")
+        mode.kernels(monkeypatch, "triton")
         parts.append(own(x, ids, weight))
         close(parts[-1], expected)
-    close(parts[0] + parts[1], plain.grouped(x, ids, weight, w13, w2, c.swiglu_limit))
+    close(parts[0] + parts[1], plain.experts(x, ids, weight, w13, w2, c.swiglu_limit))
 
 
 @pytest.mark.parametrize("kind", [interpreted_first("fp8"), "fp4", interpreted_first("nvfp4")])
@@ -202,10 +203,10 @@ def test_alone_and_in_company(gpu, kind):
 def test_packed_product(gpu, kind, rows, n_in, n_out):
     matrix = stack(kind, 1, n_out, n_in).of(0)
     x = inputs(rows, n_in, torch.float32)
-    close(packed_kernel.product(x, matrix), packed.tiled_product(x, matrix))
+    close(packed_kernel.product(x, matrix), packed_cpu.product(x, matrix))
     narrow = x.bfloat16()
     found = packed_kernel.product(narrow, matrix)
-    close(found, packed.tiled_product(narrow.float(), matrix).bfloat16())
+    close(found, packed_cpu.product(narrow.float(), matrix).bfloat16())
 
 
 def test_every_code(gpu):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4_plugin.kernels import gate
-from dsv4_plugin.kernels.gate import kernel
+from dsv4_plugin.kernels.gate import kernel, reference
 
 pytestmark = pytest.mark.usefixtures("made_on_device")
 
@@ -26,7 +25,7 @@ def test_gate(gpu, tokens, experts, k, hashed):
     bias = None if hashed else torch.randn(experts).round() - (9 if experts == 7 else 0)
     table = torch.rand(11, experts).topk(k).indices.int() if hashed else None
     input_ids = torch.randint(0, 11, (tokens,))
-    expected = gate.reference(logits, k, 1.5, bias, table, input_ids)
+    expected = reference.gate(logits, k, 1.5, bias, table, input_ids)
     found = kernel.gate(logits, k, 1.5, bias, table, input_ids)
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-12)

@@ -86,7 +86,7 @@ def test_only_the_kernels_own_time_counts():
 @pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
 def test_a_stack_gives_the_same_bits_as_step_and_graph(gpu, monkeypatch):
     """And a graph that leaves something out of its caches is noticed."""
-    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    mode.kernels(monkeypatch, "triton")
     device = torch.device("cpu")
     with recorded(gpu, monkeypatch):
         rows = gpu_model.check(device, STACK)
@@ -102,7 +102,7 @@ def test_a_stack_gives_the_same_bits_as_step_and_graph(gpu, monkeypatch):
 @pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
 def test_steps_of_chosen_sizes(gpu, monkeypatch):
     """Their rows; that of a size which fails says why."""
-    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    mode.kernels(monkeypatch, "triton")
     monkeypatch.setattr(gpu_check, "median_seconds", lambda launch: [launch(), 0.5][1])
     slice_ = gpu_model.Stack
     monkeypatch.setattr(gpu_model, "Stack", lambda _, *rest: slice_("tiny", *rest))

@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from dsv4_plugin.cache.layout import CacheLayout
+from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowPool
 from dsv4_plugin.config import CSA, HCA
-from dsv4_plugin.kernels.paged import Paged
-from dsv4_plugin.kernels.paged_attention import Queries
-from dsv4_plugin.kernels.paged_attention import kernel as attention
-from dsv4_plugin.kernels.paged_index import kernel as index
+from dsv4_plugin.kernels.attention import kernel as attention
+from dsv4_plugin.kernels.index import kernel as index
 from tests.core.test_cache import flash
 from tests.kit import mode
 from tests.kit.gpu import EmulatedGPU
 from tests.kit.targets import FakeGPU
 from tests.paths import ROOT
-from tests.triton import test_paged_attention, test_paged_index
+from tests.triton import test_attention, test_index
+from tests.triton.cases import step_of_rows
 
 pytestmark = pytest.mark.skipif(
     mode.INTERPRET or mode.DEVICE != "cpu", reason="launches of GPUs that are not there"
@@ -57,10 +57,10 @@ def launches(monkeypatch, rows, limit):
     layout = CacheLayout.of(flash([CSA, HCA]), "fp8")
     with FakeGPU("sm80"), torch.device("meta"):
         at = torch.empty(rows, dtype=torch.int32)
-        queries = Queries(at, at, torch.empty(rows, 64), limit)
+        cis, step = torch.empty(rows, 64), step_of_rows(at, at, limit)
         q = torch.empty(rows, 64, 512, dtype=torch.bfloat16)
         window, entries = rows_of(layout, 0, "kv"), rows_of(layout, HCA, "kv")
-        attention.paged_attention(q, torch.empty(64), queries, window, 128, entries, HCA)
+        attention.attention(q, torch.empty(64), cis, step, window, 128, entries, HCA)
         q = torch.empty(rows, 64, 128, dtype=torch.float16)
         keys = rows_of(layout, CSA, "key")
         score = index.scores(q, torch.empty(rows, 64), keys, at, at, CSA, limit // CSA)
@@ -96,15 +96,15 @@ def counted(run):
 def test_a_short_request_moves_no_more_under_a_long_limit():
     """Attention and the indexer's choice: the same bits. Programs with nothing to do have read
     their row's length."""
-    case = test_paged_attention.world([[300]], 8, "fp8", HCA)
-    short = case["queries"]
+    case = test_attention.world([[300]], 8, "fp8", HCA)
+    short = case["step"]
     long = replace(short, longest=1 << 17)
-    near, bytes_near = counted(lambda: attention.paged_attention(**case))
-    far, bytes_far = counted(lambda: attention.paged_attention(**case | {"queries": long}))
+    near, bytes_near = counted(lambda: attention.attention(**case))
+    far, bytes_far = counted(lambda: attention.attention(**case | {"step": long}))
     assert torch.equal(near, far)
     assert bytes_far < 1.05 * bytes_near
 
-    q, _, (weight, keys, *at, ratio, n) = test_paged_index.world([[300]])
+    q, _, (weight, keys, *at, ratio, n) = test_index.world([[300]])
     position = at[0]
 
     def choose(n):

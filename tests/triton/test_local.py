@@ -7,7 +7,6 @@ import pytest
 from dsv4_plugin import load
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.engine import Batch
-from dsv4_plugin.kernels.step import DeviceStep
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
 from tests.kit import mode
 from tests.tolerances import clear_choices
@@ -21,16 +20,15 @@ NEW = 3
 def test_generating_on_the_device(gpu, tmp_path, monkeypatch):
     """Greedy tokens of two requests; where two logits nearly tie, either may be chosen."""
     make_checkpoint(tmp_path / "it", "tiny", 2, SMALL | A_LAYER_OF_EACH, tokenizer=False)
-    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    mode.kernels(monkeypatch, "triton")
     steps = []
-    build = Batch.next_step
-    monkeypatch.setattr(Batch, "next_step", lambda *args: steps.append(build(*args)) or steps[-1])
+    build = Batch.step
+    monkeypatch.setattr(Batch, "step", lambda *args: steps.append(build(*args)) or steps[-1])
     model = load(tmp_path / "it", dtype="bfloat16", kv_dtype="fp8", device=mode.DEVICE)
     prompts = [random_ids(n, seed=n).tolist() for n in (12, 5)]
     found = model.generate(prompts, NEW, ignore_eos=True)
     assert len(steps) == NEW
-    assert all(isinstance(step, DeviceStep) for step in steps)
-    monkeypatch.setenv("DSV4_KERNELS", "torch")
+    mode.kernels(monkeypatch, "torch")
     plain = load(tmp_path / "it", dtype="bfloat16", kv_dtype="fp8")
     clear = [clear_choices(plain, *pair) for pair in zip(prompts, found, strict=True)]
     assert sum(clear) >= NEW

@@ -64,7 +64,7 @@ def unasked(monkeypatch):
 
 
 WORK = [
-    [(0, 140), (1, 3), (2, 290)],  # computed by the ordinary path alike
+    [(0, 140), (1, 3), (2, 290)],  # computed by torch alike
     [(0, 1), (1, 20), (2, 6)],
     [(0, 1), (1, 1), (2, 1)],
 ]
@@ -84,14 +84,14 @@ def test_steps_give_torch_s_tokens(gpu, model, monkeypatch):
     layout = CacheLayout.of(model.config, "fp8")
     ids = random_ids(600, seed=3)
     lengths = [200, 100, 400]
-    expecting = DeviceBatch(model.model, layout, lengths, 256, poison=True)
-    finding = DeviceBatch(model.model, layout, lengths, 256, poison=True)
+    expecting = DeviceBatch(model.model, layout, lengths, 512, poison=True)
+    finding = DeviceBatch(model.model, layout, lengths, 512, poison=True)
     for n, counts in enumerate(WORK):
         work = [(b, ids[100 * b + 7 * n :][:count]) for b, count in counts]
-        monkeypatch.setenv("DSV4_KERNELS", "torch")
+        mode.kernels(monkeypatch, "torch")
         expected = expecting.run(work).float()
         # The long first chunks as plain torch: the compiled code gets what follows.
-        monkeypatch.setenv("DSV4_KERNELS", "torch" if n == 0 else "triton")
+        mode.kernels(monkeypatch, "torch" if n == 0 else "triton")
         found = finding.run(work).float()
         assert (found - expected).abs().mean() / expected.std() < BF16
         logits = model.model.head(expected)
@@ -105,18 +105,20 @@ def test_steps_give_torch_s_tokens(gpu, model, monkeypatch):
 @pytest.mark.skipif(not mode.INTERPRET, reason="launches nothing: once is enough")
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float32"])
 @torch.inference_mode()
-def test_the_device_s_path_is_the_ordinary_one(unchosen, kv_dtype, monkeypatch):
-    """In float32 and plain torch, but for the indexer."""
-    monkeypatch.setenv("DSV4_KERNELS", "torch")
+def test_the_definitions_give_the_same(unchosen, kv_dtype, monkeypatch):
+    """The whole network in float32 as `reference` says, but for the indexer's choice."""
     model = load(unchosen, dtype="float32")
     layout = CacheLayout.of(model.config, kv_dtype)
     ids = random_ids(600, seed=3)
     lengths = [200, 100, 400]
-    ordinary = Batch(model.model, layout, lengths, 256, poison=True)
-    device = DeviceBatch(model.model, layout, lengths, 256, poison=True)
+    ordinary = Batch(model.model, layout, lengths, 512, poison=True)
+    device = DeviceBatch(model.model, layout, lengths, 512, poison=True)
     for n, counts in enumerate(WORK):
         work = [(b, ids[100 * b + 7 * n :][:count]) for b, count in counts]
-        expected, found = ordinary.run(work), device.run(work)
+        mode.kernels(monkeypatch, "torch")
+        expected = ordinary.run(work)
+        mode.kernels(monkeypatch, "reference")
+        found = device.run(work)
         tolerance = LOGITS_STD if kv_dtype == "float32" else BF16 / 10
         assert (found - expected).abs().max() < tolerance * expected.std()
 
@@ -142,14 +144,14 @@ def test_a_decode_step_asks_the_device_for_nothing(gpu, fmt, tmp_path, monkeypat
     expecting = DeviceBatch(model.model, layout, [200, 100], 256, poison=True)
     finding = DeviceBatch(model.model, layout, [200, 100], 256, poison=True)
     ids = random_ids(400, seed=3)
-    monkeypatch.setenv("DSV4_KERNELS", "torch")
+    mode.kernels(monkeypatch, "torch")
     for batch in (expecting, finding):
         batch.run([(0, ids[:140]), (1, ids[140:150])])
     work = [(0, ids[150:151]), (1, ids[151:152])]
     expected = expecting.run(work).float()
     with pytest.raises(AssertionError, match=r"read|dense|nonzero|unique|index"):
         DeviceBatch(model.model, layout, [200, 100], 256).run(work, lambda: unasked(monkeypatch))
-    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    mode.kernels(monkeypatch, "triton")
     chosen, sort = [], experts_kernel.sort
     monkeypatch.setattr(
         experts_kernel, "sort", lambda ids, *args: chosen.append(ids) or sort(ids, *args)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from dsv4_plugin.cache.rows import BFloat16Rows, Float32Rows, FP8KVRows, RowPool
-from dsv4_plugin.kernels import qkv
-from dsv4_plugin.kernels.qkv import kernel
+from dsv4_plugin.kernels.qkv import kernel, reference
 from tests.triton.inputs import angles, poisoned, untouched
 
 pytestmark = pytest.mark.usefixtures("made_on_device")
@@ -27,7 +26,7 @@ def case(tokens, heads, d, rope, codec, dtype, seed=0):
 
 def check(inputs, storage, codec):
     expected, found = RowPool(storage.clone(), codec), RowPool(storage.clone(), codec)
-    want = qkv.reference(*inputs, expected)
+    want = reference.qkv(*inputs, expected)
     got = kernel.qkv(*inputs, found)
     assert torch.equal(found.storage, expected.storage)
     torch.testing.assert_close(
@@ -59,7 +58,7 @@ def test_rows_beyond_two_gigabytes(gpu):
     storage = untouched(int(address.max()) + codec.words)
     kernel.qkv(*inputs[:-1], address, RowPool(storage, codec))
     near = RowPool(poisoned(2 * codec.words), codec)
-    qkv.reference(*inputs[:-1], torch.tensor([0, codec.words]), near)
+    reference.qkv(*inputs[:-1], torch.tensor([0, codec.words]), near)
     for i, a in enumerate(address.tolist()):
         mine = near.storage[i * codec.words :][: codec.words]
         assert torch.equal(storage[a : a + codec.words], mine)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from dsv4_plugin import load
-from dsv4_plugin.cache.device_step import DeviceStepBuilder
+from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
 from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.engine import allocate
-from dsv4_plugin.kernels.step import BlockTables
+from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
 from tests.conftest import A_LAYER_OF_EACH, SMALL
@@ -37,7 +37,7 @@ def tables(model, layout):
 def test_captured_stages_give_the_whole_s_bits(gpu, tmp_path, monkeypatch):
     directory = tmp_path / "checkpoint"
     make_checkpoint(directory, "tiny", 2, SMALL | A_LAYER_OF_EACH, tokenizer=False)
-    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    mode.kernels(monkeypatch, "triton")
     whole = load(directory, dtype="bfloat16", kv_dtype="fp8")
     headers = check_checkpoint(whole.config, directory, False)
     start = torch.arange(REQUESTS + 1, dtype=torch.int32)
@@ -45,7 +45,7 @@ def test_captured_stages_give_the_whole_s_bits(gpu, tmp_path, monkeypatch):
     ids = torch.zeros(REQUESTS, dtype=torch.int32)
 
     def builder(model, own):
-        steps = DeviceStepBuilder(whole.config, whole.layout, REQUESTS, "cpu")
+        steps = StepBuilder(whole.config, whole.layout, REQUESTS, "cpu")
         return lambda longest: steps.build(own, start, lengths, REQUESTS, 1, longest)
 
     stages = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4_plugin.kernels import step
-from dsv4_plugin.kernels.step import BlockTables, Rows, kernel
+from dsv4_plugin.cache.paged import BlockTables
+from dsv4_plugin.kernels.step import Rows, kernel, reference
 
 pytestmark = pytest.mark.usefixtures("made_on_device")
 BLOCK, WORDS = 32, 146
@@ -44,8 +44,8 @@ def test_rows_find_their_request(gpu, dtype, counts, before, rows):
     # Blocks so far apart that offsets pass 2^31 words.
     tables = BlockTables(table, table, table[:, 0], 40_000, 1, 1)
     expected, found = rows_of(rows), rows_of(rows)
-    step.reference(tables, start, lengths, BLOCK, WORDS, GRAINS, expected)
     grains = torch.tensor(GRAINS, dtype=torch.int32)
+    reference.place(tables, start, lengths, BLOCK, WORDS, grains, expected)
     kernel.place(tables, start, lengths, BLOCK, WORDS, grains, found)
     for key in ("position", "request", "window_write", "angles_at"):
         assert torch.equal(getattr(found, key), getattr(expected, key)), key

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4_plugin.kernels import streams
-from dsv4_plugin.kernels.streams import Mixer, Spread, kernel
+from dsv4_plugin.kernels.streams import Mixer, Spread, kernel, reference
 from tests.kit.order import seeded
 
 pytestmark = pytest.mark.usefixtures("made_on_device")
@@ -45,7 +44,7 @@ def test_streams(gpu, tokens, r, d, dtype, place):
     iters = 3 if d == 72 else 20  # few enough that one more or less shows
     mixer = mixer_of(r, d, r if place == "head" else (2 + r) * r, iters)
     given = (None, h, None) if place == "first" else (out, h, by)
-    expected = streams.reference(*given, mixer)
+    expected = reference.streams(*given, mixer)
     found = kernel.streams(*given, mixer)
     close(found[0], expected[0], dtype)
     close(found[1], expected[1], dtype)
@@ -53,7 +52,7 @@ def test_streams(gpu, tokens, r, d, dtype, place):
         assert found[2] is None
         return
     # From equal streams, so that only the sums' order tells them apart.
-    again = streams.collapse(found[0], mixer)[1]
+    again = reference.collapse(found[0], mixer)[1]
     torch.testing.assert_close(found[2].post, again.post, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[2].mixing, again.mixing, rtol=1e-5, atol=1e-6)
 
@@ -78,6 +77,6 @@ def test_the_order_of_programs_does_not_matter(gpu):
         with seeded(seed):
             h_out, x, after = kernel.streams(out, h, by, mixer)
         found.append((h_out, x, after.post, after.mixing))
-    close(found[0][1], streams.reference(out, h, by, mixer)[1], torch.bfloat16)
+    close(found[0][1], reference.streams(out, h, by, mixer)[1], torch.bfloat16)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))

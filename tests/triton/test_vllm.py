@@ -9,6 +9,8 @@ import pytest
 
 from dsv4_plugin import load
 from dsv4_plugin.checkpoint.make import make_checkpoint
+from dsv4_plugin.kernels.dispatch import use_triton
+from dsv4_plugin.model.attention import Attention
 from dsv4_plugin.warmup import compiled
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
 from tests.kit import mode
@@ -91,11 +93,19 @@ def test_the_engine_gives_torch_s_tokens(gpu, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    mode.kernels(monkeypatch, "triton")
     from vllm import LLM
     from vllm.compilation import breakable_cudagraph
 
     monkeypatch.setattr(breakable_cudagraph, "weak_ref_tensor", lambda tensor: tensor)
+    stops = Counter()
+    attend = Attention.forward
+
+    def stopping(self, *given):
+        stops[use_triton(given[0].device)] += 1
+        return attend(self, *given)
+
+    monkeypatch.setattr(Attention, "forward", stopping)  # as a debugger would see it
     prompts = [random_ids(n, seed=n).tolist() for n in (5, 140, 20, 12, 8)]
     mixed, batches = prompts[:3], [prompts[2:3], prompts[3:]]  # of 20 rows each
     engine = LLM(
@@ -121,7 +131,8 @@ def test_the_engine_gives_torch_s_tokens(gpu, tmp_path, monkeypatch):
     breaking = graphs.captured[False, 20][0]
     assert breaking.num_eager_breaks == 1 + 3  # the step's metadata, and each layer's attention
     assert all(graph.__self__.launches for graph in breaking.segments[2::2])
-    monkeypatch.setenv("DSV4_KERNELS", "torch")
+    mode.kernels(monkeypatch, "torch")
     model = load(checkpoint, dtype="bfloat16", kv_dtype="fp8")
     clear = [clear_choices(model, *pair) for pair in zip(mixed, found, strict=True)]
     assert sum(clear) >= NEW
+    assert min(stops[True], stops[False]) >= 3 * len(mixed)  # the emulated engine's, and the CPU's

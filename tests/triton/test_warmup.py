@@ -62,7 +62,7 @@ PROGRAM = """
 import logging, sys
 import torch
 from dsv4_plugin import load
-from dsv4_plugin.cache.device_step import DeviceStepBuilder
+from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.warmup import nothing, warm_up
 from tests.kit.targets import FakeGPU
 
@@ -70,7 +70,7 @@ logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 with FakeGPU("sm80"):
     whole = load(sys.argv[1], dtype="bfloat16", kv_dtype="fp8")
     caches, tables, _ = nothing(whole.model, whole.layout, torch.device("cpu"))
-    steps = DeviceStepBuilder(whole.config, whole.layout, 1, "cpu")
+    steps = StepBuilder(whole.config, whole.layout, 1, "cpu")
     warm_up(whole.model, steps, caches, tables, 1, 1, 1)
 """
 

@@ -10,6 +10,7 @@ from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backend import AttentionCGSupport
 
+from tests.kit import mode
 from vllm_ext.cache import MetadataBuilder
 from vllm_ext.config import PluginConfig
 
@@ -32,7 +33,7 @@ def config(drafts: object = None) -> SimpleNamespace:
 )
 def test_decode_steps_of_the_device(monkeypatch, kernels, given, supported):
     """Without a word from the user, in every layout of GPUs."""
-    monkeypatch.setenv("DSV4_KERNELS", kernels)
+    mode.kernels(monkeypatch, kernels)
     yes, no = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, AttentionCGSupport.NEVER
     found = MetadataBuilder.get_cudagraph_support(config(**given), None)
     assert found == (yes if supported else no)
@@ -40,7 +41,7 @@ def test_decode_steps_of_the_device(monkeypatch, kernels, given, supported):
 
 def test_a_captured_step_reads_vllm_s_buffers(monkeypatch):
     """Not copies of them, and is made for the longest request there may be."""
-    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    mode.kernels(monkeypatch, "triton")
     builder = MetadataBuilder(None, [], config(), torch.device("cpu"))
     given = SimpleNamespace(
         num_reqs=3, max_query_len=1, max_seq_len=7,
@@ -63,7 +64,7 @@ def test_a_captured_step_reads_vllm_s_buffers(monkeypatch):
 @pytest.mark.parametrize("kernels", ["torch", "auto"])
 def test_the_ordinary_path_is_not_captured(small, monkeypatch, kernels):
     """Whatever is asked for; what a GPU may do with its own is left to vLLM."""
-    monkeypatch.setenv("DSV4_KERNELS", kernels)
+    mode.kernels(monkeypatch, kernels)
     config = EngineArgs(
         model=str(small), skip_tokenizer_init=True, max_model_len=512,
     ).create_engine_config()  # fmt: skip

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
+from dsv4_plugin.conversations import SKILLS, held_out
 from dsv4_plugin.engine import load
 from training.data import Renderer
-from training.skills import SKILLS, held_out
 
 NEW = 64
 

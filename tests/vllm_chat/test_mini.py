@@ -14,6 +14,7 @@ from anthropic import Anthropic
 from openai import OpenAI
 
 from dsv4_plugin.chat.tokens import END_THINK
+from dsv4_plugin.conversations import SKILLS, Conversation, accepts, held_out
 from tests.mini.asking import (
     MOST,
     RIGHT,
@@ -29,7 +30,6 @@ from tests.mini.asking import (
 from tests.paths import ROOT
 from tests.server import MODEL
 from tests.vllm_chat.test_load import settled
-from training.skills import SKILLS, Conversation, accepts, held_out
 
 STREAMS = 64
 TOKENS = {"extra_body": {"return_token_ids": True}}

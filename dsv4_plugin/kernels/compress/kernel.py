@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_plugin.cache.step import Step
 from dsv4_plugin.kernels.compress import State, Target
 from dsv4_plugin.kernels.device import (
     exp,
@@ -23,9 +24,7 @@ from dsv4_plugin.kernels.device import (
     store_kv_row,
     sum_of_squares,
 )
-from dsv4_plugin.kernels.formats import FORMATS
 from dsv4_plugin.kernels.qkv.kernel import blocks_of
-from dsv4_plugin.kernels.step import DeviceStep
 
 SCAN = 256
 """Requests looked at once, for one that fills a page or starts behind it."""
@@ -393,9 +392,8 @@ def compress(
     y: Tensor,
     ape: Tensor,
     eps: float,
-    step: DeviceStep,
+    step: Step,
     ratio: int,
-    page_size: int,
     targets: list[Target],
     state: State,
     dtype: torch.dtype,
@@ -403,15 +401,17 @@ def compress(
     kv, key = targets[0], targets[-1]
     d, key_d = kv.weight.numel(), key.weight.numel()
     halves, channels = y.shape[2:]
+    assert y.is_contiguous()
+    assert ape.is_contiguous()
     cis = step.entry_cis[ratio]
     sizes = {
         "D": d, "ROPE": cis.shape[1], "BLOCKS": blocks_of(d), "KEY_D": key_d,
         "KEY_STAGES": key_d.bit_length() - 1 if key.rotate else 0,
         "KV_OFFSET": kv.offset, "KV_WORDS": kv.pool.codec.words,
-        "KV_FORMAT": FORMATS[kv.pool.codec.kind],
+        "KV_FORMAT": int(kv.pool.codec.format),
         "KEY_OFFSET": key.offset, "KEY_WORDS": key.pool.codec.words,
-        "KEY_FORMAT": FORMATS[key.pool.codec.kind],
-        "R": ratio, "HALVES": halves, "C": channels, "PAGE": page_size,
+        "KEY_FORMAT": int(key.pool.codec.format),
+        "R": ratio, "HALVES": halves, "C": channels, "PAGE": step.layout.page_size,
         "CARRY": state.carry_offset,
         "RING_ROWS": state.rows, "RING_WORDS": state.ring.codec.words,
         "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4_plugin.kernels.packed import ROUNDED, Matrix
+from dsv4_plugin.kernels.packed import Matrix
 from dsv4_plugin.kernels.packed.kernel import (
     DEPTH,
     Operand,
@@ -225,7 +225,7 @@ def _experts(
     plan = sort(ids, n_experts, tile.rows)
 
     def multiply(x: Tensor, w: Operand, too: Operand, per: int) -> Tensor:
-        x = round_inputs(x, ROUNDED) if rounding else x
+        x = round_inputs(x) if rounding else x
         out = x.new_empty(pairs, w.outputs)
         multiply_experts[(plan.most, triton.cdiv(w.outputs, tile.columns))](
             x, w.data, w.scale, w.top, too.data, too.scale, too.top, weight,

@@ -20,6 +20,8 @@ def normalise(x, weight, out, stride, eps, D: tl.constexpr, COLUMNS: tl.constexp
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows, d = x.shape
+    assert x.stride(1) == 1
+    assert weight.shape == (d,)
     out = torch.empty((rows, d), dtype=x.dtype, device=x.device)
     normalise[(rows,)](
         x, weight, out, x.stride(0), eps, D=d, COLUMNS=triton.next_power_of_2(d), num_warps=4

@@ -1,10 +1,9 @@
-"""y = x W^T with W kept in 8 or 4 bits: a tile of rows at a time is dequantised and multiplied.
+"""y = x W^T with W kept in 8 or 4 bits.
 
-On a CPU a tile stays in its cache, so the packed bytes are all that is read from memory.
-Elementwise integer arithmetic and a table of whole 16-bit words are what torch does fastest: 5 and
-4.5 billion values a second on 2 cores, ten times torch's own casts. On GPUs see `kernel`.
+Dequantising in torch: elementwise integer arithmetic and a table of whole 16-bit words are what it
+does fastest: 5 and 4.5 billion values a second on 2 cores, ten times its own casts.
 
-Shapes: T tokens, E experts, rows are the weight's output dim.
+Shapes: T tokens, G groups, E experts, rows are the weight's output dim.
 """
 
 from __future__ import annotations
@@ -19,17 +18,12 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.config import FP8_BLOCK
-from dsv4_plugin.kernels.custom_op import custom_op
-from dsv4_plugin.kernels.dispatch import use_triton
-from dsv4_plugin.kernels.linear import multiplied
+from dsv4_plugin.kernels.dispatch import implementation
 from dsv4_plugin.quant.e2m1 import LOOKED_UP, NV_BLOCK, look_up, look_up_mxfp4
-from dsv4_plugin.quant.e4m3 import decode_e4m3, round_e4m3
+from dsv4_plugin.quant.e4m3 import decode_e4m3
 
 ROUNDED = 128
 """Block of the inputs' e4m3 rounding, see `round_inputs`."""
-TILE = 1 << 20
-"""Values of a dequantised tile (2 MiB in bfloat16), rounded to whole blocks of rows."""
-
 FP8_SHIFT = 20
 """e4m3's exponent and mantissa sit this far above those of a float32 ..."""
 FP8_MASK = -0x78100000
@@ -126,23 +120,6 @@ class NVFP4Matrix:
         return _cast(tile, dtype)
 
 
-def tensors_of(matrix: Matrix) -> list[Tensor]:
-    """What `matrix_of` makes such a matrix of; FP8's scales in blocks of FP8_BLOCK rows."""
-    assert isinstance(matrix, FP8Matrix | FP4Matrix | NVFP4Matrix)
-    if isinstance(matrix, FP8Matrix):
-        assert matrix.height == FP8_BLOCK
-        return [matrix.codes, matrix.scale]
-    top = [matrix.top] if isinstance(matrix, NVFP4Matrix) else []
-    return [matrix.data, matrix.scale, *top]
-
-
-def matrix_of(tensors: Sequence[Tensor]) -> Matrix:
-    if len(tensors) == 3:
-        return NVFP4Matrix(*tensors)
-    codes, scale = tensors
-    return FP8Matrix(codes, scale) if scale.is_floating_point() else FP4Matrix(codes, scale)
-
-
 class _Memory(threading.local):
     """Each thread's scratch: a fresh tile costs several times its arithmetic in page faults."""
 
@@ -172,69 +149,20 @@ def _buffers(data: Tensor) -> tuple[Tensor, Tensor]:
     return _scratch(shape, torch.int32, data.device), _scratch(shape, torch.int64, data.device)
 
 
-def reference(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, in] times the dequantised float32 weight [out, in] -> float32 [T, out]."""
-    return x.float() @ weight.t()
-
-
-@custom_op("round_inputs(Tensor x) -> Tensor", lambda x: torch.empty_like(x))
-def round_inputs(x: Tensor) -> Tensor:
-    """x [T, in] with every block of ROUNDED values rounded to e4m3 under a power of two, as the
-    authors' products of FP8 and MXFP4 weights take theirs."""
-    if not use_triton(x.device):
-        return round_e4m3(x, ROUNDED)
-    from dsv4_plugin.kernels.packed import kernel
-
-    return kernel.round_inputs(x, ROUNDED)
-
-
 def product(x: Tensor, weight: Matrix) -> Tensor:
     """x [T, in] -> [T, out] in x's dtype, with float32 sums."""
-    if torch.compiler.is_compiling():
-        return _product(x, tensors_of(weight))
-    if use_triton(x.device):
-        from dsv4_plugin.kernels.packed import kernel
-
-        return kernel.product(x, weight)
-    return tiled_product(x, weight)
-
-
-def _fake(x: Tensor, weight: Sequence[Tensor]) -> Tensor:
-    return x.new_empty(len(x), weight[0].shape[-2])
-
-
-@custom_op("packed_product(Tensor x, Tensor[] weight) -> Tensor", _fake)
-def _product(x: Tensor, weight: Sequence[Tensor]) -> Tensor:
-    return product(x, matrix_of(weight))
+    out: Tensor = implementation(__name__, x.device).product(x, weight)
+    return out
 
 
 def grouped_product(x: Tensor, weight: FP8Matrix) -> Tensor:
     """x [T, G, in], the weight's rows in G equal groups, a scale for each (height 1): [T, out]."""
-    if use_triton(x.device):
-        from dsv4_plugin.kernels.packed import kernel
-
-        return kernel.grouped_product(x, weight)
-    out = x.new_empty(len(x), weight.shape[0])
-    groups = x.shape[1]
-    n = weight.shape[0] // groups
-    x = x.to(multiplied(x.dtype, x.device))
-    for group in range(groups):
-        rows = slice(group * n, (group + 1) * n)
-        tile = weight.rows(rows.start, rows.stop, x.dtype)
-        out[:, rows] = torch.nn.functional.linear(x[:, group], tile)
+    out: Tensor = implementation(__name__, x.device).grouped_product(x, weight)
     return out
 
 
-def tiled_product(x: Tensor, weight: Matrix) -> Tensor:
-    """`product` in plain torch."""
-    n_out, n_in = weight.shape
-    step = max(1, TILE // (n_in * FP8_BLOCK)) * FP8_BLOCK
-    dtype, x = x.dtype, x.to(multiplied(x.dtype, x.device))
-    if n_out <= step:
-        return torch.nn.functional.linear(x, weight.rows(0, n_out, x.dtype)).to(dtype)
-    out = torch.empty(len(x), n_out, dtype=dtype, device=x.device)
-    for start in range(0, n_out, step):
-        stop = min(start + step, n_out)
-        tile = weight.rows(start, stop, x.dtype)
-        out[:, start:stop] = torch.nn.functional.linear(x, tile)
+def round_inputs(x: Tensor) -> Tensor:
+    """x [T, in] with every block of ROUNDED values rounded to e4m3 under a power of two, as the
+    authors' products of FP8 and MXFP4 weights take theirs."""
+    out: Tensor = implementation(__name__, x.device).round_inputs(x)
     return out

@@ -25,7 +25,7 @@ from dsv4_plugin.kernels.bits import (
     ue8m0_decode,
 )
 from dsv4_plugin.kernels.launch import pick
-from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix
+from dsv4_plugin.kernels.packed import ROUNDED, FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix
 
 PLAIN = tl.constexpr(0)
 FP8 = tl.constexpr(1)
@@ -358,7 +358,7 @@ ROUNDED_AT_ONCE = 8
 """Blocks of a program."""
 
 
-def round_inputs(x: Tensor, block: int) -> Tensor:
+def round_inputs(x: Tensor, block: int = ROUNDED) -> Tensor:
     """x [T, K], any stride of T -> contiguous."""
     rows, k = x.shape
     out = x.new_empty(rows, k)

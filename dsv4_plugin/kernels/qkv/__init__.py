@@ -7,30 +7,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dsv4_plugin.kernels import exact
-from dsv4_plugin.kernels.dispatch import use_triton
-from dsv4_plugin.kernels.formats import Pool, write_rows
+from dsv4_plugin.cache.rows import RowPool
+from dsv4_plugin.kernels.dispatch import implementation
 
 
 def qkv(
-    q: Tensor, kv: Tensor, weight: Tensor, eps: float, cis: Tensor, address: Tensor, window: Pool
-) -> Tensor:
-    """As `reference`."""
-    if not use_triton(q.device):
-        return reference(q, kv, weight, eps, cis, address, window)
-    from dsv4_plugin.kernels.qkv import kernel
-
-    return kernel.qkv(q, kv, weight, eps, cis, address, window)
-
-
-def reference(
-    q: Tensor, kv: Tensor, weight: Tensor, eps: float, cis: Tensor, address: Tensor, window: Pool
+    q: Tensor,
+    kv: Tensor,
+    weight: Tensor,
+    eps: float,
+    cis: Tensor,
+    address: Tensor,
+    window: RowPool,
 ) -> Tensor:
     """Norm and rotate q per head, and write the normed, rotated kv rows to the window pool.
 
     q [T, H, d] and kv [T, d] in the model's dtype; weight float32 [d], of kv's norm; cis float32
-    [T, rope_dim]; address int64 [T], -1 for rows that are not written. Returns q's shape and dtype.
+    [T, rope_dim]; address int64 [T], -1 for rows that are not written. Returns q's shape, in its
+    dtype; on CPUs, which attend in it, in float32. q may be overwritten.
     """
-    rms = exact.inverse_rms(q.float(), eps)
-    write_rows(window, address, exact.rotate(exact.rms_norm(kv, weight, eps), cis))
-    return exact.rotate(q.float() * rms, cis).to(q.dtype)
+    out: Tensor = implementation(__name__, q.device).qkv(q, kv, weight, eps, cis, address, window)
+    return out

@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_plugin.cache.rows import RowPool
 from dsv4_plugin.kernels.device import (
     inverse_rms,
     rotate_tail,
     store_kv_row,
     sum_of_squares,
 )
-from dsv4_plugin.kernels.formats import FORMATS, Pool
 
 HEADS = 4
 """Heads of q per program."""
@@ -65,15 +65,24 @@ def norm_rope_write(
 
 
 def qkv(
-    q: Tensor, kv: Tensor, weight: Tensor, eps: float, cis: Tensor, address: Tensor, window: Pool
+    q: Tensor,
+    kv: Tensor,
+    weight: Tensor,
+    eps: float,
+    cis: Tensor,
+    address: Tensor,
+    window: RowPool,
 ) -> Tensor:
     n, heads, d = q.shape
+    assert q.stride()[1:] == (d, 1)
+    assert kv.stride(1) == 1
+    assert cis.is_contiguous()
     rope = cis.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     norm_rope_write[(n, 1 + triton.cdiv(heads, HEADS))](
         q, kv, weight, cis, address, window.storage, out, eps, q.stride(0), kv.stride(0),
         H=heads, D=d, ROPE=rope, BLOCKS=blocks_of(d), WORDS=window.codec.words,
-        FORMAT=FORMATS[window.codec.kind], HEADS=HEADS, num_warps=4, enable_fp_fusion=False,
+        FORMAT=int(window.codec.format), HEADS=HEADS, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 

@@ -1,8 +1,6 @@
-"""The metadata of a step as flat tensors on the device, of fixed shapes and without a host sync.
+"""Builds a step's metadata: one launch and four torch operations, without a host sync.
 
-Kernels follow block tables themselves; what is computed here is what every layer needs alike.
-
-Shapes: T rows of the batch, padding included; B requests; n blocks of a table.
+All results live in buffers made once, so that a captured graph finds them where they were.
 """
 
 from __future__ import annotations
@@ -12,43 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class BlockTables:
-    """What the engine knows: block numbers per request, and the words from one block to the next.
-
-    window, page: int [B, n]; ring: int [B]. On a GPU they may be int32; -1 marks no block.
-    """
-
-    window: Tensor
-    page: Tensor
-    ring: Tensor
-    window_stride: int
-    page_stride: int
-    ring_stride: int
-
-
-@dataclass(frozen=True)
-class DeviceStep:
-    """Rows that are padding have position -1 and request 0; nothing is written for them.
-
-    position, request: int32 [T]. window_write: int64 [T], the word address of each row's window
-    entry, -1 for none. query_start: int [B + 1], first row of each request; seq_lens: int [B],
-    lengths after this step. cis: by ratio, float32 [T, rope_dim], (cos, sin) pairs at the row's
-    position; entry_cis: the same at the first position of the window of `ratio` tokens it is in.
-    longest_query, longest: most rows, and most tokens, that a request may have (bounds; host).
-    """
-
-    position: Tensor
-    request: Tensor
-    window_write: Tensor
-    query_start: Tensor
-    seq_lens: Tensor
-    cis: dict[int, Tensor]
-    entry_cis: dict[int, Tensor]
-    tables: BlockTables
-    longest_query: int
-    longest: int
+from dsv4_plugin.cache.layout import CacheLayout
+from dsv4_plugin.cache.paged import BlockTables
+from dsv4_plugin.cache.step import Step
+from dsv4_plugin.config import CSA, SWA, ModelConfig
+from dsv4_plugin.kernels.dispatch import implementation, use_triton
+from dsv4_plugin.kernels.rope import frequencies
 
 
 @dataclass(frozen=True)
@@ -62,27 +29,76 @@ class Rows:
     angles_at: Tensor
 
 
-def reference(
-    tables: BlockTables,
-    query_start: Tensor,
-    seq_lens: Tensor,
-    window_block: int,
-    row_words: int,
-    grains: tuple[int, ...],
-    rows: Rows,
-) -> None:
-    """Fill `rows` from query_start [B + 1] and seq_lens [B]; see `DeviceStep`."""
-    row = torch.arange(len(rows.position), device=query_start.device)
-    ends = query_start[1:].long()
-    request = torch.searchsorted(ends, row, right=True).clamp(max=len(ends) - 1)
-    real = row < ends[-1]
-    request = request.where(real, 0)
-    position = seq_lens.long()[request] - ends[request] + row
-    rows.position.copy_(position.where(real, -1))
-    rows.request.copy_(request)
-    position = position.where(real, 0)
-    number = tables.window.long()[request, position // window_block]
-    address = number * tables.window_stride + position % window_block * row_words
-    rows.window_write.copy_(address.where(real & (number >= 0), -1))
-    for k, grain in enumerate(grains):
-        rows.angles_at[k].copy_(position // grain * grain)
+class StepBuilder:
+    """Computes steps of at most `rows` rows for one model and cache layout.
+
+    Args of `build`:
+        tables: block numbers of every request, int32 or int64.
+        query_start: int [B + 1], first row of each request in the flat batch.
+        seq_lens: int [B], length of each request after this step; padding requests bring no rows.
+        rows: rows of the batch, padding included.
+        longest_query, longest: most rows and most tokens that a request may have.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layout: CacheLayout, rows: int, device: torch.device | str
+    ) -> None:
+        self.layout, self.rows = layout, rows
+        self.ratios = sorted(layout.page)
+        grains = (1, *([1] if self.ratios else []), *self.ratios)
+        kinds = [SWA] + [CSA] * (len(grains) - 1)
+        frequency = torch.stack([frequencies(config, kind) for kind in kinds])
+        self.frequency = frequency[:, None].to(device)
+        self.grains = torch.tensor(grains, dtype=torch.int32, device=device)
+        self.buffers = Rows(
+            position=torch.zeros(rows, dtype=torch.int32, device=device),
+            request=torch.zeros(rows, dtype=torch.int32, device=device),
+            window_write=torch.zeros(rows, dtype=torch.int64, device=device),
+            angles_at=torch.zeros(rows * len(grains), dtype=torch.int32, device=device),
+        )
+        size = len(grains) * rows * config.qk_rope_head_dim
+        self.cis = torch.zeros(size, dtype=torch.float32, device=device)
+        if use_triton(self.cis.device):
+            from dsv4_plugin.kernels import arrival
+
+            arrival.prepare(self.cis.device)
+
+    def build(
+        self,
+        tables: BlockTables,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        rows: int,
+        longest_query: int,
+        longest: int,
+    ) -> Step:
+        if rows > self.rows:
+            raise ValueError(f"a step has {rows} rows; room is for {self.rows}")
+        kinds, pairs = len(self.grains), self.frequency.shape[-1]
+        found = Rows(
+            self.buffers.position[:rows],
+            self.buffers.request[:rows],
+            self.buffers.window_write[:rows],
+            self.buffers.angles_at[: kinds * rows].view(kinds, rows),
+        )
+        words = self.layout.window.parts["kv"].codec.words
+        implementation(__name__, query_start.device).place(
+            tables, query_start, seq_lens, self.layout.window_block, words, self.grains, found
+        )
+        cis = self.cis[: kinds * rows * 2 * pairs].view(kinds, rows, pairs, 2)
+        angle = found.angles_at.float()[..., None] * self.frequency
+        torch.stack([angle.cos(), angle.sin()], -1, out=cis)
+        cis = cis.flatten(2)
+        return Step(
+            layout=self.layout,
+            tables=tables,
+            query_start=query_start,
+            seq_lens=seq_lens,
+            position=found.position,
+            request=found.request,
+            window_write=found.window_write,
+            cis={SWA: cis[0]} | dict.fromkeys(self.ratios, cis[1] if self.ratios else cis[0]),
+            entry_cis=dict(zip(self.ratios, cis[2:], strict=True)),
+            longest_query=longest_query,
+            longest=longest,
+        )

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4_plugin.kernels.step import BlockTables, Rows
+from dsv4_plugin.cache.paged import BlockTables
+from dsv4_plugin.kernels.step import Rows
 
 BLOCK = 128
 SEARCH = 16
@@ -67,7 +68,7 @@ def place(
     grains: Tensor,
     rows: Rows,
 ) -> None:
-    """As `reference`; grains is int32 [K] on the device."""
+    """As in `reference`."""
     n, requests = len(rows.position), len(seq_lens)
     place_rows[(triton.cdiv(n, BLOCK),)](
         query_start, seq_lens, tables.window,

@@ -1,0 +1,179 @@
+"""The indexer on pages: queries, scores, and a choice that is exact to the last tie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv4_plugin.cache.rows import RowFormat
+from dsv4_plugin.kernels import index
+from dsv4_plugin.kernels.index import kernel, reference
+from tests.kit import mode
+from tests.kit.order import seeded
+from tests.tolerances import FP16, OP_FP32
+from tests.triton.cases import far, generator, key_codec, paged, pairs, step_of_rows
+
+RATIO = 4
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=generator(seed)).to(dtype).to(mode.DEVICE)
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32, device=mode.DEVICE)
+
+
+def of(kind):
+    return RowFormat[kind.upper()]
+
+
+def stored(q, kind):
+    """The order of dims in which `queries` writes."""
+    parts = 2 if kind == "bfloat16" else 4
+    return q.unflatten(-1, (-1, parts)).transpose(-1, -2).flatten(-2)
+
+
+@pytest.mark.parametrize(
+    ("n", "heads", "c", "rope", "kind"),
+    [
+        (3, 64, 128, 64, "fp8"),
+        (1, 32, 32, 16, "fp4"),
+        (2, 64, 128, 64, "bfloat16"),
+        (2, 8, 128, 64, "fp4"),
+    ],
+)
+def test_queries(gpu, n, heads, c, rope, kind):
+    q = normal(n, heads, c, seed=1, dtype=torch.bfloat16)
+    q = q * torch.logspace(-3, 3, heads, device=q.device)[:, None].to(q.dtype)
+    q[0, 1] = 0
+    weight, cis = normal(n, heads, seed=2), pairs(n, rope, 3)
+    found, scaled = kernel.queries(q, weight, cis, of(kind))
+    expected, weights = reference.queries(q, weight, cis, of(kind))
+    assert torch.equal(scaled, weights)
+    step = (found.float() - stored(expected, kind).float()).abs().max()
+    assert step <= 2**-11  # one rounding of float16 between 1/2 and 1
+    assert found.float().abs().amax(-1).max() <= 1
+
+
+def world(positions, heads=64, c=128, kind="fp8", seed=0):
+    """positions: of each request's rows. Queries as stored, as the reference's, and the rest."""
+    flat = [(b, p) for b, some in enumerate(positions) for p in some]
+    position, request = ints(*(p for _, p in flat)), ints(*(b for b, _ in flat))
+    keys = paged(key_codec(kind, c), [(max(some) + 1) // RATIO for some in positions], 64, seed)
+    weight = normal(len(flat), heads, seed=seed + 1).abs()
+    q, weight = reference.queries(
+        normal(len(flat), heads, c, seed=seed + 2, dtype=torch.bfloat16),
+        weight, pairs(len(flat), 16, seed), of(kind),
+    )  # fmt: skip
+    n = max(1, *((p + 1) // RATIO for _, p in flat))
+    rest = (weight, keys, position, request, RATIO, n)
+    return stored(q, kind), q, rest
+
+
+SCORES = [
+    # positions of each request's rows, heads, c, format, tiles
+    ([[1100], [3], [2]], 64, 128, "fp8", False),
+    ([[700], [-1, -1]], 64, 128, "bfloat16", False),
+    ([[300]], 32, 32, "fp8", False),
+    ([[700], [20]], 64, 128, "fp4", False),
+    ([[90]], 32, 32, "fp4", False),
+    ([range(500, 507), range(252, 260), [-1]], 64, 128, "fp8", True),
+]
+
+
+@pytest.mark.parametrize(("positions", "heads", "c", "kind", "tiles"), SCORES)
+def test_scores(gpu, positions, heads, c, kind, tiles):
+    q, plain, rest = world(positions, heads, c, kind)
+    found = kernel.scores(q, *rest, tiles=tiles)
+    expected = reference.scores(plain, *rest)
+    seen = ~expected.isnan()
+    tolerance = FP16 if kind == "bfloat16" else OP_FP32
+    found = found[:, : expected.shape[1]]
+    assert (found - expected)[seen].abs().max() <= tolerance * expected[seen].abs().max()
+
+
+def test_the_same_scores_in_tiles(gpu):
+    q, _, rest = world([range(300, 305)])
+    seen = torch.arange(76, device=q.device) < (rest[2][:, None] + 1) // RATIO
+    alone, tiles = kernel.scores(q, *rest), kernel.scores(q, *rest, tiles=True)
+    if mode.INTERPRET:  # numpy sums in another order for other shapes
+        torch.testing.assert_close(alone[seen], tiles[seen], rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(alone[seen], tiles[seen])
+
+
+def test_scores_of_pages_beyond_two_gigabytes_and_of_holes(gpu):
+    q, _, (weight, keys, *rest) = world([[530]])
+    expected = kernel.scores(q, weight, keys, *rest)[:, :132]
+    assert torch.equal(kernel.scores(q, weight, far(keys), *rest)[:, :132], expected)
+    keys.table[0, 1] = -1
+    found = kernel.scores(q, weight, keys, *rest)[:, :132]
+    assert not found[0, 64:128].any()
+    assert torch.equal(found[0, :64], expected[0, :64])
+
+
+TIES = torch.tensor([0.0, -0.0, 1.0, 1.0, -1.0, 3.4e38, 1e-40, -1e-40])
+
+
+def tied(n, seed):
+    return TIES[torch.randint(0, len(TIES), (n,), generator=generator(seed))]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "n", "k"),
+    [([0, 1, 511, 512, 513, 2000], 2000, 512), ([1500, 1024], 1500, 1024), ([70, 200], 200, 64)],
+)
+def test_topk(gpu, lengths, n, k):
+    """Random and tied scores, rows that see fewer entries than are chosen, NaN where none."""
+    score = torch.stack(
+        [normal(n, seed=i).cpu() if i % 2 else tied(n, i) for i in range(len(lengths))]
+    )
+    score[torch.arange(n) >= torch.tensor(lengths)[:, None]] = float("nan")
+    position = ints(*(RATIO * x - 1 for x in lengths))
+    score = score.to(mode.DEVICE)
+    assert torch.equal(
+        kernel.topk(score, position, RATIO, k), reference.topk(score, position, RATIO, k)
+    )
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_topk_of_many_blocks(gpu, monkeypatch, few):
+    """As for contexts of a million tokens: the last program of a row chooses among all blocks'."""
+    monkeypatch.setattr(kernel, "BLOCKS", (512,))
+    n, k = 3000, 64
+    score = torch.stack([tied(n, 1), normal(n, seed=2).cpu()]).to(mode.DEVICE)
+    position = ints(4 * 2990 - 1, 4 * 40 - 1 if few else 4 * n - 1)
+    expected = reference.topk(score, position, RATIO, k)
+    for seed in range(3):
+        with seeded(seed):
+            assert torch.equal(kernel.topk(score, position, RATIO, k), expected)
+
+
+def test_more_entries_than_two_rounds_choose_from(monkeypatch):
+    monkeypatch.setattr(kernel, "BLOCKS", (512,))
+    with pytest.raises(ValueError, match="64 of 5000 entries are too many; at most 4096 entries"):
+        kernel.topk(normal(1, 5000), ints(19_999), RATIO, 64)
+
+
+def test_choices_in_turns(gpu, monkeypatch):
+    """Scores of two rows at a time, and no rows at all; scores are summed over ranks."""
+    mode.kernels(monkeypatch, "triton")
+    _, _, (_, keys, position, request, _, n) = world([range(700, 705)])
+    q = normal(5, 64, 128, seed=7, dtype=torch.bfloat16)
+    weight, cis = normal(5, 64, seed=8), pairs(5, 64, 9)
+
+    def choose(rows=slice(None), reduce=lambda score: score):
+        step = step_of_rows(position[rows], request[rows], 705)
+        return index.choose(q[rows], weight[rows], cis[rows], keys, step, RATIO, 64, reduce)
+
+    expected = choose()
+    score = kernel.scores(
+        *kernel.queries(q, weight, cis, of("fp8")), keys, position, request, RATIO, n
+    )
+    assert torch.equal(expected, reference.topk(score[:, :n], position, RATIO, 64))
+    monkeypatch.setattr(index, "SCORE_VALUES", 2 * n)
+    assert torch.equal(choose(), expected)
+    worst = reference.topk(-score[:, :n], position, RATIO, 64)
+    assert torch.equal(choose(reduce=torch.neg), worst)
+    assert choose(slice(0, 0)).shape == (0, 64)
