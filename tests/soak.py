@@ -18,8 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from training.skills import held_out
-
+from dsv4_plugin.conversations import held_out
 from tests.mini.asking import body
 from tests.server import Server
 
