@@ -18,9 +18,9 @@ from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.model.transformer import Transformer
+from sglang_ext.active import check_active
 from sglang_ext.config import cache_layout
 from sglang_ext.parallel import SglangParallel
-from sglang_ext.registration import check_active
 
 log = logging.getLogger("sglang.srt.dsv4")
 

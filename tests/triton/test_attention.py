@@ -35,7 +35,7 @@ def world(positions, heads, kind, ratio=0, k=None, d=512, rope=64, seed=0, span=
         "cis": pairs(len(flat), rope, seed),
         "step": step_of_rows(position.to(mode.DEVICE), request.to(mode.DEVICE), max(lengths)),
         "window": paged(codec, lengths, 32, seed + 1),
-        "span": span,
+        "sliding_window": span,
         "ratio": ratio,
     }
     if ratio:

@@ -21,7 +21,7 @@ def attention(
     cis: Tensor,
     step: Step,
     window: Paged,
-    span: int,
+    sliding_window: int,
     entries: Paged | None = None,
     ratio: int = 0,
     chosen: Tensor | None = None,
@@ -31,11 +31,11 @@ def attention(
     Args:
         sink: float32 [H].
         cis: float32 [T, rope_dim], (cos, sin) pairs.
-        span: positions a query sees of its window, itself included.
+        sliding_window: positions a query sees of its window, itself included.
         entries: compressed rows, of which a query at position p may see (p + 1) // ratio.
         chosen: int32 [T, k], the entries each query attends to, -1 for none; all where None.
     """
     out: Tensor = implementation(__name__, q.device).attention(
-        q, sink, cis, step, window, span, entries, ratio, chosen
+        q, sink, cis, step, window, sliding_window, entries, ratio, chosen
     )
     return out
