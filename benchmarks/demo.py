@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from openai import OpenAI
 
-from tests.paths import ROOT, STUBS
-from tests.server import MODEL, Server
+from lab.paths import ROOT, STUBS
+from lab.server import MODEL, Server
 
 TOKENS = 128
 """Most tokens of an answer."""

@@ -19,8 +19,8 @@ from random import Random
 from typing import Any
 
 from dsv4_plugin.conversations import held_out
+from lab.server import Server
 from tests.mini.asking import body
-from tests.server import Server
 
 STREAMS = 64
 LIFETIME = 600

@@ -12,11 +12,11 @@ from dsv4_plugin.cache.step import TILED
 from dsv4_plugin.kernels.attention import kernel
 from dsv4_plugin.kernels.attention.kernel import attention
 from dsv4_plugin.kernels.attention.reference import attention as reference
-from tests.kit import mode
-from tests.kit.mode import interpreted_first
-from tests.kit.order import seeded
+from lab.kernels.cases import far, generator, kv_codec, paged, pairs, step_of_rows
+from lab.kit import mode
+from lab.kit.mode import interpreted_first
+from lab.kit.order import seeded
 from tests.tolerances import ATTENTION_BF16
-from tests.triton.cases import far, generator, kv_codec, paged, pairs, step_of_rows
 
 SPAN = 128
 

@@ -16,9 +16,9 @@ from dsv4_plugin.engine import allocate
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
+from lab.kit import mode
+from lab.kit.graphs import RecordedGraph, recorded
 from tests.conftest import A_LAYER_OF_EACH, SMALL
-from tests.kit import mode
-from tests.kit.graphs import RecordedGraph, recorded
 
 REQUESTS, STEPS = 2, 3
 
