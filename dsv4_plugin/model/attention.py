@@ -1,5 +1,11 @@
 """Attention of all three layer kinds: window rows, plus compressed rows (CSA: chosen; HCA: all).
 
+One KV head, whose keys are the values. qr = q_norm(wq_a x), q = wq_b qr, normed per head without a
+weight; kv = kv_norm(wkv x); RoPE on the last dims of both. softmax(q k / sqrt(d)) over a query's
+window and compressed rows together, with a learned sink per head in the denominator; RoPE undone on
+the output; then wo_a within each group of heads and wo_b over all. Source: `Attention` of the
+authors' inference/model.py.
+
 Shapes: T tokens, D hidden size, H heads of this rank, d head_dim, k index_topk.
 """
 

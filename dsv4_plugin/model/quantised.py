@@ -1,7 +1,7 @@
 """Layers whose weights stay as the checkpoint packs them: FP8 linears, FP4, NVFP4 or FP8 experts.
 
-As in the authors' kernels, the inputs of FP8 and MXFP4 products are rounded to e4m3 in blocks of
-128; `wo_a` and NVFP4 experts take theirs as they are. Weights are moved as raw bytes.
+As in the authors' inference/kernel.py, the inputs of FP8 and MXFP4 products are rounded to e4m3 in
+blocks of 128; `wo_a` and NVFP4 experts take theirs as they are. Weights are moved as raw bytes.
 """
 
 from __future__ import annotations

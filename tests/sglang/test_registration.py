@@ -29,6 +29,7 @@ from transformers import PretrainedConfig
 
 import sglang_ext
 from dsv4_plugin.config import ARCHITECTURE, CSA, SWA, ModelConfig
+from lab.paths import ROOT
 from sglang_ext import active, hooks
 from sglang_ext.choice import choose
 from sglang_ext.config import (
@@ -39,7 +40,6 @@ from sglang_ext.config import (
     take_over,
 )
 
-from ..paths import ROOT
 from ..refusals import named
 from .server import FLOAT32, Server
 

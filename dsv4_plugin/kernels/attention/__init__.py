@@ -1,7 +1,8 @@
 """Attention over the window and compressed rows of the cache, read where they lie.
 
 Softmax over window rows and compressed rows together, with a per-head sink in the denominator;
-keys are values. RoPE is undone on the output. One row of the batch is one query.
+keys are values. RoPE is undone on the output. One row of the batch is one query. Source:
+`sparse_attn` of the authors' inference/kernel.py; the rows' formats are in `cache.rows`.
 
 Shapes: T rows, H heads of this rank, d head_dim, k chosen entries.
 """
