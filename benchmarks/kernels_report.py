@@ -281,7 +281,7 @@ launches each layer's kernels, as long as no graph is captured.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/kernels-report.md"))
+    parser.add_argument("--out", type=Path, default=Path(".cache/kernels-report.md"))
     parser.add_argument("--targets", default=",".join(TARGETS))
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -296,6 +296,7 @@ def main() -> None:
     lines += ["## What the compiler made", ""]
     lines += ["Of production launches; equal compiled code is listed once per chip.", ""]
     lines += resources(built)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text("\n".join(lines).rstrip() + "\n")
 
 
