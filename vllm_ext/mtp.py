@@ -65,7 +65,7 @@ class DeepseekV4MTP(nn.Module):
         """Raises ValueError where the checkpoint lacks a tensor."""
         mine = ((name, tensor) for name, tensor in weights if name.startswith(PREFIX))
         needed = {name for name in stored_tensors(self.config, True) if name.startswith(PREFIX)}
-        load_weights(self.model.network, mine, self.parallel.rank, needed)
+        load_weights(self.model.network, mine, needed)
         return {name for name, _ in self.named_parameters()}
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:

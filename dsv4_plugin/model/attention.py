@@ -21,6 +21,7 @@ from dsv4_plugin.kernels.attention import attention
 from dsv4_plugin.kernels.qkv import qkv
 from dsv4_plugin.model.compressor import Compressor, Compressors
 from dsv4_plugin.model.indexer import Indexer
+from dsv4_plugin.model.loading import give_below, shard
 from dsv4_plugin.model.norm import RMSNorm
 from dsv4_plugin.model.parallel import OutputGroups, Parallel
 from dsv4_plugin.model.quantised import grouped_linear
@@ -46,14 +47,21 @@ class Attention(nn.Module):
         self.kv_norm = RMSNorm(d, self.eps)
         self.wo_a = grouped_linear(parallel, groups, d, c.o_lora_rank, f"{prefix}.wo_a")
         self.wo_b = parallel.row(all_groups * c.o_lora_rank, c.hidden_size, f"{prefix}.wo_b")
-        self.wo_b.rearrange = groups.wo_b  # type: ignore[assignment]
+        self.output_groups = groups
         sink = torch.empty(self.heads, dtype=torch.float32)
         self.attn_sink = nn.Parameter(sink, requires_grad=False)
-        self.attn_sink.shard_dim = 0  # type: ignore[attr-defined]
         if self.ratio != SWA:
             self.compressor = Compressor(c, self.ratio, d)
         if self.ratio == CSA:
             self.indexer = Indexer(c, parallel, f"{prefix}.indexer")
+
+    def take(self, name: str, tensor: Tensor) -> bool:
+        """A full tensor of the layer; wo_b gets its columns for a rank's parts of groups."""
+        if name == "attn_sink":
+            tensor = shard(tensor, 0, self.output_groups.rank, self.output_groups.size)
+        elif name.startswith("wo_b."):
+            tensor = self.output_groups.wo_b(tensor)
+        return give_below(self, name, tensor)
 
     def finalize_weights(self) -> None:
         """After loading: the layer's compressors become one."""

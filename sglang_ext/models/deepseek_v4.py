@@ -53,7 +53,7 @@ class DeepseekV4PluginForCausalLM(nn.Module):
             raise NotImplementedError("a running server's weights cannot be replaced so far")
         self.loaded = True
         mine = ((name, tensor) for name, tensor in weights if not name.startswith(MTP))
-        load_weights(self.model, mine, self.parallel.rank, stored_tensors(self.config))
+        load_weights(self.model, mine, stored_tensors(self.config))
         log.info("%s.", self.model.weight_bytes)
 
     @torch.no_grad()

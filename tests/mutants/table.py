@@ -45,7 +45,8 @@ FILES, SPECULATE = "dsv4_plugin/checkpoint/files.py", "dsv4_plugin/speculate.py"
 RENDER, ENCODER = "dsv4_plugin/chat/render.py", "dsv4_plugin/chat/encoder.py"
 MACHINE, TRIAL = "dsv4_plugin/chat/machine.py", "dsv4_plugin/chat/trial.py"
 VLLM_CACHE, VLLM_ACTIVE = "vllm_ext/cache.py", "vllm_ext/active.py"
-VLLM_PARALLEL, SGLANG_ACTIVE = "vllm_ext/parallel.py", "sglang_ext/active.py"
+PARALLEL, VLLM_PARALLEL = "dsv4_plugin/model/parallel.py", "vllm_ext/parallel.py"
+SGLANG_ACTIVE = "sglang_ext/active.py"
 BENCH_CLIENT, MEASURES, DATASETS = (
     f"dsv4_plugin/bench/{name}.py" for name in ("client", "measures", "datasets")
 )
@@ -142,7 +143,7 @@ MUTANTS = [
     # Adapters
     Mutant("requests with one prefix share a ring in vLLM", VLLM_CACHE, "ring=metadata[self.ring.prefix]", "ring=metadata[self.page.prefix]", "vllm/test_engine"),
     Mutant("another plugin goes unnoticed in vLLM", VLLM_ACTIVE, "if found[what] != wanted:", "if not found[what]:", "vllm/test_registration"),
-    Mutant("a data-parallel rank loads every expert", VLLM_PARALLEL, "return self.experts.holds(expert)", "return True", "parallel/test_ranks", "data_parallel"),
+    Mutant("a data-parallel rank loads every expert", PARALLEL, "return 0 <= own < self.count and give(", "return give(", "parallel/test_ranks", "data_parallel"),
     Mutant("data-parallel ranks take the first one's rows", VLLM_PARALLEL, "first = group.rank_in_group * most", "first = 0", "parallel/test_ranks", "data_parallel"),
     Mutant("what the cache had counts as compiled", "dsv4_plugin/warmup.py", "if not cache_hit:", "if src is not None:", "triton/test_warmup", compiled=True),
     Mutant("a forced end tells nobody in SGLang", "sglang_ext/hooks.py", "for rid in list(self.rid_to_state):", "for rid in ():", "sglang/test_registration", "forced", engine="sglang"),

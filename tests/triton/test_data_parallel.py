@@ -54,7 +54,7 @@ class Rank:
         self.model = Transformer(config, DataParallel(config, torch.bfloat16))
         headers = check_checkpoint(config, directory, False)
         tensors = read_tensors(headers, progress=False)
-        load_weights(self.model, tensors, 0, stored_tensors(config))
+        load_weights(self.model, tensors, stored_tensors(config))
         self.state = State(whole, self.model)
 
     def capture(self) -> None:

@@ -52,7 +52,7 @@ def test_captured_stages_give_the_whole_s_bits(gpu, tmp_path, monkeypatch):
     for layers in (range(2), range(2, 3)):
         stage = Transformer(whole.config, LocalParallel(whole.config, torch.bfloat16), layers)
         tensors = read_tensors(headers, progress=False)
-        load_weights(stage, tensors, 0, stored_tensors(whole.config))
+        load_weights(stage, tensors, stored_tensors(whole.config))
         stages.append((stage, *tables(stage, whole.layout)))
     with recorded(gpu, monkeypatch):
         graphs, streams = [], None
