@@ -37,7 +37,9 @@ class Drafts(Protocol):
     layers: tuple[int, ...]
     ahead: int
 
-    def take(self, batch: Batch, step: Step, h: Tensor, means: Tensor, following: Tensor) -> Tensor:
+    def follow(
+        self, batch: Batch, step: Step, h: Tensor, means: Tensor, following: Tensor
+    ) -> Tensor:
         """A step of the main model: its last streams [T, R, D], means behind `layers`, the token
         after each row [T] -> what drafting behind each row goes on from, [T, ...]."""
 
@@ -54,7 +56,9 @@ class MTPDrafts:
     def __init__(self, model: Transformer, drafter: MTP, n: int) -> None:
         self.model, self.drafter, self.n, self.ahead = model, drafter, n, n
 
-    def take(self, batch: Batch, step: Step, h: Tensor, means: Tensor, following: Tensor) -> Tensor:
+    def follow(
+        self, batch: Batch, step: Step, h: Tensor, means: Tensor, following: Tensor
+    ) -> Tensor:
         embedding = self.model.embed(following)
         out: Tensor = self.drafter(h, embedding, following, step, batch.caches[-1])
         return out
@@ -64,7 +68,7 @@ class MTPDrafts:
         lengths = batch.lengths[running]
         for _ in range(self.n - 1):
             step = batch.step(running, torch.ones_like(running), "one")
-            last = self.take(batch, step, last, last, drafts[-1])
+            last = self.follow(batch, step, last, last, drafts[-1])
             drafts.append(self._pick(last))
         batch.lengths[running] = lengths
         return torch.stack(drafts, 1), torch.full((len(running),), self.n)
@@ -92,7 +96,9 @@ class DSparkDrafts:
         """A draft by its corrected logits [G, V]: whichever, the answer stays the main model's."""
         return logits.argmax(-1)
 
-    def take(self, batch: Batch, step: Step, h: Tensor, means: Tensor, following: Tensor) -> Tensor:
+    def follow(
+        self, batch: Batch, step: Step, h: Tensor, means: Tensor, following: Tensor
+    ) -> Tensor:
         self.drafter.read(means, step, batch.caches[-len(self.drafter.stages) :])
         return following
 
@@ -203,7 +209,7 @@ class Speculator:
                 if len(following) < len(part):
                     token = sampler(self.model.head(self.model.collapse(h[-1:]).float()))
                     following = torch.cat([following, token.to(batch.device)])
-                last = self.drafts.take(batch, step, h, means, following)[-1:]
+                last = self.drafts.follow(batch, step, h, means, following)[-1:]
             tokens.append(token)
             found.append(self.draft(batch, who, last))
         drafts, count = zip(*found, strict=True)
@@ -235,7 +241,7 @@ class Speculator:
         self.steps += len(count)
         self.drafted += int(count.sum())
         self.accepted += int(kept.sum())
-        rows = self.drafts.take(batch, step, h, means, found)
+        rows = self.drafts.follow(batch, step, h, means, found)
         first = torch.nn.functional.pad((count + 1).cumsum(0), (1, 0))[:-1]
         last = rows[first.to(kept.device) + kept]
         return picked, kept, *self.draft(batch, running, last)

@@ -1,7 +1,7 @@
 """Layers whose weights stay as the checkpoint packs them: FP8 linears, FP4, NVFP4 or FP8 experts.
 
-As in the authors' kernels, the inputs of FP8 and MXFP4 products are rounded to e4m3 in blocks of
-128; `wo_a` and NVFP4 experts take theirs as they are. Weights are moved as raw bytes.
+As in the authors' inference/kernel.py, the inputs of FP8 and MXFP4 products are rounded to e4m3 in
+blocks of 128; `wo_a` and NVFP4 experts take theirs as they are. Weights are moved as raw bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dsv4_plugin.kernels.packed import (
     product,
     round_inputs,
 )
+from dsv4_plugin.model.loading import give_below
 from dsv4_plugin.model.parallel import GroupedLinear, MakeExperts, OutputGroups, Parallel
 from dsv4_plugin.quant.e4m3 import decode_ue8m0
 
@@ -72,9 +73,7 @@ def grouped_linear(
     """wo_a for heads of `dim`: [T, G, in] -> [T, G * out]."""
     if isinstance(parallel, QuantisedParallel):
         return QuantisedGroupedLinear(groups, dim, n_out, prefix)
-    layer = GroupedLinear(groups.parts, groups.unit * dim, n_out, parallel.dtype)
-    layer.rearrange = groups.wo_a
-    return layer
+    return GroupedLinear(groups.parts, groups.unit * dim, n_out, parallel.dtype, groups.wo_a)
 
 
 def raw(tensor: Tensor) -> Tensor:
@@ -118,15 +117,14 @@ class QuantisedLinear(nn.Module):
             shape[split] = part_of(shape[split], parallel.size, FP8_BLOCK, f"{prefix}.weight")
         self.weight = packed(*shape)
         self.scale = packed(*(blocks(n) for n in shape), dtype=torch.float32)
-        self.weight.weight_loader = self._load  # type: ignore[attr-defined]
-        self.scale.weight_loader = self._load  # type: ignore[attr-defined]
         self.reduce: Callable[[Tensor], Tensor] | None = None
 
-    def _load(self, param: nn.Parameter, tensor: Tensor) -> None:
+    def take(self, name: str, tensor: Tensor) -> bool:
+        """The full weight [out, in], or its scales."""
         if self.split is not None:
-            size = param.shape[self.split]
+            size = self.get_parameter(name).shape[self.split]
             tensor = tensor.narrow(self.split, self.rank * size, size)
-        param.data.copy_(raw(tensor) if param is self.weight else fp8_scale(tensor))
+        return give_below(self, name, raw(tensor) if name == "weight" else fp8_scale(tensor))
 
     def forward(self, x: Tensor) -> Tensor:
         y = product(round_inputs(x), FP8Matrix(self.weight, self.scale))
@@ -148,15 +146,13 @@ class QuantisedGroupedLinear(nn.Module):
         rows = groups.parts * n_out
         self.weight = packed(rows, n_in)
         self.scale = packed(rows, blocks(n_in), dtype=torch.float32)
-        self.weight.weight_loader = self._load_weight  # type: ignore[attr-defined]
-        self.scale.weight_loader = self._load_scale  # type: ignore[attr-defined]
 
-    def _load_weight(self, param: nn.Parameter, tensor: Tensor) -> None:
-        param.data.copy_(self.groups.wo_a(raw(tensor)))
-
-    def _load_scale(self, param: nn.Parameter, tensor: Tensor) -> None:
+    def take(self, name: str, tensor: Tensor) -> bool:
+        """The full weight [G * out, in], or its scales."""
+        if name == "weight":
+            return give_below(self, name, self.groups.wo_a(raw(tensor)))
         rows = fp8_scale(tensor).repeat_interleave(FP8_BLOCK, 0)
-        param.data.copy_(self.groups.wo_a(rows[: self.groups.groups * self.n_out]))
+        return give_below(self, name, self.groups.wo_a(rows[: self.groups.groups * self.n_out]))
 
     def forward(self, x: Tensor) -> Tensor:
         return grouped_product(x, FP8Matrix(self.weight, self.scale, height=1))
@@ -175,16 +171,17 @@ class QuantisedExperts(nn.Module):
             for part, param in _parts(stored, n, n_out, n_in):
                 self.register_parameter(f"{name}_{part}", param)
 
-    def load_expert(self, expert: int, name: str, tensor: Tensor) -> None:
-        """name: `w1` (the weight), `w1.scale`, `w1.weight_scale`, `w1.weight_scale_2`."""
-        matrix, _, part = name.partition(".")
+    def take(self, name: str, tensor: Tensor) -> bool:
+        """name: `17.w1.weight`, or `.scale`, `.weight_scale`, `.weight_scale_2` of it."""
+        expert, matrix, part = name.split(".")
         if part == "input_scale":
-            return  # of the activations, which NVFP4 products take as they are
-        param = self.get_parameter(f"{matrix}_{part or 'weight'}")[expert]
+            return True  # of the activations, which NVFP4 products take as they are
+        param = self.get_parameter(f"{matrix}_{part}")[int(expert)]
         if param.dim():
             split = 1 if matrix == "w2" else 0
             tensor = tensor.narrow(split, self.rank * param.shape[split], param.shape[split])
         param.copy_(raw(tensor) if param.dtype == torch.uint8 else fp8_scale(tensor))
+        return True
 
     def weights(self) -> tuple[Matrix, Matrix, Matrix]:
         """w1, w3 and w2, of all experts each."""

@@ -29,8 +29,8 @@ from dsv4_plugin.config import FIELDS, ModelConfig
 from dsv4_plugin.fields import Only, Unread, Whole
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
+from lab.paths import SHARED, needs_shared
 from tests.conftest import A_LAYER_OF_EACH, SMALL
-from tests.paths import SHARED, needs_shared
 
 
 @pytest.fixture

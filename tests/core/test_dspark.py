@@ -101,7 +101,7 @@ def read(speculator: Speculator, ids: Tensor, chunk: int = 256) -> tuple[Batch, 
     for part in ids.split(chunk):
         step = batch.step(torch.tensor([0]), torch.tensor([len(part)]))
         h, means = speculator._main(batch, step, part)
-        speculator.drafts.take(batch, step, h, means, part)
+        speculator.drafts.follow(batch, step, h, means, part)
         found.append(means)
     return batch, torch.cat(found)
 
@@ -222,7 +222,7 @@ def test_blocks_of_several_requests(model):
         for b, ids in enumerate(prompts):
             step = batch.step(torch.tensor([b]), torch.tensor([len(ids)]))
             h, means = speculator._main(batch, step, ids)
-            speculator.drafts.take(batch, step, h, means, ids)
+            speculator.drafts.follow(batch, step, h, means, ids)
         together = speculator.drafts.block(batch, torch.arange(3), anchors)[0]
     close(together, torch.cat(alone))
 
@@ -361,7 +361,7 @@ class Sampled(Speculator):
         step = batch.step(everyone, torch.ones_like(everyone))
         h, means = self._main(batch, step, ids)
         token = sampler(self.model.head(self.model.collapse(h)))
-        last = self.drafts.take(batch, step, h, means, token)
+        last = self.drafts.follow(batch, step, h, means, token)
         return token, *self.draft(batch, everyone, last)
 
 

@@ -24,8 +24,8 @@ from dsv4_plugin.kernels.experts.reference import experts as experts_reference
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, NVFP4Matrix, product
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
 from dsv4_plugin.quant.e4m3 import e4m3_values
+from lab.paths import SHARED, needs_shared
 from tests.conftest import SMALL, random_ids
-from tests.paths import SHARED, needs_shared
 from tests.tolerances import BF16_SUM, OP_FP32
 
 LAYOUTS = SHARED / "tensor_layouts.json"

@@ -19,11 +19,11 @@ from dsv4_plugin.kernels.packed import kernel as packed_kernel
 from dsv4_plugin.model.parallel import OwnExperts, SplitExperts
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
 from dsv4_plugin.quant.e4m3 import e4m3_values, round_e4m3
-from tests.kit import mode
-from tests.kit.mode import interpreted_first
+from lab.kernels.cases import generator
+from lab.kernels.inputs import untouched
+from lab.kit import mode
+from lab.kit.mode import interpreted_first
 from tests.tolerances import BF16_SUM, OP_FP32, QUANTISED
-from tests.triton.cases import generator
-from tests.triton.inputs import untouched
 
 KINDS = ("fp8", "fp4", "nvfp4")
 LIMIT = 1.0

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4_plugin.checkpoint.make import make_checkpoint
+from dsv4_plugin.checkpoint.formats import dspark_fields
+from dsv4_plugin.checkpoint.make import make_checkpoint, preset_fields
 from tests.conftest import SMALL
 from tests.vllm.engine import (
     NEW,
@@ -132,7 +133,11 @@ def test_drafts_that_are_always_right_or_wrong(llm, small, reference, prompts, o
     ("change", "method", "sentence"),
     [
         ({"num_nextn_predict_layers": 0}, "mtp", "MTP needs a checkpoint that has 1"),
-        (dspark_fields(FIELDS), "mtp", "method is 'mtp'; this checkpoint drafts with DSpark, whi"),
+        (
+            dspark_fields(preset_fields("tiny") | SMALL),
+            "mtp",
+            "method is 'mtp'; this checkpoint drafts with DSpark, whi",
+        ),
         ({}, "ngram", "--speculative-config.method is 'ngram'; dsv4-plugin drafts with 'mtp'"),
     ],
 )

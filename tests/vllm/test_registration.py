@@ -14,7 +14,7 @@ from vllm.tool_parsers import ToolParserManager
 import vllm_ext
 from dsv4_plugin import env
 from dsv4_plugin.config import ARCHITECTURE
-from vllm_ext import _compat, choice, registration
+from vllm_ext import _compat, active, choice, registration
 from vllm_ext.config import NativeConfig
 
 
@@ -28,7 +28,7 @@ def registries(monkeypatch):
 def test_registering_twice_is_registering_once():
     vllm_ext.register()
     vllm_ext.register()
-    registration.check_active()
+    active.check_active()
 
 
 @pytest.mark.parametrize("what", ["model", "tokenizer mode", "tool parser"])
@@ -38,11 +38,11 @@ def test_another_plugin_is_noticed(what):
     if what == "model":
         ModelRegistry.register_model(ARCHITECTURE, ":".join(other))
     elif what == "tokenizer mode":
-        TokenizerRegistry.tokenizers[registration.MODE] = other
+        TokenizerRegistry.tokenizers[active.MODE] = other
     else:
-        ToolParserManager.register_lazy_module(registration.MODE, *other)
+        ToolParserManager.register_lazy_module(active.MODE, *other)
     with pytest.raises(RuntimeError, match=f"its {what} is not active: .* other.module"):
-        registration.check_active()
+        active.check_active()
 
 
 def test_an_unknown_choice_is_refused(monkeypatch):
@@ -52,11 +52,11 @@ def test_an_unknown_choice_is_refused(monkeypatch):
 
 
 def test_native_leaves_vllms_own(monkeypatch):
-    before = ModelRegistry.models[ARCHITECTURE], TokenizerRegistry.tokenizers[registration.MODE]
+    before = ModelRegistry.models[ARCHITECTURE], TokenizerRegistry.tokenizers[active.MODE]
     monkeypatch.setenv(env.MODEL.name, "native")
     monkeypatch.setenv(env.CHAT.name, "native")
     vllm_ext.register()
-    after = ModelRegistry.models[ARCHITECTURE], TokenizerRegistry.tokenizers[registration.MODE]
+    after = ModelRegistry.models[ARCHITECTURE], TokenizerRegistry.tokenizers[active.MODE]
     assert before == after
 
 
