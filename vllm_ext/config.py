@@ -109,8 +109,9 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
 
 
 NO_DSPARK = (
-    "this checkpoint drafts with DSpark, which vLLM has on GPUs only (in its V2 runner) and "
-    "dsv4-plugin in its local engine: load(DIR, mtp=True).generate(..., num_speculative_tokens=5)"
+    "--speculative-config is given; this checkpoint drafts with DSpark, which vLLM has on GPUs only "
+    "(in its V2 runner) and dsv4-plugin in its local engine: load(DIR, mtp=True).generate(..., "
+    "num_speculative_tokens=5)"
 )
 
 
@@ -122,7 +123,7 @@ class DrafterConfig(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config) -> None:  # type: ignore[no-untyped-def]
         config = _core_config(model_config).with_draft_layers("--speculative-config")
         if config.dspark is not None:
-            raise NotImplementedError(f"--speculative-config.method is 'mtp'; {NO_DSPARK}")
+            raise NotImplementedError(NO_DSPARK)
 
 
 def chat() -> str:
@@ -194,8 +195,9 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         name = dtype_name(vllm_config)
         raise ValueError(f"--dtype is {name!r}; allowed are float32 and bfloat16")
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method == "dspark":
-        raise NotImplementedError(f"--speculative-config.method is 'dspark'; {NO_DSPARK}")
+    dspark = model_config_of(vllm_config).dspark is not None
+    if speculative is not None and dspark and speculative.method in ("mtp", "dspark"):
+        raise NotImplementedError(NO_DSPARK)
     if speculative is not None and speculative.method != "mtp":
         raise NotImplementedError(
             f"--speculative-config.method is {speculative.method!r}; "

@@ -25,7 +25,7 @@ from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.cli import main
-from dsv4_plugin.config import FIELDS, ModelConfig
+from dsv4_plugin.config import DSPARK_FIELDS, FIELDS, ModelConfig
 from dsv4_plugin.fields import Only, Unread, Whole
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
@@ -386,8 +386,10 @@ FREE = {"quantization_config": {}, "architectures": []}
 
 @needs_shared
 def test_every_field_that_is_read_has_its_row():
-    read = {f.name for f in dataclasses.fields(ModelConfig)} - {"yarn", "experts", "generation"}
-    assert read | {"rope_scaling", "quantization_config", "expert_dtype"} <= set(FIELDS.fields)
+    not_fields = {"yarn", "experts", "generation", "dspark"}
+    read = {f.name for f in dataclasses.fields(ModelConfig)} - not_fields
+    read |= {"rope_scaling", "quantization_config", "expert_dtype", *DSPARK_FIELDS}
+    assert read <= set(FIELDS.fields)
 
 
 def test_what_transformers_saves_is_the_same(broken):

@@ -129,7 +129,7 @@ MUTANTS = [
     Mutant("a page goes on with its own carry", GROUPS, "position[paging] // size - 1)", "position[paging] // size)", "core/test_exact", "chunks and 1"),
     Mutant("the window of a span is a row short", GROUPS, "max(0, p0 - self.window + 1), total", "max(0, p0 - self.window + 2), total", "core/test_exact", "chunks and 64"),
     Mutant("the sink is left out on CPUs", CPU_ATTENTION, "[..., -1] = sink", "[..., -1] = -1e30", "core/test_ops"),
-    Mutant("rejected drafts stay", SPECULATE, "batch.lengths[running] -= count - kept", "pass", "core/test_mtp", "wrong"),
+    Mutant("rejected drafts stay", SPECULATE, "batch.lengths[running] -= count - kept.cpu()", "pass", "core/test_mtp", "wrong"),
     # DSpark
     Mutant("a block is seeded a position early", SPECULATE, 'step = batch.step(running, torch.full_like(running, ids.shape[1]), "block")', 'batch.lengths[running] -= 1\n        step = batch.step(running, torch.full_like(running, ids.shape[1]), "block")', "core/test_dspark", "a_block"),
     Mutant("streams are normed before their mean", TRANSFORMER, "spread(*now).float().mean(1)", "torch.nn.functional.rms_norm(spread(*now).float(), h.shape[-1:]).mean(1)", "core/test_dspark", "a_block"),
