@@ -78,6 +78,7 @@ class ModelConfig:
     sliding_window: int = 128
     n_shared_experts: int = 1
     num_nextn_predict_layers: int = 0
+    vision_n_layers: int = 0
     swiglu_limit: float = 10.0
     hc_mult: int = 4
     hc_sinkhorn_iters: int = 20
@@ -170,7 +171,8 @@ class ModelConfig:
     def is_fp8(self, module: str) -> bool:
         """Does a quantised checkpoint store this linear (its name without `.weight`) as FP8?"""
         *path, leaf = module.split(".")
-        return self.experts != "plain" and leaf in _FP8_LINEARS and path[-1:] != ["compressor"]
+        plain = path[:1] in (["vision"], ["aligner"]) or path[-1:] == ["compressor"]
+        return self.experts != "plain" and leaf in _FP8_LINEARS and not plain
 
     def experts_of(self, module: str) -> Experts:
         """How the experts of a layer are stored: NVFP4 is of the main layers only."""
@@ -212,13 +214,17 @@ class ModelConfig:
         return replace(self, compress_ratios=(*self.compress_ratios, SWA))
 
     def require_expert_parallel(self, size: int, option: str = "expert parallelism") -> None:
-        """Raise ValueError, which names the option, unless `size` ranks can hold the same number of
-        experts each."""
-        if self.n_routed_experts % size:
+        """Raise ValueError, which names the option, unless each of `size` ranks gets an expert."""
+        if self.n_routed_experts < size:
             raise ValueError(
-                f"{option} over {size} ranks needs n_routed_experts "
-                f"({self.n_routed_experts}) to be a multiple of {size}"
+                f"{option} over {size} ranks needs an expert for each; n_routed_experts is "
+                f"{self.n_routed_experts}"
             )
+
+    def experts_of_rank(self, rank: int, size: int) -> range:
+        """The experts that a rank holds with expert parallelism: as many as others, or one less."""
+        n = self.n_routed_experts
+        return range(rank * n // size, (rank + 1) * n // size)
 
 
 _FP8_LINEARS = frozenset(
@@ -247,6 +253,9 @@ _HARMLESS = (
     "attention_dropout", "initializer_range", "router_aux_loss_coef", "router_jitter_noise",
     # Of drafting. That they are there tells the generation.
     "dspark_block_size", "dspark_markov_rank", "dspark_noise_token_id", "dspark_target_layer_ids",
+    # Of images, which are not read. How many layers there are for them tells Vision-Exp.
+    "vision_dim", "vision_n_heads", "vision_inter_dim", "vision_patch_size", "vision_rope_theta",
+    "vision_downsample_ratio", "vision_max_n_token", "vision_min_pixels", "vision_max_wh_ratio",
     # Of transformers, and of programs that pass checkpoints on.
     "transformers_version", "use_cache", "pad_token_id", "return_dict", "problem_type",
     "output_router_logits", "output_attentions", "output_hidden_states", "id2label", "label2id",
@@ -269,6 +278,7 @@ FIELDS = Table(
         "n_routed_experts": Whole(1, 1 << 13),
         "moe_intermediate_size": Whole(8, 1 << 16, unit=8),
         "num_nextn_predict_layers": Whole(0, 16),
+        "vision_n_layers": Whole(0, _LAYERS),
         "compress_ratios": Each(Only(SWA, CSA, HCA), 2 * _LAYERS),
         "num_hash_layers": Whole(0, _LAYERS),
         # No tensor shows these. They differ between published checkpoints and small ones that were
@@ -290,7 +300,7 @@ FIELDS = Table(
         "hc_mult": Only(4),
         "hc_sinkhorn_iters": Only(20),
         "hc_eps": Only(1e-6),
-        "rms_norm_eps": Only(1e-6),
+        "rms_norm_eps": Only(1e-20, 1e-6),  # Vision-Exp's is 1e-20
         "rope_theta": Only(10000.0),
         "compress_rope_theta": Only(160000.0),
         "rope_scaling": Table(_ROPE),

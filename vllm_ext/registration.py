@@ -20,6 +20,9 @@ MODE = "deepseek_v4"
 DRAFTER_ARCHITECTURE = "DeepSeekV4MTPModel"
 """vLLM's name for the drafter of method `mtp`."""
 DRAFTER = ("vllm_ext.mtp", "DeepseekV4MTP")
+VISION_ARCHITECTURE = "DeepseekV4ForConditionalGeneration"
+"""vLLM's name for the model of a config.json with vision_n_layers."""
+MODELS = (ARCHITECTURE, VISION_ARCHITECTURE)
 MODEL = ("vllm_ext.model", "DeepseekV4ForCausalLM")
 TOKENIZER = ("vllm_ext.tokenizer", "DeepseekV4Tokenizer")
 RENDERER = ("vllm_ext.chat_renderer", "ChatRenderer")
@@ -36,12 +39,13 @@ def register_all() -> None:
 
     if choose().plugin:
         accept_fp4_indexer_option()
-        ModelRegistry.register_model(ARCHITECTURE, ":".join(MODEL))
+        for name in MODELS:
+            ModelRegistry.register_model(name, ":".join(MODEL))
         ModelRegistry.register_model(DRAFTER_ARCHITECTURE, ":".join(DRAFTER))
-        MODELS_CONFIG_MAP[ARCHITECTURE] = PluginConfig
+        MODELS_CONFIG_MAP.update(dict.fromkeys(MODELS, PluginConfig))
         MODELS_CONFIG_MAP[DRAFTER_ARCHITECTURE] = DrafterConfig
     else:
-        MODELS_CONFIG_MAP[ARCHITECTURE] = NativeConfig
+        MODELS_CONFIG_MAP.update(dict.fromkeys(MODELS, NativeConfig))
     if env.CHAT.read() == "plugin":
         TokenizerRegistry.tokenizers[MODE] = TOKENIZER
         RENDERER_REGISTRY.renderers[MODE] = RENDERER
@@ -58,13 +62,18 @@ def _show_the_core_s_log() -> None:
             core.addHandler(handler)
 
 
+def _registered(name: str) -> tuple[str, str]:
+    model = ModelRegistry.models[name]
+    return getattr(model, "module_name", ""), getattr(model, "class_name", "")
+
+
 def check_active() -> None:
     """Raise RuntimeError if another plugin has replaced what was registered here."""
-    registered = ModelRegistry.models[ARCHITECTURE]
     found = {
-        "model": (getattr(registered, "module_name", ""), getattr(registered, "class_name", "")),
+        "model": _registered(ARCHITECTURE),
+        "model of Vision-Exp": _registered(VISION_ARCHITECTURE),
     }
-    expected = {"model": MODEL}
+    expected = dict.fromkeys(found, MODEL)
     if env.CHAT.read() == "plugin":
         found |= {
             "tokenizer mode": TokenizerRegistry.tokenizers[MODE],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dsv4_plugin.checkpoint.names import stored_tensors
+from dsv4_plugin.checkpoint.names import GATE, Stored, is_for_images, stored_tensors
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.json_file import LARGEST, as_object, parse_json, printable, read_object, shown
 
@@ -161,9 +161,10 @@ def check_checkpoint(
 def problems_of(
     config: ModelConfig, found: Mapping[str, TensorInfo], mtp: bool = False
 ) -> Iterator[str]:
-    """What does not fit config.json, a sentence per tensor: missing ones, misshapen ones and those
-    of a wrong dtype, unexpected ones."""
+    """What does not fit config.json, a sentence per tensor: gates of another number of experts,
+    missing ones, misshapen ones and those of a wrong dtype, unexpected ones."""
     expected = stored_tensors(config, mtp)
+    yield from _other_gates(config, expected, found)
     yield from (f"{name} is missing" for name in expected if name not in found)
     for name, stored in expected.items():
         info = found.get(name)
@@ -181,8 +182,21 @@ def problems_of(
     yield from (
         f"{printable(name)} is unexpected"
         for name in found
-        if name not in expected and not name.startswith(MTP)
+        if name not in expected and not name.startswith(MTP) and not is_for_images(config, name)
     )
+
+
+def _other_gates(
+    config: ModelConfig, expected: Mapping[str, Stored], found: Mapping[str, TensorInfo]
+) -> Iterator[str]:
+    """Said first: experts that were pruned otherwise leave thousands of tensors over or missing."""
+    for name in expected:
+        if name.endswith(GATE) and name in found and found[name].shape:
+            rows = found[name].shape[0]
+            if rows != config.n_routed_experts:
+                yield (
+                    f"{name} is of {rows:,} experts, n_routed_experts is {config.n_routed_experts}"
+                )
 
 
 def _variant(config: ModelConfig) -> str:

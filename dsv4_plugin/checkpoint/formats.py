@@ -25,7 +25,22 @@ DSPARK: dict[str, Any] = {
     "dspark_markov_rank": 256,
     "dspark_noise_token_id": 128799,
 }
-FORMATS = ("bf16", "fp8-fp4", "base", "nvfp4", "0731")
+VISION: dict[str, Any] = {
+    "num_nextn_predict_layers": 3,
+    "rms_norm_eps": 1e-20,
+    "vision_n_layers": 2,
+    "vision_dim": 32,
+    "vision_n_heads": 2,
+    "vision_inter_dim": 64,
+    "vision_patch_size": 14,
+    "vision_rope_theta": 10000,
+    "vision_downsample_ratio": 3,
+    "vision_max_n_token": 384,
+    "vision_min_pixels": 147456,
+    "vision_max_wh_ratio": 8,
+}
+"""With a small tower: nothing here computes it."""
+FORMATS = ("bf16", "fp8-fp4", "base", "nvfp4", "0731", "vision")
 TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
@@ -52,11 +67,13 @@ def format_fields(fmt: str, hf: dict[str, Any]) -> dict[str, Any]:
         }
         nvfp4 = {"moe_quant_algo": "NVFP4", "quant_algo": "MIXED_PRECISION", "group_size": 16}
         fields["quantization_config"] = FP8 | nvfp4 | {"quantized_layers": layers}
-    if fmt == "0731":
+    if fmt in ("0731", "vision"):
         n = hf["num_hidden_layers"]
         targets = {"dspark_target_layer_ids": list(range(max(0, n - 3), n))}
         ratios = {"compress_ratios": [*hf["compress_ratios"][:n], 0, 0, 0]}
         fields |= DSPARK | targets | ratios | {"num_nextn_predict_layers": 1}
+    if fmt == "vision":
+        fields |= VISION
     return fields
 
 
@@ -77,7 +94,7 @@ def pack(config: ModelConfig, name: str, weight: Tensor) -> dict[str, Tensor]:
     """
     stored = stored_as(config, name, tuple(weight.shape))
     if len(stored) == 1:
-        return {name: weight}
+        return {name: weight.bfloat16() if stored[name].dtypes == ("BF16",) else weight}
     kind = config.experts_of(name) if EXPERT.fullmatch(name) else "fp8"
     parts = dict(zip(stored, _PACK[kind](weight), strict=True))
     return {part: as_stored(stored[part].dtypes[0], tensor) for part, tensor in parts.items()}

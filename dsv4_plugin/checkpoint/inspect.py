@@ -20,6 +20,7 @@ VARIANTS = {
 KINDS = {SWA: "SWA", CSA: "CSA", HCA: "HCA"}
 PARTS = {
     r"mtp\.": "draft stages",
+    r"(vision|aligner)\.|image_": "images (skipped)",
     r"(embed|head)\.": "embedding and head",
     r".*\.ffn\.experts\.": "routed experts",
     r".*\.ffn\.shared_experts\.": "shared experts",
@@ -46,7 +47,7 @@ def describe(directory: str | Path) -> list[str]:
     layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     problems = list(problems_of(config, found))
     return [
-        f"variant     {VARIANTS[config.experts]}, generation {config.generation}",
+        f"variant     {VARIANTS[config.experts]}, generation {config.generation}{_for(config)}",
         f"layers      {config.num_hidden_layers} ({layers}), {config.num_hash_layers} hash-routed",
         f"experts     {config.n_routed_experts} per layer, {config.num_experts_per_tok} per token",
         "",
@@ -54,6 +55,10 @@ def describe(directory: str | Path) -> list[str]:
         "",
         *_problems(problems),
     ]
+
+
+def _for(config: ModelConfig) -> str:
+    return ", Vision-Exp (served for text)" if config.vision_n_layers else ""
 
 
 def _table(found: dict[str, TensorInfo]) -> Iterator[str]:

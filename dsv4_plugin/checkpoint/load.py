@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from dsv4_plugin.checkpoint.names import EXPERT, parameter_name
+from dsv4_plugin.checkpoint.names import EXPERT, is_for_images, parameter_name
 from dsv4_plugin.checkpoint.values import check_values
 from dsv4_plugin.model.parallel import take_shard
 from dsv4_plugin.model.transformer import Network, WeightBytes
+
+log = logging.getLogger("dsv4_plugin")
 
 
 def load_weights(
@@ -30,8 +33,11 @@ def load_weights(
     """
     parameters = dict(model.named_parameters())
     modules = dict(model.named_modules())
-    taken, filled = set(), set()
+    taken, filled, images = set(), set(), 0
     for name, tensor in tensors:
+        if is_for_images(model.config, name):
+            images += 1
+            continue
         taken.add(name)
         if tensor.element_size() == 1:
             tensor = tensor.view(torch.uint8)  # codes and UE8M0 scales move as bytes
@@ -60,6 +66,8 @@ def load_weights(
     missing = set(needed) - taken
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} tensors, {min(missing)} among them")
+    if images and not rank:
+        log.info("Vision-Exp is served for text: %d tensors for images are skipped.", images)
     model.weight_bytes = _weight_bytes(model)
     unfilled = {n for n in parameters if ".experts." not in n} - filled
     assert not unfilled, f"{min(unfilled)} was not loaded"

@@ -86,7 +86,7 @@ def refused(directory, pattern, error=ValueError, **kwargs):
         ({"swiglu_limit": -10.0}, "swiglu_limit is -10.0; allowed are 1.0 and 10.0"),
         ({"swiglu_limit": float("nan")}, "swiglu_limit is nan; allowed are 1.0 and 10.0"),
         ({"hc_eps": 0}, "hc_eps is 0; allowed is 1e-06"),
-        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; allowed is 1e-06"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; allowed are 1e-20 and 1e-06"),
         ({"rope_theta": -1}, "rope_theta is -1; allowed is 10000.0"),
         ({"routed_scaling_factor": 2}, "routed_scaling_factor is 2; allowed are 1.5 and 2.5"),
         ({"torch_dtype": "float16"}, "torch_dtype is 'float16'; allowed are 'bfloat16' and 'fl"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from random import Random
 
 import pytest
 import torch
@@ -13,20 +14,27 @@ from safetensors.torch import load_file, save_file
 from dsv4_plugin import load
 from dsv4_plugin.checkpoint.convert import CONVERSIONS, convert_checkpoint
 from dsv4_plugin.checkpoint.files import INDEX, read_headers
-from dsv4_plugin.checkpoint.formats import FORMATS, format_fields
+from dsv4_plugin.checkpoint.formats import FORMATS, VISION, format_fields
 from dsv4_plugin.checkpoint.inspect import VARIANTS
 from dsv4_plugin.checkpoint.make import PRESETS, made_tensors, make_checkpoint
-from dsv4_plugin.checkpoint.names import EXPERT, stored_as, stored_tensors
+from dsv4_plugin.checkpoint.names import (
+    EXPERT,
+    image_tensors,
+    is_for_images,
+    stored_as,
+    stored_tensors,
+)
 from dsv4_plugin.cli import main
 from dsv4_plugin.config import HF_QUANT, ModelConfig
 from dsv4_plugin.kernels.experts import packed_experts
 from dsv4_plugin.kernels.experts.reference import experts as experts_reference
+from dsv4_plugin.kernels.norm import rms_norm
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, NVFP4Matrix, product
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
 from dsv4_plugin.quant.e4m3 import e4m3_values
-from tests.conftest import SMALL, random_ids
+from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
 from tests.paths import SHARED, needs_shared
-from tests.tolerances import BF16_SUM, OP_FP32
+from tests.tolerances import BF16_SUM, LOGITS_STD, OP_FP32
 
 LAYOUTS = SHARED / "tensor_layouts.json"
 CONFIGS = {
@@ -126,13 +134,72 @@ def test_every_variant_answers_and_stays_packed(made, fmt, caplog):
     )
     assert 0.95 * one_byte < packed <= one_byte
     assert f"{packed / 2**30:.2f} GiB of them packed" in caplog.text
-    assert ("3 multi-token-prediction stages" in caplog.text) == (fmt == "0731")
+    assert ("3 multi-token-prediction stages" in caplog.text) == (fmt in ("0731", "vision"))
+    images = 7 + 2 * 8 + 4 + 5 + 1  # tower, its blocks, embeddings, biases of the main layers
+    said = f"Vision-Exp is served for text: {images} tensors for images are skipped"
+    assert (said in caplog.text) == (fmt == "vision")
 
 
 def test_the_draft_stages_do_not_change_the_model(made):
     """0731 and fp8-fp4 share their seed; only the draft stages differ."""
     ids = random_ids(150, seed=2)
     assert torch.equal(load(made / "0731").logits(ids), load(made / "fp8-fp4").logits(ids))
+
+
+@needs_shared
+def test_what_vision_exp_adds():
+    """316 tensors beside those of 0731, at the published sizes."""
+    hf = published("DeepSeek-V4-Flash-0731")
+    sizes = {"vision_n_layers": 32, "vision_dim": 1024, "vision_inter_dim": 2816}
+    hf |= VISION | sizes
+    config = ModelConfig.from_hf(hf)
+    tensors = image_tensors(config, hf)
+    assert len(tensors) == 316
+    assert all(is_for_images(config, name) for name in tensors)
+    found = written(config, tensors)
+    assert found["vision.patch_embed.proj.weight"] == ["BF16", [1024, 588]]
+    assert found["vision.blocks.31.attn.wqkv.bias"] == ["BF16", [3072]]
+    assert found["vision.blocks.31.mlp.w1.weight"] == ["BF16", [5632, 1024]]
+    assert found["aligner.w1.weight"] == ["BF16", [4096, 9216]]
+    assert found["layers.42.ffn.gate.bias_vl"] == ["F32", [256]]
+    assert found["mtp.2.ffn.gate.bias_vl"] == ["F32", [256]]
+    assert found["layers.2.ffn.gate.bias"] == ["F32", [256]]
+    needed = [*stored_tensors(config), "mtp.0.ffn.gate.bias", "mtp.0.main_proj.weight"]
+    assert not [name for name in needed if is_for_images(config, name)]
+
+
+def test_vision_exp_is_0731_for_text(made, tmp_path):
+    """Bit for bit, whatever the tensors for images hold; without vision_n_layers they are
+    unexpected."""
+    make_checkpoint(
+        tmp_path / "0731", "tiny", 1, SMALL | {"rms_norm_eps": 1e-20}, tokenizer=False, fmt="0731"
+    )
+    ids = random_ids(150, seed=2)
+    logits = load(made / "vision").logits(ids)
+    assert torch.equal(logits, load(tmp_path / "0731").logits(ids))
+    assert not torch.equal(logits, load(made / "0731").logits(ids))
+
+    def other_biases(tensors):
+        for name in tensors:
+            if name.endswith("bias_vl") or name == "layers.0.ffn.gate.bias":
+                tensors[name] = torch.full_like(tensors[name], float("nan"))
+
+    copy = broken(made / "vision", tmp_path, other_biases)
+    assert torch.equal(logits, load(copy).logits(ids))
+    hf = json.loads((copy / "config.json").read_text()) | {"vision_n_layers": 0}
+    (copy / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ValueError, match=r"is unexpected; .* \(and \d+ more\)"):
+        load(copy)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_zeros_stay_zeros(dtype, eps):
+    x = torch.zeros(3, 64, dtype=dtype)
+    x[1] = 1e-9
+    found = rms_norm(x, torch.ones(64), eps).float()
+    assert (found[::2] == 0).all()
+    assert (found[1] - 1e-9 * (1e-18 + eps) ** -0.5).abs().max() < 1e-2
 
 
 def test_variants_are_told_by_either_file(made, tmp_path):
@@ -276,6 +343,11 @@ def test_inspect(made, capsys, tmp_path):
     assert "5 (1 SWA, 2 CSA, 2 HCA), 1 hash-routed" in text
     assert "draft stages" in text
     assert "complete" in text
+    assert main(["checkpoint", "inspect", str(made / "vision")]) == 0
+    text = capsys.readouterr().out
+    assert "generation 0731, Vision-Exp (served for text)" in text
+    assert "images (skipped)" in text
+    assert "complete" in text
     plain = sum(
         t.numel() for t in load_file(made / "bf16" / "model-00001-of-00001.safetensors").values()
     )
@@ -297,6 +369,63 @@ def broken(source, tmp_path, damage):
     damage(tensors)
     save_file(tensors, shard)
     return copy
+
+
+@pytest.mark.parametrize("experts", [33, 104, 132, 144, 160, 216])
+def test_any_number_of_experts(tmp_path, experts, reference):
+    """As pruned checkpoints have them, 4 per token; the hash table may name one twice."""
+    hf = SMALL | A_LAYER_OF_EACH | {"n_routed_experts": experts, "num_experts_per_tok": 4}
+    hf |= {"hidden_size": 64, "moe_intermediate_size": 32}
+    make_checkpoint(tmp_path / "made", "tiny", 1, hf, tokenizer=False)
+
+    def repeat(tensors):
+        table = tensors["layers.0.ffn.gate.tid2eid"]
+        table[::2, 1] = table[::2, 3]
+        table[1::8] = experts - 1
+
+    copy = broken(tmp_path / "made", tmp_path, repeat)
+    ids = random_ids(160, seed=experts)
+    expected = reference(copy, ids)
+    found = load(copy, "float32").logits(ids)
+    assert (found - expected).abs().max() < LOGITS_STD * expected.std()
+    assert not torch.equal(found, load(tmp_path / "made", "float32").logits(ids))
+
+
+@pytest.mark.parametrize("fmt", ["fp8-fp4", "nvfp4"])
+def test_scales_may_lie_in_other_files(made, tmp_path, fmt):
+    """In any order: repackers cut a file where it is full."""
+    copy = tmp_path / "cut"
+    shutil.copytree(made / fmt, copy)
+    (copy / INDEX).unlink()
+    shard = next(copy.glob("*.safetensors"))
+    tensors = load_file(shard)
+    shard.unlink()
+    names = sorted(tensors, reverse=True)
+    Random(1).shuffle(names)
+    for i in range(3):
+        part = {name: tensors[name] for name in names[i::3]}
+        save_file(part, copy / f"model-{i}.safetensors")
+    ids = random_ids(60, seed=1)
+    assert torch.equal(load(copy).logits(ids), load(made / fmt).logits(ids))
+
+
+def test_other_numbers_of_experts_are_named_first(made, tmp_path):
+    """One layer's gate, all gates, and a table that names an expert that was pruned."""
+    name = "layers.2.ffn.gate.weight"
+    copy = broken(made / "fp8-fp4", tmp_path, lambda t: t.update({name: t[name][:7].contiguous()}))
+    with pytest.raises(ValueError, match=rf"{name} is of 7 experts, n_routed_experts is 8"):
+        load(copy)
+    shutil.rmtree(copy)
+    copy = broken(made / "fp8-fp4", tmp_path, lambda t: None)
+    hf = json.loads((copy / "config.json").read_text()) | {"n_routed_experts": 6}
+    (copy / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ValueError, match=r"json: layers.0.ffn.gate.weight is of 8 experts, n_rou"):
+        load(copy)
+    shutil.rmtree(copy)
+    table = "layers.0.ffn.gate.tid2eid"
+    copy = broken(made / "fp8-fp4", tmp_path, lambda t: t[table][5].fill_(8))
+    with pytest.raises(ValueError, match=rf"{table} names expert 8; n_routed_experts is 8, so"):
+        load(copy)
 
 
 W = "layers.0.attn.wq_a.weight"

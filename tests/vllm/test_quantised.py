@@ -20,9 +20,10 @@ from tests.tolerances import LOGPROB
 from tests.vllm.test_options import configure
 from tests.vllm_chat.server import MODEL, Server
 from vllm_ext._compat import FP4_INDEXER
-from vllm_ext.config import cache_layout, model_config_of
+from vllm_ext.config import SERVED_TYPE, cache_layout, model_config_of
+from vllm_ext.registration import VISION_ARCHITECTURE
 
-VARIANTS = ("fp8-fp4", "base", "nvfp4", "0731")
+VARIANTS = ("fp8-fp4", "base", "nvfp4", "0731", "vision")
 GUIDE = (
     "--trust-remote-code --kv-cache-dtype fp8 --block-size 256 --max-num-batched-tokens 65536 "
     "--max-num-seqs 1024 --attention_config.use_fp4_indexer_cache=True "
@@ -78,6 +79,14 @@ def test_variants_are_refused_before_weights_are_read(made, tmp_path):
         configure(tmp_path)
     with pytest.raises(ValueError, match="--quantization is 'fp8'; dsv4-plugin takes it from the"):
         configure(made / "fp8-fp4", quantization="fp8")
+
+
+def test_vision_exp_is_the_plugin_s_for_text(made):
+    """vLLM gives its model another name, and knows of no images in it."""
+    config = configure(made / "vision").model_config
+    assert config.architectures == [VISION_ARCHITECTURE]
+    assert config.hf_config.model_type == SERVED_TYPE
+    assert not config.is_multimodal_model
 
 
 @pytest.mark.parametrize(
