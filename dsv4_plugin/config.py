@@ -7,6 +7,7 @@ Both spellings in circulation are read: the published one (`compress_ratios`, `n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -34,6 +35,11 @@ SWA, CSA, HCA = 0, 4, 128
 """The layer kinds, named by their compress ratio (tokens per compressed KV entry)."""
 
 ARCHITECTURE = "DeepseekV4ForCausalLM"
+V41, V41_ARCHITECTURE = "deepseek_v41", "DeepseekV41ForCausalLM"
+V41_REFUSED = (
+    f"model_type is {V41!r}: DeepSeek-V4.1 is another network (Engram tables, two-level indexer; "
+    "510 GB of weights), which this package does not serve; it serves 'deepseek_v4'"
+)
 _LAYER_TYPES = {
     "sliding_attention": SWA,
     "compressed_sparse_attention": CSA,
@@ -107,6 +113,8 @@ class ModelConfig:
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
         """Build from the parsed config.json. Raises ValueError naming the field at fault."""
         model_type = as_object(hf, CONFIG).get("model_type")
+        if model_type == V41:
+            raise NotImplementedError(V41_REFUSED)
         if model_type != "deepseek_v4":
             raise ValueError(
                 f"model_type is {shown(model_type)}; this package serves 'deepseek_v4' only"
@@ -178,6 +186,12 @@ class ModelConfig:
         """How the experts of a layer are stored: NVFP4 is of the main layers only."""
         return "fp4" if self.experts == "nvfp4" and module.startswith("mtp.") else self.experts
 
+    def scale_of(self, module: str) -> str:
+        """The last part of the name of a packed weight's block scales."""
+        routed = _ROUTED.search(module) is not None
+        own = routed and self.experts_of(module) == "nvfp4"
+        return "weight_scale" if own else "scale"
+
     def require_tensor_parallel(
         self, size: int, option: str = "the number of tensor-parallel ranks"
     ) -> None:
@@ -227,6 +241,7 @@ class ModelConfig:
         return range(rank * n // size, (rank + 1) * n // size)
 
 
+_ROUTED = re.compile(r"\.experts\.\d+\.")
 _FP8_LINEARS = frozenset(
     ["wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3", "e_proj", "h_proj", "main_proj"]
 )

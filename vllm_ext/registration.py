@@ -12,7 +12,7 @@ from vllm.tokenizers import TokenizerRegistry
 from vllm.tool_parsers import ToolParserManager
 
 from dsv4_plugin import env
-from dsv4_plugin.config import ARCHITECTURE
+from dsv4_plugin.config import ARCHITECTURE, V41_ARCHITECTURE
 from vllm_ext._compat import accept_fp4_indexer_option, require_tested_version
 from vllm_ext.choice import choose
 
@@ -33,7 +33,7 @@ REASONING_PARSER = ("vllm_ext.reasoning_parser", "DeepseekV4ReasoningParser")
 def register_all() -> None:
     """Register the model (where the plugin serves it) and the chat layer."""
     require_tested_version()
-    from vllm_ext.config import DrafterConfig, NativeConfig, PluginConfig
+    from vllm_ext.config import DrafterConfig, NativeConfig, PluginConfig, V41Config
 
     _show_the_core_s_log()
 
@@ -44,6 +44,7 @@ def register_all() -> None:
         ModelRegistry.register_model(DRAFTER_ARCHITECTURE, ":".join(DRAFTER))
         MODELS_CONFIG_MAP.update(dict.fromkeys(MODELS, PluginConfig))
         MODELS_CONFIG_MAP[DRAFTER_ARCHITECTURE] = DrafterConfig
+        MODELS_CONFIG_MAP[V41_ARCHITECTURE] = V41Config
     else:
         MODELS_CONFIG_MAP.update(dict.fromkeys(MODELS, NativeConfig))
     if env.CHAT.read() == "plugin":

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dsv4_plugin.checkpoint.names import GATE, Stored, is_for_images, stored_tensors
+from dsv4_plugin.checkpoint.names import (
+    GATE,
+    Stored,
+    is_for_images,
+    is_unread_scale,
+    stored_tensors,
+)
+from dsv4_plugin.checkpoint.spelling import natives
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.json_file import LARGEST, as_object, parse_json, printable, read_object, shown
 
@@ -143,13 +150,14 @@ def _tensor_info(file: Path, name: str, info: Any, first: int) -> tuple[str, Ten
 def check_checkpoint(
     config: ModelConfig, directory: str | Path, mtp: bool = False
 ) -> dict[str, TensorInfo]:
-    """Check every tensor's presence, shape and dtype before any weight is read; return the headers.
+    """Check every tensor's presence, shape and dtype before any weight is read; return the headers
+    by the authors' names.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the first tensors that are missing, misshapen, of a wrong dtype or unexpected.
     """
-    found = read_headers(directory)
+    found = natives(config, read_headers(directory))
     problems = list(problems_of(config, found, mtp))
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -182,7 +190,10 @@ def problems_of(
     yield from (
         f"{printable(name)} is unexpected"
         for name in found
-        if name not in expected and not name.startswith(MTP) and not is_for_images(config, name)
+        if name not in expected
+        and not name.startswith(MTP)
+        and not is_for_images(config, name)
+        and not is_unread_scale(expected, name)
     )
 
 

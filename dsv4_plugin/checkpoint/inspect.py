@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dsv4_plugin.checkpoint.files import MTP, TensorInfo, problems_of, read_headers
 from dsv4_plugin.checkpoint.names import SCALE
+from dsv4_plugin.checkpoint.spelling import natives
 from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
 
 VARIANTS = {
@@ -42,7 +43,7 @@ def describe(directory: str | Path) -> list[str]:
         ValueError, FileNotFoundError: config.json or a file cannot be read at all.
     """
     config = ModelConfig.from_pretrained(directory)
-    found = read_headers(directory)
+    found = natives(config, read_headers(directory))
     kinds = Counter(KINDS[r] for r in config.compress_ratios)
     layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     problems = list(problems_of(config, found))

@@ -8,7 +8,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dsv4_plugin.checkpoint.names import EXPERT, is_for_images, parameter_name
+from dsv4_plugin.checkpoint.names import (
+    EXPERT,
+    is_for_images,
+    is_unread_scale,
+    parameter_name,
+    stored_tensors,
+)
+from dsv4_plugin.checkpoint.spelling import native
 from dsv4_plugin.checkpoint.values import check_values
 from dsv4_plugin.model.parallel import take_shard
 from dsv4_plugin.model.transformer import Network, WeightBytes
@@ -33,10 +40,15 @@ def load_weights(
     """
     parameters = dict(model.named_parameters())
     modules = dict(model.named_modules())
-    taken, filled, images = set(), set(), 0
-    for name, tensor in tensors:
+    expected = stored_tensors(model.config)
+    taken, filled, images, scales = set(), set(), 0, 0
+    for given, tensor in tensors:
+        name = native(model.config, given)
         if is_for_images(model.config, name):
             images += 1
+            continue
+        if is_unread_scale(expected, name):
+            scales += 1
             continue
         taken.add(name)
         if tensor.element_size() == 1:
@@ -68,6 +80,8 @@ def load_weights(
         raise ValueError(f"the checkpoint lacks {len(missing)} tensors, {min(missing)} among them")
     if images and not rank:
         log.info("Vision-Exp is served for text: %d tensors for images are skipped.", images)
+    if scales and not rank:
+        log.info("%d scales are skipped: what they belong to is not rounded.", scales)
     model.weight_bytes = _weight_bytes(model)
     unfilled = {n for n in parameters if ".experts." not in n} - filled
     assert not unfilled, f"{min(unfilled)} was not loaded"

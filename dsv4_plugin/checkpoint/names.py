@@ -18,6 +18,7 @@ EXPERT = re.compile(
 """(module, expert, `w1` or what belongs to it, as `w1.scale`)."""
 SCALE = re.compile(r".*\.(scale|weight_scale|weight_scale_2)")
 """A packed weight's scales."""
+ACTIVATION_SCALES = ("input_scale", "input_global_scale")
 GATE = ".ffn.gate.weight"
 DSPARK_STAGES = 3
 _VISION = re.compile(r"(vision|aligner)\..+|image_(start|pad|newline|end)|.*\.ffn\.gate\.bias_vl")
@@ -54,6 +55,16 @@ def is_for_images(config: ModelConfig, name: str) -> bool:
     return hashed or _VISION.fullmatch(name) is not None
 
 
+def is_unread_scale(expected: Mapping[str, Stored], name: str) -> bool:
+    """Is a tensor a scale that nothing is multiplied by: of activations that are not rounded by it,
+    or of a weight that is not packed?"""
+    module, _, leaf = name.rpartition(".")
+    weight = expected.get(f"{module}.weight")
+    if name in expected or weight is None:
+        return False
+    return leaf in ACTIVATION_SCALES or (leaf == "scale" and weight.dtypes[0] == "BF16")
+
+
 def stored_tensors(config: ModelConfig, mtp: bool = False) -> dict[str, Stored]:
     """`expected_tensors` in the variant's own form: packed weights and their scales."""
     stored: dict[str, Stored] = {}
@@ -74,10 +85,10 @@ def stored_as(config: ModelConfig, name: str, shape: Shape) -> dict[str, Stored]
     n_out, n_in = shape
     if kind == "fp8":
         blocks = (-(-n_out // FP8_BLOCK), -(-n_in // FP8_BLOCK))
-        scales = ("F32", "F8_E8M0") if config.experts == "fp8" else ("F8_E8M0", "F32")
+        published = ("F32", "F8_E8M0") if config.experts == "fp8" else ("F8_E8M0", "F32")
         return {
             name: Stored(("F8_E4M3",), shape),
-            f"{module}.scale": Stored(scales, blocks),
+            f"{module}.scale": Stored((*published, "BF16"), blocks),
         }
     packed, blocks = (n_out, n_in // 2), (n_out, n_in // FP4_BLOCKS[kind])
     if kind == "fp4":

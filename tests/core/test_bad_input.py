@@ -25,11 +25,11 @@ from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.cli import main
-from dsv4_plugin.config import FIELDS, ModelConfig
+from dsv4_plugin.config import FIELDS, V41_REFUSED, ModelConfig
 from dsv4_plugin.fields import Only, Unread, Whole
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
-from tests.conftest import A_LAYER_OF_EACH, SMALL
+from tests.conftest import A_LAYER_OF_EACH, SMALL, v41_fields
 from tests.paths import SHARED, needs_shared
 
 
@@ -50,6 +50,18 @@ def refused(directory, pattern, error=ValueError, **kwargs):
     with pytest.raises(error, match=pattern) as info:
         load(directory, **kwargs)
     assert "\n" not in str(info.value)
+
+
+def test_v41_is_refused_by_what_it_is(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(v41_fields()))
+    refused(
+        tmp_path,
+        "^model_type is 'deepseek_v41': DeepSeek-V4.1 is another .*510 GB",
+        NotImplementedError,
+    )
+    for command in (["checkpoint", "inspect"], ["plan", "--gpu", "A100-80"]):
+        assert main([*command, str(tmp_path)]) == 2
+        assert capsys.readouterr().err == f"dsv4: {V41_REFUSED}\n"
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,9 @@ def test_variants_are_told_by_either_file(made, tmp_path):
     assert ModelConfig.from_pretrained(copy).experts == "nvfp4"
     load(copy)
     (copy / HF_QUANT).unlink()
-    with pytest.raises(ValueError, match=r"experts.0.w1.scale is missing"):
+    with pytest.raises(
+        ValueError, match=r"experts.0.w1.scale is F8_E4M3, .*FP4 experts.* asks for F8_E8M0"
+    ):
         load(copy)
 
 
@@ -448,7 +450,11 @@ E = "layers.1.ffn.experts.3.w2"
             lambda t: t.update({f"{E}.weight": t[f"{E}.weight"][:, :-1].clone()}),
             rf"{E}.weight has shape \[128, 31\], config.json asks for \[128, 32\]",
         ),
-        (lambda t: t.update({"layers.0.attn.wq_a.weight_scale_inv": torch.ones(1)}), "unexpected"),
+        (
+            lambda t: t.update({"layers.0.attn.wq_a.weight_scale_inv": torch.ones(1)}),
+            "wq_a.scale and layers.0.attn.wq_a.weight_scale_inv are the same tensor; allowed is o",
+        ),
+        (lambda t: t.update({"layers.0.attn.wq_a.zeros": torch.ones(1)}), "zeros is unexpected"),
     ],
 )
 def test_damaged_tensors_are_named(made, tmp_path, damage, pattern):
