@@ -182,7 +182,7 @@ def problems_of(
             allowed = " or ".join(stored.dtypes)
             variant = _variant(config)
             yield f"{name} is {printable(info.dtype)}, config.json ({variant}) asks for {allowed}"
-        elif info.shape != stored.shape:
+        elif info.shape != stored.shape and {info.shape, stored.shape} != {(), (1,)}:
             asked = list(stored.shape)
             yield f"{name} has shape {shown(list(info.shape))}, config.json asks for {asked}"
         elif info.nbytes != prod(info.shape) * DTYPES[info.dtype].itemsize:

@@ -17,6 +17,8 @@ VARIANTS = {
     "fp4": "FP8 with FP4 experts",
     "fp8": "FP8, experts too (Base)",
     "nvfp4": "FP8 with NVFP4 experts",
+    "ct-nvfp4": "compressed-tensors, NVFP4 experts",
+    "w4a16": "compressed-tensors, int4 experts (W4A16)",
 }
 KINDS = {SWA: "SWA", CSA: "CSA", HCA: "HCA"}
 PARTS = {
@@ -78,12 +80,14 @@ def _table(found: dict[str, TensorInfo]) -> Iterator[str]:
 
 def count_parameters(name: str, info: TensorInfo) -> int:
     """Values of the network in a tensor: none in a scale or a token table, two in an FP4 byte."""
-    if SCALE.fullmatch(name) or name.endswith(("input_scale", "tid2eid")):
+    if SCALE.fullmatch(name) or name.endswith(
+        ("input_scale", "input_global_scale", "weight_shape", "tid2eid")
+    ):
         return 0
     n = 1
     for size in info.shape:
         n *= size
-    return 2 * n if info.dtype in ("I8", "U8") else n
+    return n * {"I8": 2, "U8": 2, "I32": 8}.get(info.dtype, 1)
 
 
 def _problems(problems: list[str]) -> Iterator[str]:

@@ -27,7 +27,7 @@ from dsv4_plugin.checkpoint.names import (
     image_tensors,
     stored_as,
 )
-from dsv4_plugin.config import ARCHITECTURE, FP4_BLOCKS, ModelConfig
+from dsv4_plugin.config import ARCHITECTURE, ModelConfig
 
 SHARD_BYTES = 1 << 30
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -267,7 +267,7 @@ def plan(config: ModelConfig, parameters: Mapping[str, Shape]) -> list[list[str]
 
 def random_tensors(config: ModelConfig, name: str, shape: Shape, seed: int) -> dict[str, Tensor]:
     """A parameter's tensors, of sensible size for its role and in the variant's form."""
-    if EXPERT.fullmatch(name) and config.experts_of(name) in FP4_BLOCKS:
+    if EXPERT.fullmatch(name) and config.block_of(config.experts_of(name)) > 1:
         return random_expert(config, name, shape, _generator(name, seed))
     return pack(config, name, random_tensor(config, name, shape, seed))
 

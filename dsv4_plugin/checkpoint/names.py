@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsv4_plugin.config import CSA, FP4_BLOCKS, FP8_BLOCK, SWA, ModelConfig
+from dsv4_plugin.config import COMPRESSED, CSA, FP8_BLOCK, SWA, Experts, ModelConfig
 
 Shape = tuple[int, ...]
 
 EXPERT = re.compile(
-    r"(.*\.experts)\.(\d+)\.(w[123](?:\.(?:scale|weight_scale|weight_scale_2|input_scale))?)"
+    r"(.*\.experts)\.(\d+)\.(w[123](?:\.(?:scale|weight_scale|weight_scale_2|input_scale|"
+    r"weight_packed|weight_global_scale|weight_shape|input_global_scale))?)"
     r"(?:\.weight)?"
 )
 """(module, expert, `w1` or what belongs to it, as `w1.scale`)."""
-SCALE = re.compile(r".*\.(scale|weight_scale|weight_scale_2)")
+SCALE = re.compile(r".*\.(scale|weight_scale|weight_scale_2|weight_global_scale)")
 """A packed weight's scales."""
 ACTIVATION_SCALES = ("input_scale", "input_global_scale")
 GATE = ".ffn.gate.weight"
@@ -59,7 +60,7 @@ def is_unread_scale(expected: Mapping[str, Stored], name: str) -> bool:
     """Is a tensor a scale that nothing is multiplied by: of activations that are not rounded by it,
     or of a weight that is not packed?"""
     module, _, leaf = name.rpartition(".")
-    weight = expected.get(f"{module}.weight")
+    weight = expected.get(f"{module}.weight") or expected.get(f"{module}.weight_packed")
     if name in expected or weight is None:
         return False
     return leaf in ACTIVATION_SCALES or (leaf == "scale" and weight.dtypes[0] == "BF16")
@@ -76,6 +77,7 @@ def stored_tensors(config: ModelConfig, mtp: bool = False) -> dict[str, Stored]:
 def stored_as(config: ModelConfig, name: str, shape: Shape) -> dict[str, Stored]:
     """The tensors that hold one parameter of the network."""
     module = name.removesuffix(".weight")
+    kind: Experts
     if EXPERT.fullmatch(name):
         kind = config.experts_of(name)
     else:
@@ -85,16 +87,32 @@ def stored_as(config: ModelConfig, name: str, shape: Shape) -> dict[str, Stored]
     n_out, n_in = shape
     if kind == "fp8":
         blocks = (-(-n_out // FP8_BLOCK), -(-n_in // FP8_BLOCK))
-        published = ("F32", "F8_E8M0") if config.experts == "fp8" else ("F8_E8M0", "F32")
+        scales = (
+            ["F32", "F8_E8M0", "BF16"] if config.experts == "fp8" else ["F8_E8M0", "F32", "BF16"]
+        )
+        if config.experts in COMPRESSED:
+            scales.reverse()
         return {
             name: Stored(("F8_E4M3",), shape),
-            f"{module}.scale": Stored((*published, "BF16"), blocks),
+            f"{module}.scale": Stored(tuple(scales), blocks),
         }
-    packed, blocks = (n_out, n_in // 2), (n_out, n_in // FP4_BLOCKS[kind])
+    packed, blocks = (n_out, n_in // 2), (n_out, n_in // config.block_of(kind))
     if kind == "fp4":
         return {
             name: Stored(("I8", "U8"), packed),
             f"{module}.scale": Stored(("F8_E8M0",), blocks),
+        }
+    if kind == "w4a16":
+        return {
+            f"{module}.weight_packed": Stored(("I32",), (n_out, n_in // 8)),
+            f"{module}.weight_scale": Stored(("BF16",), blocks),
+            f"{module}.weight_shape": Stored(("I64",), (2,)),
+        }
+    if kind == "ct-nvfp4":
+        return {
+            f"{module}.weight_packed": Stored(("U8", "I8"), packed),
+            f"{module}.weight_scale": Stored(("F8_E4M3",), blocks),
+            f"{module}.weight_global_scale": Stored(("F32",), (1,)),
         }
     return {
         name: Stored(("U8", "I8"), packed),
