@@ -20,7 +20,7 @@ from dsv4_plugin.chat import Encoder, Message, StreamParser, TokenBytes, collect
 from dsv4_plugin.checkpoint.convert import convert_checkpoint
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.conversations import SKILLS, Conversation, accepts, held_out, remembered
-from tests.engines import Answers, Setting, ask
+from lab.engines import Answers, Setting, ask
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
 DISTANCES = {200: 0.7, 1000: 0.2, 4000: 0.1}

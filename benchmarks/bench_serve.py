@@ -17,7 +17,7 @@ from dsv4_plugin.bench import page
 from dsv4_plugin.bench.report import Run, code, machine, path_of, runs_in
 from dsv4_plugin.bench.server import Facts
 from dsv4_plugin.cli import main as dsv4
-from tests.server import MODEL
+from lab.server import MODEL
 
 RESULTS = Path(__file__).parent / "results" / "bench-serve"
 NAMES = {"vllm": "vLLM", "sglang": "SGLang"}

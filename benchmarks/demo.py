@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from openai import OpenAI
 
-from tests.paths import ROOT, STUBS
-from tests.server import MODEL, Server
+from lab.paths import ROOT, STUBS
+from lab.server import MODEL, Server
 
 TOKENS = 128
 """Most tokens of an answer."""
@@ -40,7 +40,8 @@ def server(
     else:
         launcher = [python, "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
         command = [*launcher, *SGLANG_FLAGS.split()]
-        path = os.pathsep.join([str(STUBS), str(ROOT), *os.environ.get("PYTHONPATH", "").split()])
+        paths = (str(STUBS), str(ROOT), os.environ.get("PYTHONPATH"))
+        path = os.pathsep.join(filter(None, paths))
         environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return Server([*command, *flags.split(), "--served-model-name", MODEL], log, environment)
 

@@ -23,12 +23,12 @@ from benchmarks.launches import per_kind
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.kernels.attention import kernel as attention
 from dsv4_plugin.kernels.index import kernel as index
-from tests.kit.compile import Built, build
-from tests.kit.gpu import EmulatedGPU
-from tests.kit.memory import Counters
-from tests.kit.targets import SHARED_LIMIT, TARGETS
-from tests.triton.cases import key_codec, kv_codec, step_of_rows
-from tests.triton.production import MODULES
+from lab.kernels.cases import key_codec, kv_codec, step_of_rows
+from lab.kernels.production import MODULES
+from lab.kit.compile import Built, build
+from lab.kit.gpu import EmulatedGPU
+from lab.kit.memory import Counters
+from lab.kit.targets import SHARED_LIMIT, TARGETS
 
 PAGE = 256
 
@@ -262,7 +262,7 @@ HEAD = """# Kernels, modelled
 
 Written by `make kernels-report`; nothing in it was measured on a GPU. Registers, spills, shared
 memory and instructions are the compiler's. Bytes and instructions executed are counted in the
-compiled sm_80 code as it runs in the emulator (`tests/kit`): "moved" are distinct 32-byte sectors
+compiled sm_80 code as it runs in the emulator (`lab/kit`): "moved" are distinct 32-byte sectors
 per launch, the least a perfect cache would leave; "scratch" are partial sums between the programs
 of a split, a few MB that stay in L2; "L1 requests" know no cache at all. The bounds take data-sheet
 peaks: no kernel is faster than the largest of them, every real one is slower. A single request
@@ -281,7 +281,7 @@ launches each layer's kernels, as long as no graph is captured.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/kernels-report.md"))
+    parser.add_argument("--out", type=Path, default=Path(".cache/kernels-report.md"))
     parser.add_argument("--targets", default=",".join(TARGETS))
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -296,6 +296,7 @@ def main() -> None:
     lines += ["## What the compiler made", ""]
     lines += ["Of production launches; equal compiled code is listed once per chip.", ""]
     lines += resources(built)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text("\n".join(lines).rstrip() + "\n")
 
 

@@ -26,7 +26,7 @@ from dsv4_plugin.config import CSA, HCA, SWA
 from dsv4_plugin.engine import allocate
 from dsv4_plugin.kernels import arrival, dispatch
 from dsv4_plugin.kernels.step import StepBuilder
-from tests.kit.gpu import EmulatedGPU
+from lab.kit.gpu import EmulatedGPU
 
 KINDS = {"SWA": SWA, "CSA": CSA, "HCA": HCA}
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided")

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.paths import ROOT, STUBS
+from lab.paths import ROOT, STUBS
 
 RESULTS = Path(__file__).parent / "results" / "serving.csv"
 DTYPES = ("float32", "bfloat16")

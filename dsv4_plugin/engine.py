@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv4_plugin.cache.layer import LayerCache
+from dsv4_plugin.cache.layer import LayerCache, bind_layers, block_words
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.cache.step import Step
@@ -294,26 +294,7 @@ def allocate(
         nan = torch.tensor(float("nan")).view(torch.int32).item() if poison else 0
         return torch.full((blocks * words,), int(nan), dtype=torch.int32, device=device)
 
-    kinds = [r for r in ratios if r != SWA]
-    strides = (
-        layout.window.words * len(ratios),
-        sum(layout.page[r].words for r in kinds),
-        sum(layout.ring[r].words for r in kinds),
-    )
-    buffers = [buffer(n, w) for n, w in zip((windows, pages, rings), strides, strict=True)]
-    window = page = ring = 0
-    caches = []
-    for ratio in ratios:
-        compressed = ratio != SWA
-        caches.append(
-            LayerCache.bind(
-                layout, ratio, buffers[0][window:],
-                buffers[1][page:] if compressed else None,
-                buffers[2][ring:] if compressed else None,
-            )
-        )  # fmt: skip
-        window += layout.window.words
-        if compressed:
-            page += layout.page[ratio].words
-            ring += layout.ring[ratio].words
-    return caches, strides
+    strides = block_words(layout, ratios)
+    counts = (windows, pages, rings)
+    buffers = [buffer(n, w) for n, w in zip(counts, strides, strict=True)]
+    return bind_layers(layout, ratios, *buffers), strides

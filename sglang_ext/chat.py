@@ -24,11 +24,11 @@ from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from sglang.srt.runtime_context import get_serving
 from xgrammar import StructuralTag
 
-from dsv4_plugin.chat import Encoder, TokenBytes, parse
+from dsv4_plugin.chat import Delta, Encoder, TokenBytes, parse
 from dsv4_plugin.chat.grammar import tool_tag
 from dsv4_plugin.config import generation_of
 from sglang_ext.config import CHAT_SPEC, config_json
-from sglang_ext.output import Delta, OutputParser
+from sglang_ext.output import OutputParser
 
 if TYPE_CHECKING:
     from sglang.srt.entrypoints.openai.protocol import (

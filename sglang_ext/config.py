@@ -16,13 +16,13 @@ from sglang.srt.model_executor.cuda_graph_config import (
     with_phase,
 )
 from sglang.srt.server_args import ServerArgs
-from transformers.utils.hub import cached_file
 
 from dsv4_plugin import env
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
-from dsv4_plugin.config import CSA, HCA, HF_QUANT, ModelConfig, read_hf
+from dsv4_plugin.config import CSA, HCA, ModelConfig
 from dsv4_plugin.kernels.dispatch import require_driver, use_triton
+from dsv4_plugin.serving import config_json
 from sglang_ext.backend import NAME
 
 log = logging.getLogger("sglang.srt.dsv4")
@@ -183,22 +183,10 @@ def cache_layout(
 def take_over(hf_config: Any, model: str, revision: str | None, overrides: Mapping | None) -> None:
     """Make SGLang's config of a V4 checkpoint the plugin's: own architecture name, two KV tiers,
     and config.json itself for the core (SGLang reads it through its V3 class)."""
-    hf_config.dsv4_json = config_json(model, revision) | dict(overrides or {})
+    hf_config.dsv4_json = config_json(model, revision, overrides)
     config = ModelConfig.from_hf(hf_config.dsv4_json)
     hf_config.architectures = [SERVED_ARCHITECTURE]
     hf_config.is_hybrid_swa = True
     hf_config.hybrid_layer_pattern = [int(r not in (CSA, HCA)) for r in config.compress_ratios]
     if hasattr(hf_config, "quantization_config"):
         del hf_config.quantization_config
-
-
-def config_json(model: str, revision: str | None) -> dict[str, Any]:
-    """config.json of a checkpoint folder or hub name, with what hf_quant_config.json adds."""
-    path = cached_file(model, "config.json", revision=revision)
-    return read_hf(path, cached_file(model, HF_QUANT, revision=revision, **_OPTIONAL))
-
-
-_OPTIONAL = {
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-}

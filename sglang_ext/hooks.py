@@ -83,7 +83,6 @@ def build_pool(
     if not serves(self.model):
         return original(self, sizes=sizes, req_to_token_pool=req_to_token_pool, **rest)
     from sglang_ext.pool import KVPool
-    from sglang_ext.registration import report
 
     pool = KVPool(
         self.model.config,
@@ -93,7 +92,7 @@ def build_pool(
         req_to_token_pool.req_to_token.shape[0],
         self.device,
     )
-    report(self.model, pool)
+    pool.report(type(self.model).__name__)
     return pool
 
 

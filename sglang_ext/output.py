@@ -3,48 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4_plugin.chat import (
-    ArgumentsDelta,
-    ContentDelta,
-    Detokenizer,
-    Event,
-    Finish,
-    ReasoningDelta,
-    StreamParser,
-    TokenBytes,
-    ToolCallStart,
-)
-
-
-@dataclass
-class CallPiece:
-    """Part of a call's arguments; id and name come with its first piece."""
-
-    index: int
-    arguments: str = ""
-    id: str | None = None
-    name: str | None = None
-
-
-@dataclass
-class Delta:
-    reasoning: str = ""
-    content: str = ""
-    calls: list[CallPiece] = field(default_factory=list)
-    finish_reason: str | None = None
-
-    def whole_calls(self) -> list[CallPiece]:
-        """The calls of a whole output, their pieces joined."""
-        calls: dict[int, CallPiece] = {}
-        for piece in self.calls:
-            if piece.index in calls:
-                calls[piece.index].arguments += piece.arguments
-            else:
-                calls[piece.index] = CallPiece(piece.index, piece.arguments, piece.id, piece.name)
-        return list(calls.values())
+from dsv4_plugin.chat import Delta, Detokenizer, Event, StreamParser, TokenBytes
 
 
 class OutputParser:
@@ -108,27 +69,7 @@ class OutputParser:
         return self._delta(events + self.parser.finish(reason["type"], cut))
 
     def _delta(self, events: Iterable[Event]) -> Delta:
-        delta = Delta()
-        for event in events:
-            match event:
-                case ReasoningDelta(text):
-                    delta.reasoning += text
-                case ContentDelta(text):
-                    delta.content += text
-                case ToolCallStart(index, call_id, name):
-                    delta.calls.append(CallPiece(index, "", call_id, name))
-                case ArgumentsDelta(index, text):
-                    self._arguments(delta.calls, index, text)
-                case Finish(reason):
-                    delta.finish_reason = reason
-        return self._place_reasoning(delta)
-
-    @staticmethod
-    def _arguments(calls: list[CallPiece], index: int, text: str) -> None:
-        if calls and calls[-1].index == index:
-            calls[-1].arguments += text
-        else:
-            calls.append(CallPiece(index, text))
+        return self._place_reasoning(Delta.of(events))
 
     def _place_reasoning(self, delta: Delta) -> Delta:
         if not self.separate_reasoning:

@@ -8,6 +8,7 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor, nn
 
 from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.model.loading import give_below, shard
 from dsv4_plugin.model.parallel import Head, RankParallel
 
 
@@ -37,8 +38,10 @@ class SplitEmbedding(nn.Module):
         super().__init__()
         weight = torch.empty(config.vocab_size // size, config.hidden_size, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight.shard_dim = 0  # type: ignore[attr-defined]
-        self.first = rank * len(weight)
+        self.rank, self.size, self.first = rank, size, rank * len(weight)
+
+    def take(self, name: str, tensor: Tensor) -> bool:
+        return give_below(self, name, shard(tensor, 0, self.rank, self.size))
 
     def forward(self, ids: Tensor) -> Tensor:
         place = ids - self.first

@@ -22,10 +22,12 @@ from sglang.srt.model_executor.pool_configurator import (
 from sglang.srt.runtime_context import get_schedule
 from torch import Tensor
 
-from dsv4_plugin.cache.layer import LayerCache
-from dsv4_plugin.cache.layout import BlockLayout, CacheLayout
+from dsv4_plugin import env
+from dsv4_plugin.cache.layer import bind_layers, block_words
+from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.cache.paged import BlockTables
-from dsv4_plugin.config import SWA, ModelConfig
+from dsv4_plugin.config import ModelConfig
+from sglang_ext.choice import choose
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
@@ -38,35 +40,16 @@ need: the windows that cached prefixes keep."""
 
 
 class Blocks:
-    """Blocks of one kind: `count` blocks, each with every layer's part side by side."""
+    """`count` blocks of `words` words, each with every layer's part side by side."""
 
-    def __init__(self, layouts: list[BlockLayout], count: int, device: str) -> None:
-        self.offsets = [sum(b.words for b in layouts[:i]) for i in range(len(layouts))]
-        self.stride = block_words(layouts)
-        self.storage = allocate(count * self.stride, device)
-
-    def layer(self, i: int) -> Tensor:
-        """Storage from layer i's part of the first block on."""
-        return self.storage[self.offsets[i] :]
-
-
-def block_words(layouts: list[BlockLayout]) -> int:
-    return sum(b.words for b in layouts)
+    def __init__(self, words: int, count: int, device: str) -> None:
+        self.stride = words
+        self.storage = allocate(count * words, device)
 
 
 def allocate(words: int, device: str) -> Tensor:
     """Uninitialised int32 words: no row is read before it is written."""
     return torch.empty(words, dtype=torch.int32, device=device)
-
-
-def kinds(config: ModelConfig, layout: CacheLayout) -> tuple[list[BlockLayout], ...]:
-    """Every layer's window, page and ring layouts; pages and rings of compressed layers only."""
-    compressed = [r for r in config.compress_ratios if r != SWA]
-    return (
-        [layout.window] * config.num_hidden_layers,
-        [layout.page[r] for r in compressed],
-        [layout.ring[r] for r in compressed],
-    )
 
 
 class KVPool(BaseSWAKVPool):
@@ -85,24 +68,16 @@ class KVPool(BaseSWAKVPool):
     ) -> None:
         n, size = config.num_hidden_layers, layout.page_size
         super().__init__(full_tokens, size, torch.int32, n, device, False, 0, n)
-        window, page, ring = kinds(config, layout)
+        window, page, ring = block_words(layout, config.compress_ratios)
         self.config, self.layout = config, layout
         self.window = Blocks(window, swa_tokens // size + 1, device)
         self.page = Blocks(page, full_tokens // size + 1, device)
         self.ring = Blocks(ring, requests, device)
-        self.layers = self._bind()
+        self.layers = bind_layers(
+            layout, config.compress_ratios,
+            self.window.storage, self.page.storage, self.ring.storage,
+        )  # fmt: skip
         self._finalize_allocation_log(full_tokens)
-
-    def _bind(self) -> list[LayerCache]:
-        compressed = iter(range(self.config.num_hidden_layers))
-        layers = []
-        for i, ratio in enumerate(self.config.compress_ratios):
-            page = ring = None
-            if ratio != SWA:
-                place = next(compressed)
-                page, ring = self.page.layer(place), self.ring.layer(place)
-            layers.append(LayerCache.bind(self.layout, ratio, self.window.layer(i), page, ring))
-        return layers
 
     def tables(self, slots: Tensor, request: Tensor) -> BlockTables:
         """Block tables of a step, from the slot of each block's first token int [B, blocks] and the
@@ -124,6 +99,18 @@ class KVPool(BaseSWAKVPool):
     def translate_loc_from_full_to_swa(self, kv_indices: Tensor) -> Tensor:
         return self.full_to_swa_index_mapping[kv_indices]
 
+    def report(self, model: str) -> None:
+        """One line in the log: what serves, and why."""
+        log.info(
+            "DeepSeek-V4 is served by dsv4-plugin (%s): model %s, attention backend dsv4_plugin, "
+            "KV cache %s in pages of %d tokens, chat %s.",
+            choose(self.device).reason,
+            model,
+            self.layout.rows_named(),
+            self.page_size,
+            env.CHAT.read(),
+        )
+
     def get_kv_size_bytes(self) -> int:
         return sum(blocks.storage.nbytes for blocks in (self.window, self.page, self.ring))
 
@@ -144,7 +131,8 @@ class PoolSizer(MemoryPoolConfigurator):
 
     def __init__(self, kvc: KVCacheConfigurator) -> None:
         model, args = kvc.model, kvc.server_args
-        window, page, ring = (4 * block_words(b) for b in kinds(model.config, model.layout))
+        words = block_words(model.layout, model.config.compress_ratios)
+        window, page, ring = (4 * n for n in words)
         self.page_size, self.sliding_window = model.layout.page_size, model.config.sliding_window
         self.window_block, self.page, self.ring = window, page, ring
         self.requests = get_schedule().max_running_requests

@@ -1,4 +1,4 @@
-"""What is put into SGLang's registries and hooks, and the check that it is still there."""
+"""What is put into SGLang's registries and hooks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import os
 import sys
 from typing import Any
 
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.plugins.hook_registry import HookRegistry
 
 from dsv4_plugin import env
 from dsv4_plugin.config import ARCHITECTURE
 from sglang_ext import hooks
+from sglang_ext.active import HOOKS
 from sglang_ext.choice import choose
 
 log = logging.getLogger("sglang.srt.dsv4")
@@ -20,41 +21,6 @@ MODELS = "sglang_ext.models"
 EXTERNAL = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 ADJUSTMENTS = "handle_model_specific_adjustments"
 ENVIRONMENT = "handle_environment_variables"
-CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
-HOOKS = (
-    (
-        "sglang.srt.configs.model_config.ModelConfig.from_server_args",
-        hooks.remember_device,
-        HookType.AROUND,
-    ),
-    (
-        "sglang.srt.utils.hf_transformers.config.get_config",
-        hooks.take_over_config,
-        HookType.AFTER,
-    ),
-    (
-        "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator",
-        hooks.pool_sizer,
-        HookType.AROUND,
-    ),
-    (f"{CONFIGURATOR}._build_token_to_kv_pool", hooks.build_pool, HookType.AROUND),
-    (
-        "sglang.srt.mem_cache.kv_cache_dtype.configure_kv_cache_dtype",
-        hooks.kv_cache_dtype,
-        HookType.AROUND,
-    ),
-    (
-        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._validate_request",
-        hooks.settle_request,
-        HookType.AROUND,
-    ),
-    (
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager.force_exit_handler",
-        hooks.end_streams,
-        HookType.AROUND,
-    ),
-)
-"""Target, hook, kind."""
 
 
 def register_all() -> None:
@@ -146,33 +112,3 @@ def left_to_sglang(server_args: Any, hf_config: Any) -> dict[str, Any]:
         )
     log.info("DeepSeek-V4 is served by SGLang: %s; chat %s.", serving.reason, env.CHAT.read())
     return {}
-
-
-def check_active() -> None:
-    """Raise RuntimeError where a hook was not applied or another plugin replaced something."""
-    from sglang.srt.entrypoints.openai.chat_encoding_adapters import _BUILDERS
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-
-    from sglang_ext.backend import NAME, Backend
-    from sglang_ext.config import CHAT_SPEC
-
-    missing = [target for target, _, _ in HOOKS if target not in HookRegistry._patched]
-    if ATTENTION_BACKENDS.get(NAME) is not Backend:
-        missing.append(f"attention backend {NAME}")
-    if env.CHAT.read() == "plugin" and _BUILDERS[CHAT_SPEC]["builtin"] is not hooks.chat_adapter:
-        missing.append(f"chat encoding {CHAT_SPEC}")
-    if missing:
-        raise RuntimeError(f"dsv4-plugin is installed but not active: {missing[0]} is not hooked")
-
-
-def report(model: Any, pool: Any) -> None:
-    """One line in the log: what serves, and why."""
-    log.info(
-        "DeepSeek-V4 is served by dsv4-plugin (%s): model %s, attention backend dsv4_plugin, "
-        "KV cache %s in pages of %d tokens, chat %s.",
-        choose(pool.device).reason,
-        type(model).__name__,
-        pool.layout.rows_named(),
-        pool.page_size,
-        env.CHAT.read(),
-    )

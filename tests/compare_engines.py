@@ -23,8 +23,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from lab.server import MODEL
 from tests.chat import data, outputs
-from tests.server import MODEL
 from tests.sglang import script as sglang_script
 from tests.sglang import server as sglang_server
 from tests.vllm_chat import server as vllm_server

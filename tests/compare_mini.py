@@ -17,7 +17,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from dsv4_plugin.conversations import SKILLS, held_out
-from tests.engines import EOS, Setting, ask
+from lab.engines import EOS, Setting, ask
 from tests.sglang.reference import Reference
 from tests.sglang.server import Output
 from training.data import Renderer

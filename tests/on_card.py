@@ -26,7 +26,7 @@ import torch
 from dsv4_plugin import load
 from dsv4_plugin.checkpoint.mini import make_mini
 from dsv4_plugin.conversations import SKILLS, held_out
-from tests.paths import ROOT
+from lab.paths import ROOT
 from training.data import Renderer
 
 ANSWERS, MOST = 40, 128

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dsv4_plugin.config import FIELDS
-from tests.paths import ROOT
+from lab.paths import ROOT
 
 REFUSALS = ("ValueError", "NotImplementedError")
 FIELD = re.compile(r"(?<![\w.-])[a-z]+(?:_[a-z]+)+(?!\w)")

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.paths import ROOT
+from lab.paths import ROOT
 
 KEPT = ROOT / ".cache" / "tests"
 LIMIT = 5400

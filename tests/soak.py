@@ -18,10 +18,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from training.skills import held_out
-
+from dsv4_plugin.conversations import held_out
+from lab.server import Server
 from tests.mini.asking import body
-from tests.server import Server
 
 STREAMS = 64
 LIFETIME = 600

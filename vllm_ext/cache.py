@@ -34,10 +34,10 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from dsv4_plugin.cache.layer import LayerCache
-from dsv4_plugin.cache.layout import BlockLayout, CacheLayout
+from dsv4_plugin.cache.layer import LayerCache, bind_layers, block_words
+from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.cache.paged import BlockTables
-from dsv4_plugin.config import SWA, ModelConfig
+from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
 
 if TYPE_CHECKING:
@@ -141,13 +141,10 @@ class CacheBlocks(nn.Module, AttentionLayerBase):
     this entry whenever that happens.
     """
 
-    def __init__(
-        self, kind: str, blocks: list[BlockLayout], words: int, spec: dict[str, Any]
-    ) -> None:
+    def __init__(self, kind: str, words: int, spec: dict[str, Any]) -> None:
         super().__init__()
         self.prefix = f"dsv4.0.{kind}"
         self.kind = kind
-        self.offsets = [sum(b.words for b in blocks[:i]) for i in range(len(blocks))]
         self.words = words
         self.spec = spec
         self.storage: Tensor | None = None
@@ -192,11 +189,6 @@ class CacheBlocks(nn.Module, AttentionLayerBase):
         self.storage = self._given = None
         self.changed(self)
 
-    def layer(self, i: int) -> Tensor:
-        """Storage from layer i's part of the first block on."""
-        assert self.storage is not None
-        return self.storage[self.offsets[i] :]
-
 
 def _nothing(entry: CacheBlocks) -> None:
     """What an entry does when its memory changes, outside PagedCaches."""
@@ -222,21 +214,19 @@ class PagedCaches:
         """stages: compress ratios of the layers of every pipeline stage; i: this one."""
         self.config, self.layout, self.ratios = config, layout, stages[i]
 
-        def entry(kind: str, blocks: list[list[BlockLayout]], **spec: int) -> CacheBlocks:
-            return CacheBlocks(kind, blocks[i], max(sum(b.words for b in s) for s in blocks), spec)
+        words = [
+            max(stage) for stage in zip(*(block_words(layout, s) for s in stages), strict=True)
+        ]
 
-        self.window = entry(
-            "window",
-            [[layout.window] * len(stage) for stage in stages],
-            block_size=layout.window_block,
-            window=config.sliding_window,
-        )
+        def entry(kind: str, words: int, **spec: int) -> CacheBlocks:
+            return CacheBlocks(kind, words, spec)
+
+        block, span, size = layout.window_block, config.sliding_window, layout.page_size
+        self.window = entry("window", words[0], block_size=block, window=span)
         self.page = self.ring = None
         if layout.page:
-            pages = [[layout.page[r] for r in stage if r != SWA] for stage in stages]
-            rings = [[layout.ring[r] for r in stage if r != SWA] for stage in stages]
-            self.page = entry("page", pages, block_size=layout.page_size)
-            self.ring = entry("ring", rings, block_size=layout.page_size)
+            self.page = entry("page", words[1], block_size=size)
+            self.ring = entry("ring", words[2], block_size=size)
         self._layers: list[LayerCache] | None = None
         self.allocated: Callable[[], None] = lambda: None
         self.taken: Callable[[], None] = lambda: None
@@ -260,18 +250,9 @@ class PagedCaches:
     def layers(self) -> list[LayerCache]:
         """One LayerCache per layer; made on first use after a set of caches is bound."""
         if self._layers is None:
-            order = [i for i, r in enumerate(self.ratios) if r != SWA]
-            place = {layer: i for i, layer in enumerate(order)}
-            self._layers = [
-                LayerCache.bind(
-                    self.layout,
-                    ratio,
-                    self.window.layer(i),
-                    self.page.layer(place[i]) if self.page and ratio != SWA else None,
-                    self.ring.layer(place[i]) if self.ring and ratio != SWA else None,
-                )
-                for i, ratio in enumerate(self.ratios)
-            ]
+            assert self.window.storage is not None
+            page, ring = (e.storage if e else None for e in (self.page, self.ring))
+            self._layers = bind_layers(self.layout, self.ratios, self.window.storage, page, ring)
         return self._layers
 
     def report(self) -> None:

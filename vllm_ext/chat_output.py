@@ -13,14 +13,14 @@ from vllm.entrypoints.generate.base.protocol import (
 )
 
 from dsv4_plugin.chat import (
-    ArgumentsDelta,
+    CallDelta,
     ContentDelta,
+    Delta,
     Event,
     Finish,
     Message,
     ReasoningDelta,
     StreamParser,
-    ToolCallStart,
     collect,
 )
 from dsv4_plugin.chat.tokens import END_THINK, EOS, THINK
@@ -88,27 +88,20 @@ def whole_message(text: str, request: Request, splits_reasoning: bool = True) ->
 
 def delta_message(events: Iterable[Event]) -> DeltaMessage | None:
     """One delta with all that `events` say; None where they say nothing."""
-    delta = DeltaMessage()
-    calls: dict[int, DeltaToolCall] = {}
-    for event in events:
-        match event:
-            case ReasoningDelta(text):
-                delta.reasoning = (delta.reasoning or "") + text
-            case ContentDelta(text):
-                delta.content = (delta.content or "") + text
-            case ToolCallStart(index, call_id, name):
-                function = DeltaFunctionCall(name=name, arguments="")
-                calls[index] = DeltaToolCall(
-                    id=call_id, type="function", index=index, function=function
-                )
-            case ArgumentsDelta(index, text):
-                call = calls.setdefault(
-                    index, DeltaToolCall(index=index, function=DeltaFunctionCall(arguments=""))
-                )
-                call.function.arguments += text
-    if calls:
-        delta.tool_calls = list(calls.values())
+    found = Delta.of(events)
+    said = {"reasoning": found.reasoning, "content": found.content}
+    delta = DeltaMessage(**{name: text for name, text in said.items() if text})
+    if found.calls:
+        delta.tool_calls = [_call(part) for part in found.calls]
     return delta if delta.model_fields_set else None
+
+
+def _call(part: CallDelta) -> DeltaToolCall:
+    if part.name is None:
+        function = DeltaFunctionCall(arguments=part.arguments)
+        return DeltaToolCall(index=part.index, function=function)
+    function = DeltaFunctionCall(name=part.name, arguments=part.arguments)
+    return DeltaToolCall(id=part.id, type="function", index=part.index, function=function)
 
 
 def tool_calls(message: Message) -> list[ToolCall]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils.hub import cached_file
 from vllm.config import CUDAGraphMode
 from vllm.model_executor.models.config import (
     DeepseekV4ForCausalLMConfig,
@@ -18,9 +17,11 @@ from vllm.platforms import current_platform
 from dsv4_plugin import env
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
-from dsv4_plugin.config import HF_QUANT, V41_REFUSED, ModelConfig, read_hf
+from dsv4_plugin.config import V41_REFUSED, ModelConfig
 from dsv4_plugin.kernels.dispatch import require_driver
+from dsv4_plugin.serving import config_json
 from vllm_ext._compat import end_streams_at_shutdown
+from vllm_ext.active import check_active
 from vllm_ext.choice import choose
 
 if TYPE_CHECKING:
@@ -76,8 +77,6 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Raises ValueError or NotImplementedError in one sentence that names the option."""
-        from vllm_ext.registration import check_active
-
         check_active()
         env.check()
         end_streams_at_shutdown()
@@ -158,18 +157,8 @@ def model_config_of(vllm_config: VllmConfig) -> ModelConfig:
 
 
 def _core_config(model: Any) -> ModelConfig:
-    path = cached_file(model.model, "config.json", revision=model.revision)
-    exported = cached_file(model.model, HF_QUANT, revision=model.revision, **_OPTIONAL)
-    hf = read_hf(path, exported)
-    if isinstance(model.hf_overrides, dict):
-        hf |= model.hf_overrides
-    return ModelConfig.from_hf(hf)
-
-
-_OPTIONAL = {
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-}
+    overrides = model.hf_overrides if isinstance(model.hf_overrides, dict) else None
+    return ModelConfig.from_hf(config_json(model.model, model.revision, overrides))
 
 
 def cache_layout(config: ModelConfig, vllm_config: VllmConfig) -> CacheLayout:

@@ -84,7 +84,7 @@ class DeepseekV4ForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Raises ValueError where the checkpoint lacks a tensor."""
         mine = ((name, tensor) for name, tensor in weights if not name.startswith(MTP))
-        load_weights(self.model, mine, self.parallel.rank, stored_tensors(self.config))
+        load_weights(self.model, mine, stored_tensors(self.config))
         log.info("%s.", self.model.weight_bytes)
         return {name for name, _ in self.named_parameters()}
 

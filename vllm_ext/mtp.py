@@ -54,9 +54,8 @@ class DeepseekV4MTP(nn.Module):
         )
         self.model = Drafter(MTP(config, self.parallel))
         self.layout = replace(cache_layout(config, vllm_config), page={}, ring={})
-        window = self.layout.window
         spec = {"block_size": self.layout.window_block, "window": config.sliding_window}
-        self.cache = CacheBlocks("draft", [window], window.words, spec)
+        self.cache = CacheBlocks("draft", self.layout.window.words, spec)
         self.device = torch.device(vllm_config.device_config.device)
         rows = vllm_config.scheduler_config.max_num_batched_tokens
         self.steps = StepBuilder(config, self.layout, rows, self.device)
@@ -66,7 +65,7 @@ class DeepseekV4MTP(nn.Module):
         """Raises ValueError where the checkpoint lacks a tensor."""
         mine = ((name, tensor) for name, tensor in weights if name.startswith(PREFIX))
         needed = {name for name in stored_tensors(self.config, True) if name.startswith(PREFIX)}
-        load_weights(self.model.network, mine, self.parallel.rank, needed)
+        load_weights(self.model.network, mine, needed)
         return {name for name, _ in self.named_parameters()}
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -97,7 +96,7 @@ class DeepseekV4MTP(nn.Module):
         tables = BlockTables(table, table, table[:, 0], self.cache.stride, 0, 0)
         lengths = n_tokens, group.longest_query, group.longest
         step = self.steps.build(tables, group.query_start, group.seq_lens, *lengths)
-        return step, LayerCache.bind(self.layout, SWA, self.cache.layer(0), None, None)
+        return step, LayerCache.bind(self.layout, SWA, self.cache.storage, None, None)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         streams = hidden_states.unflatten(1, (self.config.hc_mult, -1))

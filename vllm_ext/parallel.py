@@ -30,6 +30,7 @@ from vllm.platforms import current_platform
 
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.linear import Product, pack, pack_rows
+from dsv4_plugin.model.loading import give
 from dsv4_plugin.model.parallel import MakeExperts, OwnExperts, SplitExperts
 from vllm_ext.graphs import Running
 
@@ -156,8 +157,5 @@ class GatheredExperts(nn.Module):
         first = group.rank_in_group * most
         return out[first : first + n]
 
-    def holds(self, expert: int) -> bool:
-        return self.experts.holds(expert)
-
-    def load_expert(self, expert: int, name: str, tensor: Tensor) -> None:
-        self.experts.load_expert(expert, name, tensor)
+    def take(self, name: str, tensor: Tensor) -> bool:
+        return give(self.experts, name, tensor)

@@ -24,6 +24,7 @@ from vllm.tool_parsers import ToolParserManager
 from dsv4_plugin.chat import StreamParser, parse
 from dsv4_plugin.chat.grammar import response_tag
 from dsv4_plugin.chat.tokens import ASSISTANT, DSML, END_THINK, THINK, USER
+from vllm_ext.active import MODE, TOOL_PARSER
 from vllm_ext.chat_output import delta_message, whole_message, without_stop
 from vllm_ext.chat_request import (
     Request,
@@ -33,7 +34,6 @@ from vllm_ext.chat_request import (
     stops_of,
     warn_of_unread_fields,
 )
-from vllm_ext.registration import MODE, TOOL_PARSER
 
 _CALLS_ARE_PARSED = (
     str | None | ToolChoiceFunction | ToolChoiceCustom | ChatCompletionNamedToolChoiceParam

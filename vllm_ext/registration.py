@@ -1,4 +1,4 @@
-"""What is put into vLLM's registries, and the check that it is still there."""
+"""The plugin's model and chat layer, put into vLLM's registries."""
 
 from __future__ import annotations
 
@@ -12,29 +12,26 @@ from vllm.tokenizers import TokenizerRegistry
 from vllm.tool_parsers import ToolParserManager
 
 from dsv4_plugin import env
-from dsv4_plugin.config import ARCHITECTURE, V41_ARCHITECTURE
+from dsv4_plugin.config import V41_ARCHITECTURE
 from vllm_ext._compat import accept_fp4_indexer_option, require_tested_version
+from vllm_ext.active import (
+    DRAFTER,
+    DRAFTER_ARCHITECTURE,
+    MODE,
+    MODEL,
+    MODELS,
+    REASONING_PARSER,
+    RENDERER,
+    TOKENIZER,
+    TOOL_PARSER,
+)
 from vllm_ext.choice import choose
-
-MODE = "deepseek_v4"
-DRAFTER_ARCHITECTURE = "DeepSeekV4MTPModel"
-"""vLLM's name for the drafter of method `mtp`."""
-DRAFTER = ("vllm_ext.mtp", "DeepseekV4MTP")
-VISION_ARCHITECTURE = "DeepseekV4ForConditionalGeneration"
-"""vLLM's name for the model of a config.json with vision_n_layers."""
-MODELS = (ARCHITECTURE, VISION_ARCHITECTURE)
-MODEL = ("vllm_ext.model", "DeepseekV4ForCausalLM")
-TOKENIZER = ("vllm_ext.tokenizer", "DeepseekV4Tokenizer")
-RENDERER = ("vllm_ext.chat_renderer", "ChatRenderer")
-TOOL_PARSER = ("vllm_ext.tool_parser", "DeepseekV4ToolParser")
-REASONING_PARSER = ("vllm_ext.reasoning_parser", "DeepseekV4ReasoningParser")
+from vllm_ext.config import DrafterConfig, NativeConfig, PluginConfig, V41Config
 
 
 def register_all() -> None:
     """Register the model (where the plugin serves it) and the chat layer."""
     require_tested_version()
-    from vllm_ext.config import DrafterConfig, NativeConfig, PluginConfig, V41Config
-
     _show_the_core_s_log()
 
     if choose().plugin:
@@ -61,37 +58,3 @@ def _show_the_core_s_log() -> None:
     for handler in engine.handlers:
         if handler not in core.handlers:
             core.addHandler(handler)
-
-
-def _registered(name: str) -> tuple[str, str]:
-    model = ModelRegistry.models[name]
-    return getattr(model, "module_name", ""), getattr(model, "class_name", "")
-
-
-def check_active() -> None:
-    """Raise RuntimeError if another plugin has replaced what was registered here."""
-    found = {
-        "model": _registered(ARCHITECTURE),
-        "model of Vision-Exp": _registered(VISION_ARCHITECTURE),
-    }
-    expected = dict.fromkeys(found, MODEL)
-    if env.CHAT.read() == "plugin":
-        found |= {
-            "tokenizer mode": TokenizerRegistry.tokenizers[MODE],
-            "renderer": RENDERER_REGISTRY.renderers[MODE],
-            "tool parser": ToolParserManager.lazy_parsers.get(MODE, ("", "")),
-            "reasoning parser": ReasoningParserManager.lazy_parsers.get(MODE, ("", "")),
-        }
-        expected |= {
-            "tokenizer mode": TOKENIZER,
-            "renderer": RENDERER,
-            "tool parser": TOOL_PARSER,
-            "reasoning parser": REASONING_PARSER,
-        }
-    for what, wanted in expected.items():
-        if found[what] != wanted:
-            raise RuntimeError(
-                f"dsv4-plugin is installed but its {what} is not active: vLLM would use "
-                f"{'.'.join(found[what])}; uninstall one of the two plugins, or set "
-                f"{env.MODEL.name}=native and {env.CHAT.name}=native"
-            )

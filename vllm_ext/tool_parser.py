@@ -21,6 +21,7 @@ from xgrammar import Grammar, StructuralTag
 
 from dsv4_plugin.chat import Message
 from dsv4_plugin.chat.grammar import tool_tag
+from vllm_ext.active import MODE
 from vllm_ext.chat_compat import REPORTS_CUT_CALLS
 from vllm_ext.chat_output import Output, delta_message, tool_calls, whole_message
 from vllm_ext.chat_request import (
@@ -30,7 +31,6 @@ from vllm_ext.chat_request import (
     take_stops,
     warn_of_unread_fields,
 )
-from vllm_ext.registration import MODE
 
 _FREE_CHOICES = ("auto", "required", None)
 _CUT_BY_STOP = ChatCompletionNamedToolChoiceParam(function={"name": "cut by stop"})

@@ -194,7 +194,7 @@ class Long:
         longest = size.prompt or limit
         if longest is None:
             raise ValueError(
-                "the server does not tell its longest prompt (max_model_len of /v1/models); "
+                "the server does not tell its longest prompt (/v1/models has no length); "
                 "--dataset long needs --input-len"
             )
         if longest < SHORTEST_LONG or (limit is not None and longest > limit):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -59,6 +60,35 @@ class LayerCache:
         assert pool is not None
         part = self.layout.page[self.ratio].parts[name]
         return Paged(pool, tables.page, tables.page_stride, part.offset, part.rows)
+
+
+def block_words(layout: CacheLayout, ratios: Sequence[int]) -> tuple[int, int, int]:
+    """Words of a window block, a page and a ring that hold the parts of all layers side by side."""
+    kinds = [ratio for ratio in ratios if ratio != SWA]
+    return (
+        layout.window.words * len(ratios),
+        sum(layout.page[ratio].words for ratio in kinds),
+        sum(layout.ring[ratio].words for ratio in kinds),
+    )
+
+
+def bind_layers(
+    layout: CacheLayout,
+    ratios: Sequence[int],
+    window: Tensor,
+    page: Tensor | None,
+    ring: Tensor | None,
+) -> list[LayerCache]:
+    """Every layer's views of such blocks: 1-D int32 tensors that start at the first one. Layers
+    share addresses; each has a base of its own."""
+    found = []
+    for i, ratio in enumerate(ratios):
+        _, in_page, in_ring = block_words(layout, ratios[:i])
+        own = window[layout.window.words * i :]
+        pages = page[in_page:] if page is not None and ratio != SWA else None
+        rings = ring[in_ring:] if ring is not None and ratio != SWA else None
+        found.append(LayerCache.bind(layout, ratio, own, pages, rings))
+    return found
 
 
 def _pools(layout: BlockLayout, storage: Tensor) -> dict[str, RowPool]:

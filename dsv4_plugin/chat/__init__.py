@@ -8,6 +8,7 @@
 Needs the standard library and a tokenizer object only. docs/chat.md describes the format.
 """
 
+from .deltas import CallDelta, Delta
 from .detokenize import Detokenizer, TokenBytes
 from .encoder import Encoder, Prompt
 from .events import (
@@ -27,7 +28,9 @@ from .render import Rendered, render
 
 __all__ = [
     "ArgumentsDelta",
+    "CallDelta",
     "ContentDelta",
+    "Delta",
     "Detokenizer",
     "Encoder",
     "Event",

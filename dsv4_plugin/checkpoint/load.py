@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.checkpoint.names import (
-    EXPERT,
     is_for_images,
     is_unread_scale,
     parameter_name,
@@ -17,29 +16,23 @@ from dsv4_plugin.checkpoint.names import (
 )
 from dsv4_plugin.checkpoint.spelling import native
 from dsv4_plugin.checkpoint.values import check_values
-from dsv4_plugin.model.parallel import take_shard
+from dsv4_plugin.model.loading import give
 from dsv4_plugin.model.transformer import Network, WeightBytes
 
 log = logging.getLogger("dsv4_plugin")
 
 
 def load_weights(
-    model: Network,
-    tensors: Iterable[tuple[str, Tensor]],
-    rank: int = 0,
-    needed: Iterable[str] = (),
+    model: Network, tensors: Iterable[tuple[str, Tensor]], needed: Iterable[str] = ()
 ) -> None:
-    """Copy each (name, full tensor) into the network and finalize it.
+    """Give each (name, full tensor) to the network (see `model.loading`) and finalize it.
 
-    Tensors of other pipeline stages are passed over. A parameter with a `weight_loader(param,
-    tensor)` splits the tensor itself (engines' layers); one with a `shard_dim` takes this rank's
-    part along it; others take all. Tensors of a checkpoint file are mapped, not read: only the
-    parts that are taken come into memory.
+    Tensors of other pipeline stages and ranks are passed over. Tensors of a checkpoint file are
+    mapped, not read: only the parts that are taken come into memory.
 
     Raises ValueError where one of the names `needed` did not come, or a tensor is damaged.
     """
-    parameters = dict(model.named_parameters())
-    modules = dict(model.named_modules())
+    parameters = {name for name, _ in model.named_parameters()}
     expected = stored_tensors(model.config)
     taken, filled, images, scales = set(), set(), 0, 0
     for given, tensor in tensors:
@@ -53,34 +46,16 @@ def load_weights(
         taken.add(name)
         if tensor.element_size() == 1:
             tensor = tensor.view(torch.uint8)  # codes and UE8M0 scales move as bytes
-        expert = EXPERT.fullmatch(name)
-        if expert is not None:
-            owner, number = modules.get(expert[1]), int(expert[2])
-            holds = getattr(owner, "holds", None)  # with expert parallelism: some of them
-            if owner is not None and (holds is None or holds(number)):
-                check_values(model.config, name, tensor)
-                owner.load_expert(number, expert[3], tensor)
-            continue
         path = parameter_name(name)
-        param = parameters.get(path)
-        if param is None:
-            continue
-        check_values(model.config, name, tensor)
-        filled.add(path)
-        rearrange = getattr(modules[path.rpartition(".")[0]], "rearrange", None)
-        if rearrange is not None:
-            tensor = rearrange(tensor)
-        loader = getattr(param, "weight_loader", None)
-        if loader is not None:
-            loader(param, tensor)
-        else:
-            take_shard(param, tensor, rank, getattr(param, "shard_dim", None))
+        if give(model, path, tensor):
+            check_values(model.config, name, tensor)
+            filled.add(path)
     missing = set(needed) - taken
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} tensors, {min(missing)} among them")
-    if images and not rank:
+    if images:
         log.info("Vision-Exp is served for text: %d tensors for images are skipped.", images)
-    if scales and not rank:
+    if scales:
         log.info("%d scales are skipped: what they belong to is not rounded.", scales)
     model.weight_bytes = _weight_bytes(model)
     unfilled = {n for n in parameters if ".experts." not in n} - filled

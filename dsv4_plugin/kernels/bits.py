@@ -53,6 +53,38 @@ def ue8m0_decode(byte):
 
 
 @triton.jit
-def bf16_round(x):
-    """float32 rounded to bfloat16, as float32; kept apart from what follows by the bits."""
-    return x.to(tl.bfloat16).to(tl.float32)
+def halves(words, KIND: tl.constexpr):
+    """int32 whose halves are bits of KIND, float16 or bfloat16: the lower ones and the upper."""
+    low = words.to(tl.int16).to(KIND, bitcast=True)
+    return low, (words >> 16).to(tl.int16).to(KIND, bitcast=True)
+
+
+@triton.jit
+def e4m3_codes(words, KIND: tl.constexpr):
+    """The four e4m3 codes of int32 words, in order, as the values of KIND that have the same bits:
+    divided by 2^8 in float16, by 2^120 in bfloat16."""
+    if KIND == tl.float16:  # noqa: SIM300
+        even = ((words & 0x00800080) << 8) | ((words & 0x007F007F) << 7)
+        odd = (words & -0x7FFF8000) | ((words >> 1) & 0x3F803F80)
+    else:
+        even = ((words & 0x00800080) << 8) | ((words & 0x007F007F) << 4)
+        odd = (words & -0x7FFF8000) | ((words >> 4) & 0x07F007F0)
+    k0, k2 = halves(even, KIND)
+    k1, k3 = halves(odd, KIND)
+    return k0, k1, k2, k3
+
+
+@triton.jit
+def e2m1_codes(words, KIND: tl.constexpr):
+    """The e2m1 codes at bits 0 and 16 of int32 words, as the values of KIND that have their bits:
+    divided by 2^14 in float16, by 2^126 in bfloat16."""
+    SHIFT: tl.constexpr = 9 if KIND == tl.float16 else 6  # noqa: SIM300
+    return halves(((words & 0x00070007) << SHIFT) | ((words & 0x00080008) << 12), KIND)
+
+
+@triton.jit
+def int4_codes(words):
+    """The codes at bits 0 and 16 of int32 words, 0 .. 15, as bfloat16 -8 .. 7: they are the last
+    bits of 128 .. 143, whose spacing is 1."""
+    low, high = halves((words & 0x000F000F) | 0x43004300, tl.bfloat16)
+    return low - 136.0, high - 136.0

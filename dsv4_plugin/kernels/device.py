@@ -6,9 +6,12 @@ where the twins round twice.
 
 from __future__ import annotations
 
+from math import gcd
+
 import triton
 import triton.language as tl
 
+from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.kernels.bits import e4m3_encode, e4m3_scale, ue8m0_decode
 
@@ -199,3 +202,30 @@ def store_key_row(row, x, WIDTH: tl.constexpr, FORMAT: tl.constexpr):
         tl.store(row + at, words)
         scales = tl.sum(byte << (tl.arange(0, BLOCKS) * 8), 0)  # up to four blocks: one word
         tl.store(row + WIDTH // 8, scales)
+
+
+@triton.jit
+def row_pointers(
+    storage,
+    table,
+    index,
+    ok,
+    stride,
+    offset,
+    last,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Pointers int32 [N] to the rows `index` of a request, and which of them exist."""
+    place = index // ROWS
+    ok = ok & (index >= 0) & (place <= last)
+    block = tl.load(table + place, mask=ok, other=-1).to(tl.int64)
+    ok = ok & (block >= 0)
+    address = block * stride + offset + (index % ROWS) * WORDS
+    return storage + tl.multiple_of(tl.where(ok, address, 0), ALIGN), ok
+
+
+def alignment(rows: Paged) -> int:
+    """Words, at most 4, that every row's address is a multiple of."""
+    return gcd(rows.stride, rows.offset, rows.pool.codec.words, 4)

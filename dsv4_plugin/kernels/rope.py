@@ -1,4 +1,4 @@
-"""Rotary position embedding: interleaved pairs, on the LAST dims of a head.
+"""Rotary position embedding (RoFormer), and YaRN: interleaved pairs, on the LAST dims of a head.
 
 Factors are float32 [T, rope_dim], (cos, sin) pairs.
 """

@@ -1,0 +1,1 @@
+"""The network, as it runs on every device and in every engine."""

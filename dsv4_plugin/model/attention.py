@@ -1,5 +1,11 @@
 """Attention of all three layer kinds: window rows, plus compressed rows (CSA: chosen; HCA: all).
 
+One KV head, whose keys are the values. qr = q_norm(wq_a x), q = wq_b qr, normed per head without a
+weight; kv = kv_norm(wkv x); RoPE on the last dims of both. softmax(q k / sqrt(d)) over a query's
+window and compressed rows together, with a learned sink per head in the denominator; RoPE undone on
+the output; then wo_a within each group of heads and wo_b over all. Source: `Attention` of the
+authors' inference/model.py.
+
 Shapes: T tokens, D hidden size, H heads of this rank, d head_dim, k index_topk.
 """
 
@@ -15,6 +21,7 @@ from dsv4_plugin.kernels.attention import attention
 from dsv4_plugin.kernels.qkv import qkv
 from dsv4_plugin.model.compressor import Compressor, Compressors
 from dsv4_plugin.model.indexer import Indexer
+from dsv4_plugin.model.loading import give_below, shard
 from dsv4_plugin.model.norm import RMSNorm
 from dsv4_plugin.model.parallel import OutputGroups, Parallel
 from dsv4_plugin.model.quantised import grouped_linear
@@ -40,14 +47,21 @@ class Attention(nn.Module):
         self.kv_norm = RMSNorm(d, self.eps)
         self.wo_a = grouped_linear(parallel, groups, d, c.o_lora_rank, f"{prefix}.wo_a")
         self.wo_b = parallel.row(all_groups * c.o_lora_rank, c.hidden_size, f"{prefix}.wo_b")
-        self.wo_b.rearrange = groups.wo_b  # type: ignore[assignment]
+        self.output_groups = groups
         sink = torch.empty(self.heads, dtype=torch.float32)
         self.attn_sink = nn.Parameter(sink, requires_grad=False)
-        self.attn_sink.shard_dim = 0  # type: ignore[attr-defined]
         if self.ratio != SWA:
             self.compressor = Compressor(c, self.ratio, d)
         if self.ratio == CSA:
             self.indexer = Indexer(c, parallel, f"{prefix}.indexer")
+
+    def take(self, name: str, tensor: Tensor) -> bool:
+        """A full tensor of the layer; wo_b gets its columns for a rank's parts of groups."""
+        if name == "attn_sink":
+            tensor = shard(tensor, 0, self.output_groups.rank, self.output_groups.size)
+        elif name.startswith("wo_b."):
+            tensor = self.output_groups.wo_b(tensor)
+        return give_below(self, name, tensor)
 
     def finalize_weights(self) -> None:
         """After loading: the layer's compressors become one."""

@@ -1,4 +1,7 @@
-"""One layer: attention, then MoE, each between mHC's collapse and spread."""
+"""One layer: attention, then MoE, each between mHC's collapse and spread.
+
+Source: `Block` of the authors' inference/model.py, whose hc_pre and hc_post are one operation here.
+"""
 
 from __future__ import annotations
 

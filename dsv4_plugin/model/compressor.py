@@ -1,5 +1,11 @@
 """The Compressor: every `ratio` tokens become one KV entry.
 
+kv = wkv x and score = wgate x + ape[position % ratio], in float32. An entry is, per channel, the
+softmax of its tokens' scores times their kv; then norm, and RoPE at the window's first position.
+HCA pools its 128 tokens. CSA's kv is twice as wide: an entry pools the 4 tokens before its window
+by their first half of channels, and its own 4 by their second. Source: `Compressor` of the authors'
+inference/model.py.
+
 A CSA layer runs two of them on the same tokens, one for KV entries and one for indexer keys; their
 channels lie side by side here (C of them), so that one product and one pooling serve both.
 

@@ -1,4 +1,9 @@
-"""The router: sqrt-softplus scores, and which experts a token goes to."""
+"""The router: sqrt-softplus scores, and which experts a token goes to.
+
+score = sqrt(softplus(W x)); the k best of score + bias, or, in the first layers, those that a table
+names for the token id; their weights are score / sum of the chosen ones' * routed_scaling_factor.
+Source: `Gate` of the authors' inference/model.py.
+"""
 
 from __future__ import annotations
 

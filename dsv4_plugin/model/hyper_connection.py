@@ -1,5 +1,10 @@
 """mHC, manifold-constrained hyper-connections: R residual streams instead of one.
 
+From all streams of a token, normed, one product makes three things: how much of each stream goes
+into the sublayer (pre), how much of its output into each stream (post), and how the streams mix, an
+R x R matrix that Sinkhorn's iterations make doubly stochastic. Source: `hc_pre`, `hc_post` and
+`hc_head` of the authors' inference/model.py.
+
 Shapes: R streams (hc_mult), D hidden size.
 """
 

@@ -1,4 +1,9 @@
-"""The Indexer of a CSA layer: which compressed entries a query attends to."""
+"""The Indexer of a CSA layer: which compressed entries a query attends to.
+
+score of an entry = sum over index heads of weight_h * relu(q_h . key), q = wq_b qr with RoPE, the
+weights of weights_proj x; the index_topk best of those a query sees, lower entry first among
+equals. Source: `Indexer` of the authors' inference/model.py.
+"""
 
 from __future__ import annotations
 

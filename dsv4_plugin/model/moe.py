@@ -1,4 +1,8 @@
-"""The feed-forward part of a block: gate, routed experts, shared expert."""
+"""The feed-forward part of a block: gate, routed experts, shared expert.
+
+An expert is w2 (silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit)). Source: `Expert` and `MoE` of
+the authors' inference/model.py.
+"""
 
 from __future__ import annotations
 

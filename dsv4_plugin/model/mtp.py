@@ -1,7 +1,8 @@
 """MTP, multi-token prediction: one more block that drafts the token after the next.
 
 From the streams h of position t and the token at t + 1 it predicts the token at t + 2; run on its
-own streams and draft, the one after that. Embedding and output head are the main model's.
+own streams and draft, the one after that. Embedding and output head are the main model's. Source:
+`MTPBlock` of the authors' inference/model.py.
 
 Shapes: T tokens, R streams, D hidden size.
 """

@@ -1,4 +1,4 @@
-"""RMSNorm, weight kept in float32."""
+"""RMSNorm, weight kept in float32. Source: `RMSNorm` of the authors' inference/model.py."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """What the network needs from an engine: layers that may be split over ranks.
 
 The local implementation is a single process in plain torch; adapters provide the engine's own.
-Weights are loaded tensor by tensor under the checkpoint's names: a module takes its part of a full
-tensor through its parameters' `weight_loader(param, tensor)`, experts through `load_expert`. A
-module's `rearrange(tensor)`, where it has one, runs first.
+Weights are loaded tensor by tensor under the checkpoint's names, see `loading`. Afterwards
+`Network.finalize_weights` lets every module put its weights into the form it computes with, a
+module before those inside it; a second time nothing is left to do.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.experts import experts
 from dsv4_plugin.kernels.linear import Product, multiplied, pack, pack_rows, reference
+from dsv4_plugin.model.loading import give, give_below, shard
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,9 @@ Attend = Callable[[Tensor, Step, LayerCache], Tensor]
 """x [T, D], normed -> [T, D]."""
 
 
-class RoutedExperts(Protocol):
-    """x [T, D], expert ids int64 [T, k], weights float32 [T, k] -> this rank's sum [T, D]."""
-
-    def __call__(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor: ...
-
-    def load_expert(self, expert: int, name: str, tensor: Tensor) -> None:
-        """Take `w1`, `w2` or `w3` of an expert, a full tensor [out, in]; where experts are packed
-        also what belongs to it (`w1.scale`, see `quantised`)."""
-
-
 MakeExperts = Callable[[ModelConfig, int, int], nn.Module]
-"""(config, rank, size) -> the config's experts, each split over `size` ranks by width."""
+"""(config, rank, size) -> the config's experts, each split over `size` ranks by width: a module
+that maps x [T, D], expert ids int64 [T, k] and weights float32 [T, k] to this rank's sum [T, D]."""
 
 
 class Parallel(Protocol):
@@ -116,21 +108,28 @@ class Parallel(Protocol):
         whatever differs from step to step, other than in values, stays in there."""
 
 
-def take_shard(param: nn.Parameter, tensor: Tensor, rank: int, dim: int | None = None) -> None:
-    """Copy a rank's part of a full tensor, split along `dim` (None: all of it)."""
-    if dim is not None:
-        tensor = tensor.narrow(dim, rank * param.shape[dim], param.shape[dim])
-    assert param.shape == tensor.shape, (param.shape, tensor.shape)
-    param.data.copy_(tensor)
-
-
 class Linear(nn.Module):
-    """y = x W^T."""
+    """y = x W^T, with a rank's part of W along dim `split` (None: all of it)."""
 
-    def __init__(self, n_in: int, n_out: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        dtype: torch.dtype,
+        split: int | None = None,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
         super().__init__()
+        self.split, self.rank, self.size = split, rank, size
         self.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=dtype), requires_grad=False)
         self.product: Product | None = None
+
+    def take(self, name: str, tensor: Tensor) -> bool:
+        """The full weight [out, in]."""
+        if self.split is not None:
+            tensor = shard(tensor, self.split, self.rank, self.size)
+        return give_below(self, name, tensor)
 
     def finalize_weights(self) -> None:
         """After loading: pack, and let go of the plain weight."""
@@ -147,13 +146,13 @@ class Head(Linear):
     is packed the weight stays in the checkpoint's dtype."""
 
     def __init__(self, n_in: int, n_out: int, rank: int = 0) -> None:
-        super().__init__(n_in, n_out, torch.float32)
-        self.rank = rank
-        self.weight.weight_loader = self._load  # type: ignore[attr-defined]
+        super().__init__(n_in, n_out, torch.float32, rank=rank)
 
-    def _load(self, param: nn.Parameter, tensor: Tensor) -> None:
-        n = len(param)
-        param.data = tensor.narrow(0, self.rank * n, n).clone()
+    def take(self, name: str, tensor: Tensor) -> bool:
+        """The full weight [vocab, in]."""
+        n = len(self.weight)
+        self.weight.data = tensor.narrow(0, self.rank * n, n).clone()
+        return True
 
     def finalize_weights(self) -> None:
         if self.product is None:
@@ -164,19 +163,29 @@ class Head(Linear):
 class GroupedLinear(nn.Module):
     """wo_a: every output group has a product of its own. [T, G, in] -> [T, G * out].
 
-    The checkpoint's weight is [G * out, in]; see `OutputGroups` for a rank's part.
+    part: of the checkpoint's weight [G * out, in] a rank's, see `OutputGroups`.
     """
 
-    rearrange: Callable[[Tensor], Tensor] | None = None
-
-    def __init__(self, groups: int, n_in: int, n_out: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        groups: int,
+        n_in: int,
+        n_out: int,
+        dtype: torch.dtype,
+        part: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
         super().__init__()
-        self.groups = groups
+        self.groups, self.part = groups, part
         shape = (groups * n_out, n_in)
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
+    def take(self, name: str, tensor: Tensor) -> bool:
+        return give_below(self, name, self.part(tensor))
+
     def finalize_weights(self) -> None:
         """After loading: [G, in, out], as the batched product reads it."""
+        if self.weight.dim() == 3:
+            return
         weight = self.weight.data.unflatten(0, (self.groups, -1)).transpose(1, 2)
         weight = weight.to(multiplied(weight.dtype, weight.device)).contiguous()
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -212,15 +221,18 @@ class SplitExperts(nn.Module):
     def forward(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
         return experts(x, ids, weight, self.w13, self.w2, self.limit)
 
-    def load_expert(self, expert: int, name: str, tensor: Tensor) -> None:
-        width = self.w2.shape[1]
+    def take(self, name: str, tensor: Tensor) -> bool:
+        """name: `17.w1.weight`; a full matrix [out, in]."""
+        number, matrix, _ = name.split(".")
+        expert, width = int(number), self.w2.shape[1]
         target = {
             "w1": self.w13[expert, :, :width],
             "w3": self.w13[expert, :, width:],
             "w2": self.w2[expert],
-        }[name]
-        split = 1 if name == "w2" else 0
+        }[matrix]
+        split = 1 if matrix == "w2" else 0
         target.copy_(tensor.narrow(split, self.rank * width, width).t())
+        return True
 
 
 class OwnExperts(nn.Module):
@@ -260,11 +272,11 @@ class OwnExperts(nn.Module):
             total.index_add_(0, token, part.float())
         return total.to(x.dtype)
 
-    def holds(self, expert: int) -> bool:
-        return self.first <= expert < self.first + self.count
-
-    def load_expert(self, expert: int, name: str, tensor: Tensor) -> None:
-        self.experts.load_expert(expert - self.first, name, tensor)  # type: ignore[operator]
+    def take(self, name: str, tensor: Tensor) -> bool:
+        """Where the expert is one of this rank's."""
+        number, _, rest = name.partition(".")
+        own = int(number) - self.first
+        return 0 <= own < self.count and give(self.experts, f"{own}.{rest}", tensor)
 
 
 class LocalParallel:
@@ -326,10 +338,10 @@ class RankParallel(LocalParallel):
         self.expert_parallel = expert_parallel
 
     def column(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
-        return _split(Linear(n_in, n_out // self.size, self.dtype), 0)
+        return Linear(n_in, n_out // self.size, self.dtype, 0, self.rank, self.size)
 
     def row(self, n_in: int, n_out: int, prefix: str, reduce: bool = True) -> nn.Module:
-        layer = _split(Linear(n_in // self.size, n_out, self.dtype), 1)
+        layer = Linear(n_in // self.size, n_out, self.dtype, 1, self.rank, self.size)
         if reduce:
             layer.register_forward_hook(lambda module, inputs, out: self.all_reduce(out))
         return layer
@@ -342,8 +354,3 @@ class RankParallel(LocalParallel):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return self._all_reduce(x) if self.size > 1 else x
-
-
-def _split(layer: Linear, dim: int) -> Linear:
-    layer.weight.shard_dim = dim  # type: ignore[attr-defined]
-    return layer

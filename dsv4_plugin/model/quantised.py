@@ -1,8 +1,9 @@
 """Layers whose weights stay as the checkpoint packs them: FP8 linears; FP4, NVFP4, int4 or FP8
 experts.
 
-As in the authors' kernels, the inputs of FP8 and MXFP4 products are rounded to e4m3 in blocks of
-128; `wo_a`, NVFP4 and int4 experts take theirs as they are. Weights are moved as raw bytes.
+As in the authors' inference/kernel.py, the inputs of FP8 and MXFP4 products are rounded to e4m3 in
+blocks of 128; `wo_a`, NVFP4 and int4 experts take theirs as they are. Weights are moved as raw
+bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dsv4_plugin.kernels.packed import (
     product,
     round_inputs,
 )
+from dsv4_plugin.model.loading import give_below
 from dsv4_plugin.model.parallel import GroupedLinear, MakeExperts, OutputGroups, Parallel
 from dsv4_plugin.quant.e4m3 import decode_ue8m0
 
@@ -79,11 +81,9 @@ def grouped_linear(
     parallel: Parallel, groups: OutputGroups, dim: int, n_out: int, prefix: str
 ) -> nn.Module:
     """wo_a for heads of `dim`: [T, G, in] -> [T, G * out]."""
-    if isinstance(parallel, QuantisedParallel):
+    if isinstance(parallel, QuantisedParallel) and parallel.config.is_fp8(prefix):
         return QuantisedGroupedLinear(groups, dim, n_out, prefix)
-    layer = GroupedLinear(groups.parts, groups.unit * dim, n_out, parallel.dtype)
-    layer.rearrange = groups.wo_a
-    return layer
+    return GroupedLinear(groups.parts, groups.unit * dim, n_out, parallel.dtype, groups.wo_a)
 
 
 def raw(tensor: Tensor) -> Tensor:
@@ -133,15 +133,14 @@ class QuantisedLinear(nn.Module):
             shape[split] = part_of(shape[split], parallel.size, FP8_BLOCK, f"{prefix}.weight")
         self.weight = packed(*shape)
         self.scale = packed(*(blocks(n) for n in shape), dtype=torch.float32)
-        self.weight.weight_loader = self._load  # type: ignore[attr-defined]
-        self.scale.weight_loader = self._load  # type: ignore[attr-defined]
         self.reduce: Callable[[Tensor], Tensor] | None = None
 
-    def _load(self, param: nn.Parameter, tensor: Tensor) -> None:
+    def take(self, name: str, tensor: Tensor) -> bool:
+        """The full weight [out, in], or its scales."""
         if self.split is not None:
-            size = param.shape[self.split]
+            size = self.get_parameter(name).shape[self.split]
             tensor = tensor.narrow(self.split, self.rank * size, size)
-        param.data.copy_(raw(tensor) if param is self.weight else fp8_scale(tensor))
+        return give_below(self, name, raw(tensor) if name == "weight" else fp8_scale(tensor))
 
     def forward(self, x: Tensor) -> Tensor:
         y = product(round_inputs(x) if self.rounds else x, FP8Matrix(self.weight, self.scale))
@@ -163,15 +162,13 @@ class QuantisedGroupedLinear(nn.Module):
         rows = groups.parts * n_out
         self.weight = packed(rows, n_in)
         self.scale = packed(rows, blocks(n_in), dtype=torch.float32)
-        self.weight.weight_loader = self._load_weight  # type: ignore[attr-defined]
-        self.scale.weight_loader = self._load_scale  # type: ignore[attr-defined]
 
-    def _load_weight(self, param: nn.Parameter, tensor: Tensor) -> None:
-        param.data.copy_(self.groups.wo_a(raw(tensor)))
-
-    def _load_scale(self, param: nn.Parameter, tensor: Tensor) -> None:
+    def take(self, name: str, tensor: Tensor) -> bool:
+        """The full weight [G * out, in], or its scales."""
+        if name == "weight":
+            return give_below(self, name, self.groups.wo_a(raw(tensor)))
         rows = fp8_scale(tensor).repeat_interleave(FP8_BLOCK, 0)
-        param.data.copy_(self.groups.wo_a(rows[: self.groups.groups * self.n_out]))
+        return give_below(self, name, self.groups.wo_a(rows[: self.groups.groups * self.n_out]))
 
     def forward(self, x: Tensor) -> Tensor:
         return grouped_product(x, FP8Matrix(self.weight, self.scale, height=1))
@@ -192,19 +189,19 @@ class QuantisedExperts(nn.Module):
             for part, param in _parts(stored, n, n_out, n_in, self.block):
                 self.register_parameter(f"{name}_{part}", param)
 
-    def load_expert(self, expert: int, name: str, tensor: Tensor) -> None:
-        """name: `w1` (the weight), `w1.scale`, `w1.weight_scale`, ... (see `names.stored_as`)."""
-        matrix, _, part = name.partition(".")
+    def take(self, name: str, tensor: Tensor) -> bool:
+        """name: `17.w1.weight`, `17.w1.scale`, or what else `names.stored_as` has for a matrix."""
+        expert, matrix, part = name.split(".")
         if part in ("input_scale", "input_global_scale"):
-            return  # of the activations, which NVFP4 products take as they are
+            return True  # of the activations, which NVFP4 products take as they are
         if part == "weight_shape":
-            self._check_shape(expert, matrix, tensor)
-            return
+            self._check_shape(name, tensor)
+            return True
         if part == "weight_global_scale":  # the reciprocal of NVFP4's own
             part, tensor = "weight_scale_2", 1 / tensor
-        if part in ("", "weight_packed"):
+        if part == "weight_packed":
             part, tensor = "weight", raw(tensor)
-        param = self.get_parameter(f"{matrix}_{part}")[expert]
+        param = self.get_parameter(f"{matrix}_{part}")[int(expert)]
         if param.dim():
             split = 1 if matrix == "w2" else 0
             tensor = tensor.narrow(split, self.rank * param.shape[split], param.shape[split])
@@ -213,15 +210,13 @@ class QuantisedExperts(nn.Module):
         if param.dtype != torch.bfloat16:
             tensor = raw(tensor) if param.dtype == torch.uint8 else fp8_scale(tensor)
         param.copy_(tensor)
+        return True
 
-    def _check_shape(self, expert: int, matrix: str, shape: Tensor) -> None:
-        wide = self.get_parameter("w1_weight").shape[2] * 2, self.width
-        true = wide if matrix == "w2" else wide[::-1]
-        if tuple(shape.tolist()) != true:
-            raise ValueError(
-                f"{matrix}.weight_shape of expert {expert} is {shape.tolist()}; the weight is "
-                f"{list(true)}"
-            )
+    def _check_shape(self, name: str, shape: Tensor) -> None:
+        wide = 2 * self.get_parameter("w1_weight").shape[2]
+        true = [wide, self.width] if ".w2." in name else [self.width, wide]
+        if shape.tolist() != true:
+            raise ValueError(f"experts.{name} is {shape.tolist()}; the weight is {true}")
 
     def weights(self) -> tuple[Matrix, Matrix, Matrix]:
         """w1, w3 and w2, of all experts each."""

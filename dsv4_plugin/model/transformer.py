@@ -1,6 +1,7 @@
 """The whole network: embedding, blocks over R streams, mHC head, norm, output head.
 
-With pipeline parallelism a process holds some of the blocks; the R streams travel between them.
+Source: `Transformer` of the authors' inference/model.py. With pipeline parallelism a process holds
+some of the blocks; the R streams travel between them.
 """
 
 from __future__ import annotations

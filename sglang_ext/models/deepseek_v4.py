@@ -18,9 +18,9 @@ from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.model.transformer import Transformer
+from sglang_ext.active import check_active
 from sglang_ext.config import cache_layout
 from sglang_ext.parallel import SglangParallel
-from sglang_ext.registration import check_active
 
 log = logging.getLogger("sglang.srt.dsv4")
 
@@ -53,7 +53,7 @@ class DeepseekV4PluginForCausalLM(nn.Module):
             raise NotImplementedError("a running server's weights cannot be replaced so far")
         self.loaded = True
         mine = ((name, tensor) for name, tensor in weights if not name.startswith(MTP))
-        load_weights(self.model, mine, self.parallel.rank, stored_tensors(self.config))
+        load_weights(self.model, mine, stored_tensors(self.config))
         log.info("%s.", self.model.weight_bytes)
 
     @torch.no_grad()

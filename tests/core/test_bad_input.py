@@ -29,8 +29,8 @@ from dsv4_plugin.config import FIELDS, V41_REFUSED, ModelConfig
 from dsv4_plugin.fields import Only, Unread, Whole
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
+from lab.paths import SHARED, needs_shared
 from tests.conftest import A_LAYER_OF_EACH, SMALL, v41_fields
-from tests.paths import SHARED, needs_shared
 
 
 @pytest.fixture
@@ -139,10 +139,16 @@ def test_arguments(small):
 @pytest.mark.parametrize(
     ("fields", "pattern"),
     [
-        ({"quant_method": "awq"}, "quantization_config.quant_method is 'awq'; allowed is 'fp8'"),
+        (
+            {"quant_method": "awq"},
+            "quantization_config.quant_method is 'awq'; allowed are 'fp8' and 'compr",
+        ),
         ({"fmt": "e5m2"}, "quantization_config.fmt is 'e5m2'; allowed is 'e4m3'"),
         ({"weight_block_size": [64, 64]}, r"weight_block_size is \[64, 64\]; allowed is \[128, 12"),
-        ({"quant_method": None}, "quantization_config lacks quant_method; allowed is 'fp8'"),
+        (
+            {"quant_method": None},
+            "quantization_config lacks quant_method; allowed are 'fp8' and 'compr",
+        ),
         ({"zero_point": True}, "quantization_config.zero_point is True; this version knows no"),
         ({"kv_cache_quant_algo": "FP8"}, "kv_cache_quant_algo is 'FP8'; it must be left out"),
         ({"moe_quant_algo": "INT4"}, "moe_quant_algo is 'INT4'; allowed is 'NVFP4'"),
@@ -398,7 +404,8 @@ FREE = {"quantization_config": {}, "architectures": []}
 
 @needs_shared
 def test_every_field_that_is_read_has_its_row():
-    read = {f.name for f in dataclasses.fields(ModelConfig)} - {"yarn", "experts", "generation"}
+    derived = {"yarn", "experts", "generation", "int4_block", "fp8_attention", "rounds_fp8_inputs"}
+    read = {f.name for f in dataclasses.fields(ModelConfig)} - derived
     assert read | {"rope_scaling", "quantization_config", "expert_dtype"} <= set(FIELDS.fields)
 
 

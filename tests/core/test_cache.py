@@ -15,8 +15,9 @@ from dsv4_plugin.cache.rows import (
     FP8KVRows,
     RowPool,
 )
-from dsv4_plugin.config import CSA, HCA, ModelConfig
+from dsv4_plugin.config import CSA, HCA
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, quantise_mxfp4
+from lab.kernels.sizes import flash
 from tests.conftest import random_ids
 from tests.tolerances import BF16, FP8_KV
 
@@ -101,16 +102,6 @@ def test_flash_takes_what_the_design_says():
     assert 4200 < growing < 4300
     assert layout.page[CSA].parts["kv"].rows == 64
     assert layout.page[HCA].parts["kv"].rows == 2
-
-
-def flash(ratios: list[int]) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=129280, hidden_size=4096, num_hidden_layers=43, num_attention_heads=64,
-        head_dim=512, qk_rope_head_dim=64, q_lora_rank=1024, o_groups=8, o_lora_rank=1024,
-        sliding_window=128, compress_ratios=tuple(ratios), index_n_heads=64, index_head_dim=128,
-        index_topk=512, n_routed_experts=256, num_experts_per_tok=6, moe_intermediate_size=2048,
-        num_hash_layers=3, routed_scaling_factor=1.5, max_position_embeddings=1 << 20, yarn=None,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

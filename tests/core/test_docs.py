@@ -12,7 +12,7 @@ from dsv4_plugin.checkpoint.convert import CONVERSIONS
 from dsv4_plugin.checkpoint.formats import FORMATS
 from dsv4_plugin.cli import COMMANDS, bench
 from dsv4_plugin.plan import GPUS
-from tests.paths import ROOT
+from lab.paths import ROOT
 
 
 def text(name):

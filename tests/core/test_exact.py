@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from dsv4_plugin import load
 from dsv4_plugin.engine import Batch
+from lab.paths import SHARED, needs_shared
 from tests.conftest import random_ids
-from tests.paths import SHARED, needs_shared
 from tests.tolerances import LOGITS_STD
 
 GOLDEN = SHARED / "golden" / "fp32_noquant"

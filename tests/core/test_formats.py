@@ -32,8 +32,9 @@ from dsv4_plugin.kernels.norm import rms_norm
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, NVFP4Matrix, product
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
 from dsv4_plugin.quant.e4m3 import e4m3_values
+from dsv4_plugin.quant.int4 import decode_int4
+from lab.paths import SHARED, needs_shared
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
-from tests.paths import SHARED, needs_shared
 from tests.tolerances import BF16_SUM, LOGITS_STD, OP_FP32
 
 LAYOUTS = SHARED / "tensor_layouts.json"
@@ -128,9 +129,9 @@ def test_every_variant_answers_and_stays_packed(made, fmt, caplog):
     packed = model.model.weight_bytes.packed
     stored = stored_tensors(model.config)
     one_byte = sum(
-        torch.Size(s.shape).numel()
+        torch.Size(s.shape).numel() * (4 if s.dtypes[0] == "I32" else 1)
         for s in stored.values()
-        if s.dtypes[0][:2] in ("F8", "I8", "U8")
+        if s.dtypes[0] in ("F8_E4M3", "F8_E8M0", "I8", "U8", "I32")
     )
     assert 0.95 * one_byte < packed <= one_byte
     assert f"{packed / 2**30:.2f} GiB of them packed" in caplog.text
@@ -289,7 +290,8 @@ def test_conversion_round_trip(tmp_path, fmt, capsys):
     drafting = SMALL | {"num_nextn_predict_layers": 1}
     make_checkpoint(source, "tiny", 1, drafting, tokenizer=False)
     config = convert_checkpoint(source, out, fmt)
-    assert config.experts == {"fp8-fp4": "fp4", "base": "fp8", "nvfp4": "nvfp4"}[fmt]
+    experts = {"fp8-fp4": "fp4", "base": "fp8", "ct-w4a16": "w4a16"}
+    assert config.experts == experts.get(fmt, fmt)
     assert (out / HF_QUANT).exists() == (fmt == "nvfp4")
     before = load_file(next(source.glob("*.safetensors")))
     after = load_file(next(out.glob("*.safetensors")))
@@ -298,7 +300,7 @@ def test_conversion_round_trip(tmp_path, fmt, capsys):
         if len(stored) == 1:
             assert torch.equal(stored[0], weight)
             continue
-        values, steps = dequantised(*stored)
+        values, steps = dequantised(*stored, reciprocal=fmt == "ct-nvfp4")
         assert ((values - weight.float()).abs() <= steps).all(), name
     assert not after
     assert main(["checkpoint", "inspect", str(out)]) == 0
@@ -310,18 +312,26 @@ def test_conversion_round_trip(tmp_path, fmt, capsys):
     assert model.generate([[1, 2]], 6, ignore_eos=True, num_speculative_tokens=1) == plain
 
 
-def dequantised(data, scale, top=None, activations=None):
+def dequantised(data, scale, top=None, activations=None, reciprocal=False):
     """A packed weight's float32 values [out, in], and how far rounding may have moved each."""
     if data.dtype == torch.float8_e4m3fn:
         wide = scale.float().repeat_interleave(128, 0).repeat_interleave(128, 1)
         wide = wide[: data.shape[0], : data.shape[1]]
         values = data.float() * wide
         return values, values.abs() / 15 + wide * 2.0**-10
+    if data.dtype == torch.int32:
+        assert top.tolist() == [len(data), data.shape[1] * 8]
+        wide = scale.float().repeat_interleave(data.shape[1] * 8 // scale.shape[1], 1)
+        # Half a step, and what the scale's own rounding moves 7 steps by; 7.5 becomes 7.
+        return decode_int4(data.view(torch.uint8), scale), wide * (0.5 + 7.5 / 256)
     magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     pairs = data.view(torch.uint8).long()
     values = torch.cat([magnitudes, -magnitudes])[torch.stack([pairs % 16, pairs // 16], -1)]
     step = scale.float().repeat_interleave(data.shape[1] * 2 // scale.shape[1], 1)
-    if top is not None:
+    if reciprocal:
+        assert top.shape == (1,)
+        step /= top
+    elif top is not None:
         assert top.shape == activations.shape == ()
         assert activations == 1
         step *= top
@@ -452,7 +462,7 @@ E = "layers.1.ffn.experts.3.w2"
         ),
         (
             lambda t: t.update({"layers.0.attn.wq_a.weight_scale_inv": torch.ones(1)}),
-            "wq_a.scale and layers.0.attn.wq_a.weight_scale_inv are the same tensor; allowed is o",
+            r"layers.0.attn.wq_a.(scale|weight_scale_inv) and .* are the same tensor; allowed is o",
         ),
         (lambda t: t.update({"layers.0.attn.wq_a.zeros": torch.ones(1)}), "zeros is unexpected"),
     ],

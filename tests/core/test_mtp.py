@@ -14,8 +14,8 @@ from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.engine import Batch, LocalModel, Sampler
 from dsv4_plugin.speculate import Speculator
+from lab.paths import SHARED, needs_shared
 from tests.conftest import SMALL, random_ids
-from tests.paths import SHARED, needs_shared
 from tests.tolerances import LOGITS_STD
 
 GOLDEN = SHARED / "golden" / "fp32_noquant"

@@ -12,7 +12,7 @@ import pytest
 from dsv4_plugin.cli import main
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.plan import GIB, Layout, checkpoint_bytes, plan, split
-from tests.paths import SHARED, needs_shared
+from lab.paths import SHARED, needs_shared
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "parallel.md"
 

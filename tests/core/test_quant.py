@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dsv4_plugin.quant import e2m1, e4m3
-from tests.paths import SHARED, needs_shared
+from lab.paths import SHARED, needs_shared
 
 UNITS = SHARED / "golden" / "units"
 

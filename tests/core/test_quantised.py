@@ -10,7 +10,7 @@ from dsv4_plugin import load
 from dsv4_plugin.engine import Batch
 from dsv4_plugin.kernels.streams import spread
 from dsv4_plugin.model import indexer
-from tests.paths import SHARED, needs_shared
+from lab.paths import SHARED, needs_shared
 from tests.tolerances import QUANTISED
 
 GOLDEN = SHARED / "golden" / "fp8_fp4"

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from lab.paths import ROOT
 from tests import run
-from tests.paths import ROOT
 
 SUITE = """
 import pytest

@@ -19,7 +19,7 @@ from openai import OpenAI
 
 from dsv4_plugin.chat.tokens import DSML, END_THINK, THINK
 from dsv4_plugin.conversations import Conversation, accepts, held_out
-from tests.server import MODEL
+from lab.server import MODEL
 
 ASKED, RIGHT = 10, 9
 """Conversations of a test, and how many of the answers have to be right."""

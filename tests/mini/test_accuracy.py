@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.accuracy import Judge, drawn, table
 from dsv4_plugin.conversations import SKILLS, accepts, held_out
-from tests.engines import Answers
+from lab.engines import Answers
 from training.data import Renderer
 
 

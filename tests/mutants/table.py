@@ -44,8 +44,9 @@ GROUPS, CPU_ATTENTION = "dsv4_plugin/cache/groups.py", "dsv4_plugin/kernels/atte
 FILES, SPECULATE = "dsv4_plugin/checkpoint/files.py", "dsv4_plugin/speculate.py"
 RENDER, ENCODER = "dsv4_plugin/chat/render.py", "dsv4_plugin/chat/encoder.py"
 MACHINE, TRIAL = "dsv4_plugin/chat/machine.py", "dsv4_plugin/chat/trial.py"
-VLLM_CACHE, VLLM_REGISTRATION = "vllm_ext/cache.py", "vllm_ext/registration.py"
-VLLM_PARALLEL, SGLANG_REGISTRATION = "vllm_ext/parallel.py", "sglang_ext/registration.py"
+VLLM_CACHE, VLLM_ACTIVE = "vllm_ext/cache.py", "vllm_ext/active.py"
+PARALLEL, VLLM_PARALLEL = "dsv4_plugin/model/parallel.py", "vllm_ext/parallel.py"
+SGLANG_ACTIVE = "sglang_ext/active.py"
 BENCH_CLIENT, MEASURES, DATASETS = (
     f"dsv4_plugin/bench/{name}.py" for name in ("client", "measures", "datasets")
 )
@@ -60,14 +61,14 @@ MUTANTS = [
     Mutant("the ring is read in every window", COMPRESS, "kept = used & middle\n        top", "kept = used & (middle | True)\n        top", "triton/test_compress", "hca"),
     Mutant("columns past the last", STREAMS, "used = (n < N)[None, :] & (d < D)[:, None]", "used = (n < N)[None, :] & (d < D + 9)[:, None]", "triton/test_streams"),
     Mutant("experts past the last compete", GATE, "tl.where(e < E, (ordered", "tl.where(e < E + 1, (ordered", "triton/test_gate"),
-    Mutant("no guard for a block that nobody sees", ATTENTION, 'safe = tl.where(top == float("-inf"), 0.0, top)', "safe = top", "triton/test_attention", "decode"),
+    Mutant("no guard for a block that nobody sees", ATTENTION, 'safe = tl.where(m_new == float("-inf"), 0.0, m_new)', "safe = m_new", "triton/test_attention", "decode"),
     Mutant("entries that do not exist yet are seen", ATTENTION, "sees = i[None, :] < seen[:, None]", "sees = i[None, :] <= seen[:, None]", "triton/test_attention", "prefill"),
     Mutant("entries that a row does not see are chosen", INDEX, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "triton/test_index", "topk"),
     Mutant("rows of no pair are stored", EXPERTS, "tl.store(at, gate, mask=real[:, None] &", "tl.store(at, gate, mask=(pair[:, None] >= 0) &", "triton/test_experts", "nobody or one_expert"),
     Mutant("rows of nobody are added", EXPERTS, "here = (id >= 0) & (id < E)", "here = id < E", "triton/test_experts", "nobody"),
     Mutant("outputs past the last", PACKED, "used = (n < N)[:, None] & (word < K // 4)[None, :]", "used = (n < N + 9)[:, None] & (word < K // 4)[None, :]", "triton/test_experts", "packed_product and fp8"),
     # Off by one
-    Mutant("the window is one too long", ATTENTION, "(i[None, :] > pos[:, None] - SPAN)", "(i[None, :] >= pos[:, None] - SPAN)", "triton/test_attention", "prefill or tiles"),
+    Mutant("the window is one too long", ATTENTION, "(i[None, :] > pos[:, None] - SLIDING_WINDOW)", "(i[None, :] >= pos[:, None] - SLIDING_WINDOW)", "triton/test_attention", "prefill or tiles"),
     Mutant("an entry closes a token late", COMPRESS, "(begin + R <= end)", "(begin + R < end)", "triton/test_compress", "csa"),
     Mutant("early windows are too few", COMPRESS, "early = begin + HALVES", "early = begin + HALVES - 1", "triton/test_compress", "csa"),
     Mutant("the ring's row after, not before", COMPRESS, "(first + RING_ROWS - 1) % RING_ROWS", "first % RING_ROWS", "triton/test_compress", "drafts"),
@@ -99,7 +100,7 @@ MUTANTS = [
     Mutant("segments after a carry are left out", COMPRESS, "(opens <= its_end)", "(opens < 0)", "triton/test_compress", "filled"),
     Mutant("only one segment after a carry is taken", COMPRESS, "& (who > after)", "& (who > 9 * after + 9)", "triton/test_compress", "filled"),
     Mutant("the weights' middle part is dropped", STREAMS, "                total = tl.dot(x, middle, total)\n", "", "triton/test_streams", "4096 or 264"),
-    Mutant("the sink is left out", ATTENTION, "total = tl.full((M,), 1.0, tl.float32)", "total = tl.full((M,), 0.0, tl.float32)", "triton/test_attention", "prefill"),
+    Mutant("the sink is left out", ATTENTION, "l_total = tl.full((M,), 1.0, tl.float32)", "l_total = tl.full((M,), 0.0, tl.float32)", "triton/test_attention", "prefill"),
     Mutant("the limit bounds the gate below too", EXPERTS, "gate = tl.minimum(gate.to(x.dtype.element_ty).to(tl.float32), limit)", "gate = tl.maximum(tl.minimum(gate.to(x.dtype.element_ty).to(tl.float32), limit), -limit)", "triton/test_experts", "plain"),
     Mutant("the tensor's scale is dropped", PACKED, "one *= tl.load(top) * FP4_UNIT", "one *= FP4_UNIT", "triton/test_experts", "packed_product and nvfp4"),
     # Between programs
@@ -109,7 +110,7 @@ MUTANTS = [
     Mutant("an arrival orders nothing", ARRIVAL, 'sem="acq_rel"', 'sem="relaxed"', "triton/test_streams", "order"),
     Mutant("sums are read through L1", STREAMS, 'other=0.0, cache_modifier=".cg")\n    return tl.rsqrt', "other=0.0)\n    return tl.rsqrt", "triton/test_streams", "order"),
     Mutant("tiles share a counter", STREAMS, "is_last(counter + tl.program_id(0), chunks)", "is_last(counter, chunks)", "triton/test_streams", "order"),
-    Mutant("pieces are merged from the last one's on", ATTENTION, "cell = (t * places + piece) * H + h\n        m =", "cell = (t * places + (piece + tl.program_id(2)) % pieces) * H + h\n        m =", "triton/test_attention", "order"),
+    Mutant("pieces are merged from the last one's on", ATTENTION, "cell = (t * places + piece) * H + h\n        m_i =", "cell = (t * places + (piece + tl.program_id(2)) % pieces) * H + h\n        m_i =", "triton/test_attention", "order"),
     Mutant("pieces past a row's last are waited for", ATTENTION, "tl.minimum(pieces, step)):", "tl.minimum(places, step)):", "triton/test_attention", "order"),
     Mutant("head blocks share a counter", ATTENTION, "tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)\n            if", "tl.program_id(0)\n            if", "triton/test_attention", "decode and 64-fp8-4-512"),
     Mutant("the last program chooses among its own", INDEX, "j < parts * K", "j < K", "triton/test_index", "many_blocks"),
@@ -119,8 +120,8 @@ MUTANTS = [
     Mutant("int32 page addresses", COMPRESS, "number = tl.load(page_table + begin // PAGE).to(tl.int64)", "number = tl.load(page_table + begin // PAGE)", "triton/test_compress", "gigabytes"),
     Mutant("int32 addresses of experts", EXPERTS, "e = tl.load(expert_of + block).to(tl.int64)", "e = tl.load(expert_of + block)", "triton/test_experts", "gigabytes"),
     Mutant("int32 window addresses", STEP, "mask=real, other=-1).to(tl.int64)", "mask=real, other=-1)", "triton/test_step"),
-    Mutant("int32 block addresses", ATTENTION, "mask=ok, other=-1).to(tl.int64)\n    ok", "mask=ok, other=-1)\n    ok", "triton/test_attention", "gigabytes"),
-    Mutant("int32 key addresses", INDEX, "number.to(tl.int64) * block_stride", "number * block_stride", "triton/test_index", "gigabytes"),
+    Mutant("int32 block addresses", DEVICE, "mask=ok, other=-1).to(tl.int64)\n    ok", "mask=ok, other=-1)\n    ok", "triton/test_attention", "gigabytes"),
+    Mutant("int32 key addresses", DEVICE, "mask=ok, other=-1).to(tl.int64)\n    ok", "mask=ok, other=-1)\n    ok", "triton/test_index", "gigabytes"),
     # The network on CPUs
     Mutant("decoding misses the entry that it closes", GROUPS, "visible = (position + 1) // ratio", "visible = position // ratio", "core/test_exact", "ragged"),
     Mutant("a page goes on with its own carry", GROUPS, "position[paging] // size - 1)", "position[paging] // size)", "core/test_exact", "chunks and 1"),
@@ -141,10 +142,10 @@ MUTANTS = [
     Mutant("the first parameter always makes a call", TRIAL, "return not self.in_reasoning and not self.amid_line", "return True", "chat/test_parser"),
     # Adapters
     Mutant("requests with one prefix share a ring in vLLM", VLLM_CACHE, "ring=metadata[self.ring.prefix]", "ring=metadata[self.page.prefix]", "vllm/test_engine"),
-    Mutant("another plugin goes unnoticed in vLLM", VLLM_REGISTRATION, "if found[what] != wanted:", "if not found[what]:", "vllm/test_registration"),
-    Mutant("a data-parallel rank loads every expert", VLLM_PARALLEL, "return self.experts.holds(expert)", "return True", "parallel/test_ranks", "data_parallel"),
+    Mutant("another plugin goes unnoticed in vLLM", VLLM_ACTIVE, "if found[what] != wanted:", "if not found[what]:", "vllm/test_registration"),
+    Mutant("a data-parallel rank loads every expert", PARALLEL, "return 0 <= own < self.count and give(", "return give(", "parallel/test_ranks", "data_parallel"),
     Mutant("data-parallel ranks take the first one's rows", VLLM_PARALLEL, "first = group.rank_in_group * most", "first = 0", "parallel/test_ranks", "data_parallel"),
     Mutant("what the cache had counts as compiled", "dsv4_plugin/warmup.py", "if not cache_hit:", "if src is not None:", "triton/test_warmup", compiled=True),
     Mutant("a forced end tells nobody in SGLang", "sglang_ext/hooks.py", "for rid in list(self.rid_to_state):", "for rid in ():", "sglang/test_registration", "forced", engine="sglang"),
-    Mutant("a hook that is not there goes unnoticed in SGLang", SGLANG_REGISTRATION, "if target not in HookRegistry._patched]", "if not target]", "sglang/test_registration", engine="sglang"),
+    Mutant("a hook that is not there goes unnoticed in SGLang", SGLANG_ACTIVE, "if target not in HookRegistry._patched]", "if not target]", "sglang/test_registration", engine="sglang"),
 ]  # fmt: skip

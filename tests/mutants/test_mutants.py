@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from lab.paths import ROOT, python_of
 from tests.mutants.table import MUTANTS, Mutant
-from tests.paths import ROOT, python_of
 
 DOZEN = 12
-COPIED = ("dsv4_plugin", "vllm_ext", "sglang_ext", "tests", "training", "pyproject.toml")
+COPIED = ("dsv4_plugin", "vllm_ext", "sglang_ext", "tests", "lab", "training", "pyproject.toml")
 BROKEN = ("SyntaxError", "NameError", "IndentationError", "ImportError", "no tests ran")
 """What pytest prints where a mutant is no program: that is no proof that a test sees it."""
 

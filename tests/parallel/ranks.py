@@ -67,7 +67,7 @@ class Ranks:
             )
             model = Transformer(config, parallel)
             headers = check_checkpoint(config, directory)
-            load_weights(model, read_tensors(headers, progress=False), rank)
+            load_weights(model, read_tensors(headers, progress=False))
             return model
 
         return self.run(one)

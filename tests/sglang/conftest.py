@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.paths import STUBS
+from lab.paths import STUBS
 
 collect_ignore_glob = [] if find_spec("sglang") else ["test_*.py"]
 if find_spec("sglang") and not find_spec("torchvision"):

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import server
-from tests.paths import ROOT, STUBS
+from lab import server
+from lab.paths import ROOT, STUBS
 
 HERE = Path(__file__).parent
 FLOAT32 = ("--dtype=float32", "--chunked-prefill-size=256")

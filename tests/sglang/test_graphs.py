@@ -16,13 +16,13 @@ from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.kernels import dispatch
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.warmup import compiled
+from lab.kit import mode
+from lab.kit.gpu import EmulatedGPU
+from lab.kit.graphs import RecordedGraph, recorded
 from sglang_ext import config
 from sglang_ext.backend import Backend
 from sglang_ext.pool import KVPool
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
-from tests.kit import mode
-from tests.kit.gpu import EmulatedGPU
-from tests.kit.graphs import RecordedGraph, recorded
 
 PAGE, CONTEXT, REQUESTS, SIZE = 128, 512, 4, 4
 """Tokens of a page, of a request; request rows; decode steps that are captured, padded to."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
+from lab.server import MODEL
 from tests.mini.asking import Answers
-from tests.server import MODEL
 
 from .server import FLOAT32, PARSERS, Server
 

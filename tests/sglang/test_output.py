@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from dsv4_plugin.chat import TokenBytes
-from sglang_ext.output import CallPiece, Delta, OutputParser
+from dsv4_plugin.chat import CallDelta, Delta, TokenBytes
+from sglang_ext.output import OutputParser
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 CALL = (
@@ -142,6 +142,6 @@ def test_reasoning_in_one_piece_or_in_the_content(tokenizer):
 
 def test_pieces_of_two_calls_join():
     delta = Delta(
-        calls=[CallPiece(0, "{", "x", "f"), CallPiece(0, "}"), CallPiece(1, "{}", "y", "g")]
+        calls=[CallDelta(0, "{", "x", "f"), CallDelta(0, "}"), CallDelta(1, "{}", "y", "g")]
     )
-    assert delta.whole_calls() == [CallPiece(0, "{}", "x", "f"), CallPiece(1, "{}", "y", "g")]
+    assert delta.whole_calls() == [CallDelta(0, "{}", "x", "f"), CallDelta(1, "{}", "y", "g")]

@@ -31,7 +31,8 @@ from transformers import PretrainedConfig
 import sglang_ext
 from dsv4_plugin import env
 from dsv4_plugin.config import ARCHITECTURE, CSA, SWA, V41, V41_REFUSED, ModelConfig
-from sglang_ext import hooks, registration
+from lab.paths import ROOT
+from sglang_ext import active, hooks
 from sglang_ext.choice import choose
 from sglang_ext.config import (
     KV_DTYPES,
@@ -42,7 +43,6 @@ from sglang_ext.config import (
 )
 
 from ..conftest import v41_fields
-from ..paths import ROOT
 from ..refusals import named
 from .server import FLOAT32, Server
 
@@ -64,7 +64,7 @@ def registered():
     HookRegistry.apply_hooks()
 
 
-@pytest.mark.parametrize("target", [target for target, _, _ in registration.HOOKS])
+@pytest.mark.parametrize("target", [target for target, _, _ in active.HOOKS])
 def test_hooked_function_is_as_expected(target: str):
     name = target.rsplit(".", 1)[1]
     found = set(inspect.signature(pkgutil.resolve_name(target)).parameters)
@@ -76,7 +76,7 @@ def test_interfaces_are_as_expected():
     cap = set(inspect.signature(compute_swa_request_cap).parameters)
     assert cap >= {"page_size", "window", "attn_dp_size"}
     abstract = BaseSWAKVPool.__abstractmethods__
-    assert abstract <= vars(registration.hooks.__class__).keys() | set(dir(kv_pool()))
+    assert abstract <= vars(active.hooks.__class__).keys() | set(dir(kv_pool()))
     assert hasattr(AttentionBackend, "init_forward_metadata")
     fields = set(inspect.signature(ForwardBatch).parameters)
     assert fields >= {"seq_lens", "extend_seq_lens", "req_pool_indices", "forward_mode"}
@@ -112,19 +112,19 @@ def test_registering_again_changes_nothing():
 
 
 def test_self_check(monkeypatch: pytest.MonkeyPatch):
-    registration.check_active()
+    active.check_active()
     with monkeypatch.context() as patch:
         patch.setitem(ATTENTION_BACKENDS, "dsv4_plugin", object)
         with pytest.raises(RuntimeError, match="attention backend dsv4_plugin"):
-            registration.check_active()
+            active.check_active()
     with monkeypatch.context() as patch:
         patch.setattr(HookRegistry, "_patched", set())
         with pytest.raises(RuntimeError, match="from_server_args is not hooked"):
-            registration.check_active()
+            active.check_active()
     with monkeypatch.context() as patch:
         patch.setitem(chat_encoding_adapters._BUILDERS["dsv4"], "builtin", print)
         with pytest.raises(RuntimeError, match="chat encoding dsv4"):
-            registration.check_active()
+            active.check_active()
 
 
 def test_a_forced_end_tells_every_request():

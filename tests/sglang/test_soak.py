@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from lab.server import MODEL
 from tests import soak
-from tests.server import MODEL
 
 from .server import FLOAT32, PARSERS, Server
 

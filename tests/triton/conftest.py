@@ -1,4 +1,4 @@
-"""Every test that takes `gpu` runs in each architecture of the run's mode (see tests/kit/mode)."""
+"""Every test that takes `gpu` runs in each architecture of the run's mode (see lab/kit/mode)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsv4_plugin.kernels import arrival
-from tests.kit import mode
+from lab.kit import mode
 
 
 @pytest.hookimpl(wrapper=True)

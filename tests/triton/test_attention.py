@@ -12,11 +12,11 @@ from dsv4_plugin.cache.step import TILED
 from dsv4_plugin.kernels.attention import kernel
 from dsv4_plugin.kernels.attention.kernel import attention
 from dsv4_plugin.kernels.attention.reference import attention as reference
-from tests.kit import mode
-from tests.kit.mode import interpreted_first
-from tests.kit.order import seeded
+from lab.kernels.cases import far, generator, kv_codec, paged, pairs, step_of_rows
+from lab.kit import mode
+from lab.kit.mode import interpreted_first
+from lab.kit.order import seeded
 from tests.tolerances import ATTENTION_BF16
-from tests.triton.cases import far, generator, kv_codec, paged, pairs, step_of_rows
 
 SPAN = 128
 
@@ -35,7 +35,7 @@ def world(positions, heads, kind, ratio=0, k=None, d=512, rope=64, seed=0, span=
         "cis": pairs(len(flat), rope, seed),
         "step": step_of_rows(position.to(mode.DEVICE), request.to(mode.DEVICE), max(lengths)),
         "window": paged(codec, lengths, 32, seed + 1),
-        "span": span,
+        "sliding_window": span,
         "ratio": ratio,
     }
     if ratio:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit import mode
-from tests.kit.compile import SIBLINGS, Built, build
-from tests.kit.targets import SHARED_LIMIT, TARGETS, FakeGPU
-from tests.triton.production import CASES, MODULES
+from lab.kernels.production import CASES, MODULES
+from lab.kit import mode
+from lab.kit.compile import SIBLINGS, Built, build
+from lab.kit.targets import SHARED_LIMIT, TARGETS, FakeGPU
 
 BUDGETS = tomllib.loads((Path(__file__).parent / "budgets.toml").read_text())
 SHORT = "sm86"

@@ -12,9 +12,9 @@ from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.config import CSA, HCA
 from dsv4_plugin.kernels.compress import State, Target, kernel, reference
-from tests.core.test_cache import flash
-from tests.kit.mode import interpreted_first
-from tests.triton.inputs import Caches, step_of, untouched
+from lab.kernels.inputs import Caches, step_of, untouched
+from lab.kernels.sizes import flash
+from lab.kit.mode import interpreted_first
 
 pytestmark = pytest.mark.usefixtures("made_on_device")
 EPS = 1e-6

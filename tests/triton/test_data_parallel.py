@@ -18,9 +18,9 @@ from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.transformer import Transformer
+from lab.kit import mode
+from lab.kit.graphs import RecordedGraph, recorded
 from tests.conftest import A_LAYER_OF_EACH, SMALL
-from tests.kit import mode
-from tests.kit.graphs import RecordedGraph, recorded
 from tests.parallel.ranks import DataGroup, DataParallel, Ranks
 from tests.triton.test_stages import REQUESTS, STEPS, tables
 
@@ -54,7 +54,7 @@ class Rank:
         self.model = Transformer(config, DataParallel(config, torch.bfloat16))
         headers = check_checkpoint(config, directory, False)
         tensors = read_tensors(headers, progress=False)
-        load_weights(self.model, tensors, 0, stored_tensors(config))
+        load_weights(self.model, tensors, stored_tensors(config))
         self.state = State(whole, self.model)
 
     def capture(self) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from dsv4_plugin.cache.rows import FP8KVRows
 from dsv4_plugin.config import CSA, HCA
-from tests.triton import inputs, test_compress, test_qkv, test_streams
+from lab.kernels import inputs
+from tests.triton import test_compress, test_qkv, test_streams
 
 HERE = Path(__file__).parent
 FILES = sorted(

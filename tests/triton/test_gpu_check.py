@@ -10,8 +10,8 @@ import torch
 
 from dsv4_plugin.cli import gpu_check, gpu_model, gpu_work, main
 from dsv4_plugin.kernels.norm import kernel
-from tests.kit import mode
-from tests.kit.graphs import recorded
+from lab.kit import mode
+from lab.kit.graphs import recorded
 
 emulated = pytest.mark.skipif(
     mode.INTERPRET or mode.DEVICE != "cpu", reason="graphs are recorded emulated"

@@ -8,10 +8,10 @@ import torch
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.kernels import index
 from dsv4_plugin.kernels.index import kernel, reference
-from tests.kit import mode
-from tests.kit.order import seeded
+from lab.kernels.cases import far, generator, key_codec, paged, pairs, step_of_rows
+from lab.kit import mode
+from lab.kit.order import seeded
 from tests.tolerances import FP16, OP_FP32
-from tests.triton.cases import far, generator, key_codec, paged, pairs, step_of_rows
 
 RATIO = 4
 

@@ -16,8 +16,8 @@ from dsv4_plugin.kernels.bits import (
     e4m3_scale,
 )
 from dsv4_plugin.quant.e4m3 import decode_e4m3, quantise_e4m3
-from tests.kit import mode
-from tests.kit.order import seeded
+from lab.kit import mode
+from lab.kit.order import seeded
 
 interpreted = pytest.mark.skipif(not mode.INTERPRET, reason="the interpreter's checks")
 emulated = pytest.mark.skipif(
@@ -149,8 +149,8 @@ def test_programs_that_atomics_do_not_order_are_found(gpu, fault):
 @emulated
 def test_a_missing_barrier_is_found_in_compiled_code():
     """Triton puts one before a releasing atomic itself; here its code is run without."""
-    from tests.kit.emulator import Emulator
-    from tests.kit.targets import FakeGPU
+    from lab.kit.emulator import Emulator
+    from lab.kit.targets import FakeGPU
 
     x, part, out = torch.ones(4, 64), torch.empty(4, 64), torch.empty(64)
     tensors = [x, part, out, torch.zeros(1, dtype=torch.int32)]
@@ -181,7 +181,7 @@ def _copy_by_the_last(x_ptr, part_ptr, out_ptr, counter, n, N: tl.constexpr):
 @pytest.mark.parametrize("name", ["gfx942", "gfx950"])
 def test_wavefronts_wait_for_their_stores_before_they_arrive(name):
     """By the compiled code: store, wait, barrier, release."""
-    from tests.kit.targets import FakeGPU
+    from lab.kit.targets import FakeGPU
 
     x, counter = torch.zeros(4, 256), torch.zeros(1, dtype=torch.int32)
     with FakeGPU(name) as gpu:
@@ -216,7 +216,7 @@ def test_a_bf16_product(gpu):
 
 @emulated
 def test_counters():
-    from tests.kit.gpu import EmulatedGPU
+    from lab.kit.gpu import EmulatedGPU
 
     a, b, c = (torch.zeros(32, 32, dtype=t) for t in (torch.bfloat16, torch.bfloat16, torch.float))
     with EmulatedGPU("sm80", count=True) as gpu:

@@ -13,13 +13,13 @@ from dsv4_plugin.cache.rows import RowPool
 from dsv4_plugin.config import CSA, HCA
 from dsv4_plugin.kernels.attention import kernel as attention
 from dsv4_plugin.kernels.index import kernel as index
-from tests.core.test_cache import flash
-from tests.kit import mode
-from tests.kit.gpu import EmulatedGPU
-from tests.kit.targets import FakeGPU
-from tests.paths import ROOT
+from lab.kernels.cases import step_of_rows
+from lab.kernels.sizes import flash
+from lab.kit import mode
+from lab.kit.gpu import EmulatedGPU
+from lab.kit.targets import FakeGPU
+from lab.paths import ROOT
 from tests.triton import test_attention, test_index
-from tests.triton.cases import step_of_rows
 
 pytestmark = pytest.mark.skipif(
     mode.INTERPRET or mode.DEVICE != "cpu", reason="launches of GPUs that are not there"

@@ -7,8 +7,8 @@ import pytest
 from dsv4_plugin import load
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.engine import Batch
+from lab.kit import mode
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
-from tests.kit import mode
 from tests.tolerances import clear_choices
 
 NEW = 3

@@ -13,10 +13,10 @@ from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.engine import Batch
 from dsv4_plugin.kernels.experts import kernel as experts_kernel
+from lab.kit import mode
+from lab.kit.gpu import EmulatedGPU
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
 from tests.device_batch import PADDING, DeviceBatch
-from tests.kit import mode
-from tests.kit.gpu import EmulatedGPU
 from tests.tolerances import BF16, LOGITS_STD, ROUNDED_AGAIN
 
 

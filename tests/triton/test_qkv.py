@@ -7,7 +7,7 @@ import torch
 
 from dsv4_plugin.cache.rows import BFloat16Rows, Float32Rows, FP8KVRows, RowPool
 from dsv4_plugin.kernels.qkv import kernel, reference
-from tests.triton.inputs import angles, poisoned, untouched
+from lab.kernels.inputs import angles, poisoned, untouched
 
 pytestmark = pytest.mark.usefixtures("made_on_device")
 EPS = 1e-6

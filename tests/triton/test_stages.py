@@ -16,9 +16,9 @@ from dsv4_plugin.engine import allocate
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
+from lab.kit import mode
+from lab.kit.graphs import RecordedGraph, recorded
 from tests.conftest import A_LAYER_OF_EACH, SMALL
-from tests.kit import mode
-from tests.kit.graphs import RecordedGraph, recorded
 
 REQUESTS, STEPS = 2, 3
 
@@ -52,7 +52,7 @@ def test_captured_stages_give_the_whole_s_bits(gpu, tmp_path, monkeypatch):
     for layers in (range(2), range(2, 3)):
         stage = Transformer(whole.config, LocalParallel(whole.config, torch.bfloat16), layers)
         tensors = read_tensors(headers, progress=False)
-        load_weights(stage, tensors, 0, stored_tensors(whole.config))
+        load_weights(stage, tensors, stored_tensors(whole.config))
         stages.append((stage, *tables(stage, whole.layout)))
     with recorded(gpu, monkeypatch):
         graphs, streams = [], None

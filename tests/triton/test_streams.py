@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv4_plugin.kernels.streams import Mixer, Spread, kernel, reference
-from tests.kit.order import seeded
+from lab.kit.order import seeded
 
 pytestmark = pytest.mark.usefixtures("made_on_device")
 

@@ -12,9 +12,9 @@ from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.model.attention import Attention
 from dsv4_plugin.warmup import compiled
+from lab.kit import mode
+from lab.kit.graphs import RecordedGraph, recorded
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
-from tests.kit import mode
-from tests.kit.graphs import RecordedGraph, recorded
 from tests.tolerances import clear_choices
 from tests.vllm.engine import rebind
 

@@ -16,10 +16,10 @@ import torch
 from dsv4_plugin import warmup
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.kernels.norm import kernel
+from lab.kit import mode
+from lab.kit.targets import FakeGPU
+from lab.paths import ROOT
 from tests.conftest import A_LAYER_OF_EACH, SMALL
-from tests.kit import mode
-from tests.kit.targets import FakeGPU
-from tests.paths import ROOT
 
 
 @pytest.mark.skipif(mode.INTERPRET or mode.DEVICE != "cpu", reason="compiles for an absent GPU")
@@ -64,7 +64,7 @@ import torch
 from dsv4_plugin import load
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.warmup import nothing, warm_up
-from tests.kit.targets import FakeGPU
+from lab.kit.targets import FakeGPU
 
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 with FakeGPU("sm80"):

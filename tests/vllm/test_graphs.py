@@ -10,7 +10,7 @@ from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from tests.kit import mode
+from lab.kit import mode
 from vllm_ext.cache import MetadataBuilder
 from vllm_ext.config import PluginConfig
 

@@ -10,8 +10,8 @@ from operator import attrgetter
 import pytest
 
 ADAPTER = (
-    "registration config cache graphs model parallel choice chat_renderer tokenizer tool_parser "
-    "reasoning_parser"
+    "active registration config cache graphs model parallel choice chat_renderer tokenizer "
+    "tool_parser reasoning_parser"
 )
 
 

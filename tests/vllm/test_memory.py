@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.config import SWA
-from tests.core.test_cache import flash
+from lab.kernels.sizes import flash
 from vllm_ext.cache import cache_spec
 
 RATIOS = [0, 0] + [4 if i % 2 == 0 else 128 for i in range(41)]

@@ -19,8 +19,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 import vllm_ext
 from dsv4_plugin.cache.rows import BFloat16Rows, Float32Rows, FP8KVRows
 from dsv4_plugin.checkpoint.make import make_checkpoint
+from lab.paths import ROOT
 from tests.conftest import SMALL
-from tests.paths import ROOT
 from tests.refusals import named
 from tests.vllm_chat.server import Server
 from vllm_ext._compat import end_streams_at_shutdown

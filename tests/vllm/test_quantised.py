@@ -20,8 +20,8 @@ from tests.tolerances import LOGPROB
 from tests.vllm.test_options import configure
 from tests.vllm_chat.server import MODEL, Server
 from vllm_ext._compat import FP4_INDEXER
+from vllm_ext.active import VISION_ARCHITECTURE
 from vllm_ext.config import SERVED_TYPE, cache_layout, model_config_of
-from vllm_ext.registration import VISION_ARCHITECTURE
 
 VARIANTS = ("fp8-fp4", "base", "nvfp4", "0731", "vision")
 GUIDE = (

@@ -14,7 +14,7 @@ from vllm.tool_parsers import ToolParserManager
 import vllm_ext
 from dsv4_plugin import env
 from dsv4_plugin.config import ARCHITECTURE
-from vllm_ext import _compat, choice, registration
+from vllm_ext import _compat, active, choice, registration
 from vllm_ext.config import NativeConfig
 
 
@@ -28,7 +28,7 @@ def registries(monkeypatch):
 def test_registering_twice_is_registering_once():
     vllm_ext.register()
     vllm_ext.register()
-    registration.check_active()
+    active.check_active()
 
 
 @pytest.mark.parametrize("what", ["model", "model of Vision-Exp", "tokenizer mode", "tool parser"])
@@ -38,13 +38,13 @@ def test_another_plugin_is_noticed(what):
     if what == "model":
         ModelRegistry.register_model(ARCHITECTURE, ":".join(other))
     elif what == "model of Vision-Exp":
-        ModelRegistry.register_model(registration.VISION_ARCHITECTURE, ":".join(other))
+        ModelRegistry.register_model(active.VISION_ARCHITECTURE, ":".join(other))
     elif what == "tokenizer mode":
-        TokenizerRegistry.tokenizers[registration.MODE] = other
+        TokenizerRegistry.tokenizers[active.MODE] = other
     else:
-        ToolParserManager.register_lazy_module(registration.MODE, *other)
+        ToolParserManager.register_lazy_module(active.MODE, *other)
     with pytest.raises(RuntimeError, match=f"its {what} is not active: .* other.module"):
-        registration.check_active()
+        active.check_active()
 
 
 def test_an_unknown_choice_is_refused(monkeypatch):
@@ -54,10 +54,9 @@ def test_an_unknown_choice_is_refused(monkeypatch):
 
 
 def test_native_leaves_vllms_own(monkeypatch):
-
     def found():
-        models = [ModelRegistry.models[name] for name in registration.MODELS]
-        return models, TokenizerRegistry.tokenizers[registration.MODE]
+        models = [ModelRegistry.models[name] for name in active.MODELS]
+        return models, TokenizerRegistry.tokenizers[active.MODE]
 
     before = found()
     monkeypatch.setenv(env.MODEL.name, "native")

@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from tests.paths import ROOT
+from lab.paths import ROOT
 
 PIN = "vllm==0.33.0"
 SITE = ROOT / ".cache" / PIN.replace("==", "-")

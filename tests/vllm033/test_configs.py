@@ -15,7 +15,7 @@ import pytest
 
 from dsv4_plugin.checkpoint.formats import format_fields
 from dsv4_plugin.checkpoint.make import preset_fields, tokenizer_files
-from tests.paths import ROOT
+from lab.paths import ROOT
 from tests.vllm033.get import PIN, SITE
 
 pytestmark = pytest.mark.skipif(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests import server
-from tests.paths import ROOT
-from tests.server import MODEL
+from lab import server
+from lab.paths import ROOT
+from lab.server import MODEL
 
 FLAGS = (
     "--dtype float32 --max-model-len 4096 --kv-cache-memory-bytes 500000000 --enforce-eager "

@@ -15,6 +15,8 @@ from openai import OpenAI
 
 from dsv4_plugin.chat.tokens import END_THINK
 from dsv4_plugin.conversations import SKILLS, Conversation, accepts, held_out
+from lab.paths import ROOT
+from lab.server import MODEL
 from tests.mini.asking import (
     MOST,
     RIGHT,
@@ -27,8 +29,6 @@ from tests.mini.asking import (
     conversations,
     whole,
 )
-from tests.paths import ROOT
-from tests.server import MODEL
 from tests.vllm_chat.test_load import settled
 
 STREAMS = 64

@@ -32,7 +32,7 @@ def attention(
     cis: Tensor,
     step: Step,
     window: Paged,
-    span: int,
+    sliding_window: int,
     entries: Paged | None = None,
     ratio: int = 0,
     chosen: Tensor | None = None,
@@ -40,7 +40,7 @@ def attention(
     q32 = q.float()
     out = torch.empty_like(q32)
     out[int(step.query_start[-1]) :] = 0  # padding
-    layer = _Layer(sink, window, span, entries, ratio, chosen)
+    layer = _Layer(sink, window, sliding_window, entries, ratio, chosen)
     for group in step.groups.decode:
         out.index_copy_(0, group.rows, layer.decode(q32.index_select(0, group.rows), group))
     for one in step.groups.prefill:
@@ -61,7 +61,7 @@ class Keys:
 class _Layer:
     sink: Tensor
     window: Paged
-    span: int
+    sliding_window: int
     entries: Paged | None
     ratio: int
     chosen: Tensor | None
@@ -84,12 +84,12 @@ class _Layer:
         """One request's tokens, tile by tile, into out [n, H, d]."""
         n, heads, _ = q.shape
         window = self.window.pool.read(span.window_read, torch.float32)
-        first = max(0, span.p0 - self.span + 1)
+        first = max(0, span.p0 - self.sliding_window + 1)
         seen = _SpanEntries(self, span)
         size = min(MAX_TILE, max(1, TILE_ROWS // heads))
-        band = _band(self.span, size, q.device)
-        for tile in blocks(n, heads * (self.span + size + seen.width), size):
-            low = span.p0 + tile.start - self.span + 1
+        band = _band(self.sliding_window, size, q.device)
+        for tile in blocks(n, heads * (self.sliding_window + size + seen.width), size):
+            low = span.p0 + tile.start - self.sliding_window + 1
             rows = window[max(low, 0) - first : span.p0 + tile.stop - first]
             cut = max(-low, 0)
             parts = [Keys(rows, band[: tile.stop - tile.start, cut : cut + len(rows)])]

@@ -18,7 +18,6 @@ even and odd dims of its two halves. RoPE dims are a fifth part. Products do not
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
 
 import torch
 import triton
@@ -29,6 +28,8 @@ from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.kernels.arrival import counters, is_last
+from dsv4_plugin.kernels.bits import e4m3_codes, halves
+from dsv4_plugin.kernels.device import alignment, row_pointers
 from dsv4_plugin.kernels.launch import pick
 
 LOG2E = 1.4426950408889634
@@ -57,41 +58,11 @@ MIN_DOT = 16
 
 
 @triton.jit
-def _row_pointers(
-    storage,
-    table,
-    index,
-    ok,
-    stride,
-    offset,
-    last,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """Pointers int32 [N] to the rows `index` of a request, and which of them exist."""
-    place = index // ROWS
-    ok = ok & (index >= 0) & (place <= last)
-    block = tl.load(table + place, mask=ok, other=-1).to(tl.int64)
-    ok = ok & (block >= 0)
-    address = block * stride + offset + (index % ROWS) * WORDS
-    return storage + tl.multiple_of(tl.where(ok, address, 0), ALIGN), ok
-
-
-@triton.jit
-def _halves(word):
-    """The two float16 in words int32, the lower first, as float32."""
-    low = word.to(tl.int16).to(tl.float16, bitcast=True)
-    high = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return low.to(tl.float32), high.to(tl.float32)
-
-
-@triton.jit
 def _scaled(x, scale, BLOCKS: tl.constexpr):
     """x [N, 16 * BLOCKS] times scale [N, BLOCKS], as bfloat16: a block of 64 dims is 16 words."""
     N: tl.constexpr = x.shape[0]
     W: tl.constexpr = x.shape[1]
-    y = tl.reshape(x, (N, BLOCKS, W // BLOCKS)) * scale[:, :, None]
+    y = tl.reshape(x.to(tl.float32), (N, BLOCKS, W // BLOCKS)) * scale[:, :, None]
     return tl.reshape(y, (N, W)).to(tl.bfloat16)
 
 
@@ -110,10 +81,7 @@ def _key_parts(row, ok, NOPE: tl.constexpr, ROPE: tl.constexpr, P: tl.constexpr,
         byte = (packed >> ((b % 4) * 8)[None, :]) & 0xFF
         # Codes become float16 of the same bits: values divided by 2^8, subnormals included.
         scale = (((byte + 8) & 0xFF) << 23).to(tl.float32, bitcast=True)
-        even = ((words & 0x00800080) << 8) | ((words & 0x007F007F) << 7)
-        odd = (words & -0x7FFF8000) | ((words >> 1) & 0x3F803F80)
-        x0, x2 = _halves(even)
-        x1, x3 = _halves(odd)
+        x0, x1, x2, x3 = e4m3_codes(words, tl.float16)
         k0, k1 = _scaled(x0, scale, BLOCKS), _scaled(x1, scale, BLOCKS)
         k2, k3 = _scaled(x2, scale, BLOCKS), _scaled(x3, scale, BLOCKS)
         rope = (row + NOPE // 4).to(tl.pointer_type(tl.bfloat16))
@@ -121,10 +89,8 @@ def _key_parts(row, ok, NOPE: tl.constexpr, ROPE: tl.constexpr, P: tl.constexpr,
         half: tl.constexpr = NOPE // 4
         low = tl.load(row[:, None] + w[None, :], mask=some & (w < half), other=0)
         high = tl.load(row[:, None] + (half + w)[None, :], mask=some & (w < half), other=0)
-        k0 = low.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        k1 = (low >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        k2 = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        k3 = (high >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        k0, k1 = halves(low, tl.bfloat16)
+        k2, k3 = halves(high, tl.bfloat16)
         rope = (row + NOPE // 2).to(tl.pointer_type(tl.bfloat16))
     r = tl.arange(0, ROPE)
     kr = tl.load(rope[:, None] + r[None, :], mask=some, other=0.0)
@@ -142,26 +108,29 @@ def _query_part(q, ok, J: tl.constexpr, NOPE: tl.constexpr, P: tl.constexpr, FP8
 
 
 @triton.jit
-def _attend(q0, q1, q2, q3, qr, k0, k1, k2, k3, kr, sees, scale, m, mass, a0, a1, a2, a3, ar):
-    """One more block of keys: sees [M, N] says which query sees which."""
+def _attend(
+    q0, q1, q2, q3, qr, k0, k1, k2, k3, kr, sees, scale, m_i, l_i, acc0, acc1, acc2, acc3, accr
+):
+    """One more block of keys: sees [M, N] says which query sees which. m_i, l_i, acc: the maximum,
+    the sum and the weighted keys of the softmax so far."""
     s = tl.dot(q0, tl.trans(k0))
     s = tl.dot(q1, tl.trans(k1), acc=s)
     s = tl.dot(q2, tl.trans(k2), acc=s)
     s = tl.dot(q3, tl.trans(k3), acc=s)
     s = tl.dot(qr, tl.trans(kr), acc=s)
     s = tl.where(sees, s * scale, float("-inf"))
-    top = tl.maximum(m, tl.max(s, 1))
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    fade = tl.exp2(m - safe)
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m_i - safe)
     p = tl.exp2(s - safe[:, None])
-    mass = tl.fma(mass, fade, tl.sum(p, 1))
+    l_i = tl.fma(l_i, alpha, tl.sum(p, 1))
     p = p.to(tl.bfloat16)
-    a0 = tl.dot(p, k0, acc=a0 * fade[:, None])
-    a1 = tl.dot(p, k1, acc=a1 * fade[:, None])
-    a2 = tl.dot(p, k2, acc=a2 * fade[:, None])
-    a3 = tl.dot(p, k3, acc=a3 * fade[:, None])
-    ar = tl.dot(p, kr, acc=ar * fade[:, None])
-    return top, mass, a0, a1, a2, a3, ar
+    acc0 = tl.dot(p, k0, acc=acc0 * alpha[:, None])
+    acc1 = tl.dot(p, k1, acc=acc1 * alpha[:, None])
+    acc2 = tl.dot(p, k2, acc=acc2 * alpha[:, None])
+    acc3 = tl.dot(p, k3, acc=acc3 * alpha[:, None])
+    accr = tl.dot(p, kr, acc=accr * alpha[:, None])
+    return m_new, l_i, acc0, acc1, acc2, acc3, accr
 
 
 @triton.jit
@@ -173,8 +142,8 @@ def _merge(total, part, keep, add):
 @triton.jit
 def _weights(m_total, m_part):
     """The common maximum and the factors of both sides; m_total is finite (the sink)."""
-    top = tl.maximum(m_total, m_part)
-    return top, tl.exp2(m_total - top), tl.exp2(m_part - top)
+    m_new = tl.maximum(m_total, m_part)
+    return m_new, tl.exp2(m_total - m_new), tl.exp2(m_part - m_new)
 
 
 @triton.jit
@@ -191,30 +160,30 @@ def _unrotate(x, cis, ok):
 
 @triton.jit
 def _store_parts(
-    to, ok, a0, a1, a2, a3, ar, NOPE: tl.constexpr, P: tl.constexpr, FP8: tl.constexpr
+    to, ok, acc0, acc1, acc2, acc3, accr, NOPE: tl.constexpr, P: tl.constexpr, FP8: tl.constexpr
 ):
     """Dims in their order again, at pointers `to` [M]."""
-    M: tl.constexpr = a0.shape[0]
-    R: tl.constexpr = ar.shape[1]
+    M: tl.constexpr = acc0.shape[0]
+    R: tl.constexpr = accr.shape[1]
     some = ok[:, None]
     if FP8:
-        x = tl.reshape(tl.join(tl.join(a0, a2), tl.join(a1, a3)), (M, 4 * P))
+        x = tl.reshape(tl.join(tl.join(acc0, acc2), tl.join(acc1, acc3)), (M, 4 * P))
         i = tl.arange(0, 4 * P)
         tl.store(to[:, None] + i[None, :], x, mask=some & (i < NOPE))
     else:
         i = tl.arange(0, 2 * P)
         inside = some & (i < NOPE // 2)
-        tl.store(to[:, None] + i[None, :], tl.reshape(tl.join(a0, a1), (M, 2 * P)), mask=inside)
+        tl.store(to[:, None] + i[None, :], tl.reshape(tl.join(acc0, acc1), (M, 2 * P)), mask=inside)
         second = to[:, None] + (NOPE // 2 + i)[None, :]
-        tl.store(second, tl.reshape(tl.join(a2, a3), (M, 2 * P)), mask=inside)
-    tl.store(to[:, None] + (NOPE + tl.arange(0, R))[None, :], ar, mask=some)
+        tl.store(second, tl.reshape(tl.join(acc2, acc3), (M, 2 * P)), mask=inside)
+    tl.store(to[:, None] + (NOPE + tl.arange(0, R))[None, :], accr, mask=some)
 
 
 @triton.jit
 def _combine(
-    part_top,
-    part_sum,
-    part_out,
+    part_m,
+    part_l,
+    part_acc,
     sink,
     cis,
     out,
@@ -233,22 +202,22 @@ def _combine(
     i = tl.arange(0, WIDTH)
     r = NOPE + tl.arange(0, ROPE)
     plain = ok[:, None] & (i < NOPE)[None, :]
-    top = tl.load(sink + h, mask=ok, other=0.0) * 1.4426950408889634
-    total = tl.full(h.shape, 1.0, tl.float32)
+    m_total = tl.load(sink + h, mask=ok, other=0.0) * 1.4426950408889634
+    l_total = tl.full(h.shape, 1.0, tl.float32)
     x = tl.zeros((h.shape[0], WIDTH), tl.float32)
     xr = tl.zeros((h.shape[0], ROPE), tl.float32)
     for piece in range(pieces):
         cell = (t * places + piece) * H + h
-        m = tl.load(part_top + cell, mask=ok, other=0.0, cache_modifier=".cg")
-        mass = tl.load(part_sum + cell, mask=ok, other=0.0, cache_modifier=".cg")
-        row = part_out + cell[:, None] * D
+        m_i = tl.load(part_m + cell, mask=ok, other=0.0, cache_modifier=".cg")
+        l_i = tl.load(part_l + cell, mask=ok, other=0.0, cache_modifier=".cg")
+        row = part_acc + cell[:, None] * D
         y = tl.load(row + i[None, :], mask=plain, other=0.0, cache_modifier=".cg")
         yr = tl.load(row + r[None, :], mask=ok[:, None], other=0.0, cache_modifier=".cg")
-        top, keep, add = _weights(top, m)
-        total = _merge(total, mass, keep, add)
+        m_total, keep, add = _weights(m_total, m_i)
+        l_total = _merge(l_total, l_i, keep, add)
         x = _merge(x, y, keep[:, None], add[:, None])
         xr = _merge(xr, yr, keep[:, None], add[:, None])
-    share = (1.0 / total)[:, None]
+    share = (1.0 / l_total)[:, None]
     xr = _unrotate(xr * share, cis + t * ROPE + h * 0, ok)
     to = out + (t * H + h[:, None]) * D
     dtype = out.dtype.element_ty
@@ -282,9 +251,9 @@ def attend(
     chosen,
     choices,
     out,
-    part_top,
-    part_sum,
-    part_out,
+    part_m,
+    part_l,
+    part_acc,
     counter,
     scale,
     rows,
@@ -298,7 +267,7 @@ def attend(
     FP8: tl.constexpr,
     WORDS: tl.constexpr,
     ALIGN: tl.constexpr,
-    SPAN: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
     WINDOW_ROWS: tl.constexpr,
     ENTRY_ROWS: tl.constexpr,
     RATIO: tl.constexpr,
@@ -334,13 +303,13 @@ def attend(
     q3 = _query_part(from_q, live, 3, NOPE, P, FP8)
     r = tl.arange(0, ROPE)
     qr = tl.load(from_q[:, None] + (NOPE + r)[None, :], mask=live[:, None], other=0.0)
-    total_top = tl.load(sink + h, mask=h < H, other=0.0) * 1.4426950408889634
-    total = tl.full((M,), 1.0, tl.float32)
-    t0 = tl.zeros((M, P), tl.float32)
-    t1 = tl.zeros((M, P), tl.float32)
-    t2 = tl.zeros((M, P), tl.float32)
-    t3 = tl.zeros((M, P), tl.float32)
-    tr = tl.zeros((M, ROPE), tl.float32)
+    m_total = tl.load(sink + h, mask=h < H, other=0.0) * 1.4426950408889634
+    l_total = tl.full((M,), 1.0, tl.float32)
+    out0 = tl.zeros((M, P), tl.float32)
+    out1 = tl.zeros((M, P), tl.float32)
+    out2 = tl.zeros((M, P), tl.float32)
+    out3 = tl.zeros((M, P), tl.float32)
+    outr = tl.zeros((M, ROPE), tl.float32)
     n = tl.arange(0, KEYS)
     # Requests of a tile follow one another; a tile of one row has one.
     low_request = tl.max(who, 0)
@@ -365,72 +334,74 @@ def attend(
         from_row = first.to(tl.int64)
         some = h < H
         for piece in range(low_piece, pieces, step):
-            top = tl.full((M,), float("-inf"), tl.float32)
-            mass = tl.zeros((M,), tl.float32)
-            a0 = tl.zeros((M, P), tl.float32)
-            a1 = tl.zeros((M, P), tl.float32)
-            a2 = tl.zeros((M, P), tl.float32)
-            a3 = tl.zeros((M, P), tl.float32)
-            ar = tl.zeros((M, ROPE), tl.float32)
+            m_i = tl.full((M,), float("-inf"), tl.float32)
+            l_i = tl.zeros((M,), tl.float32)
+            acc0 = tl.zeros((M, P), tl.float32)
+            acc1 = tl.zeros((M, P), tl.float32)
+            acc2 = tl.zeros((M, P), tl.float32)
+            acc3 = tl.zeros((M, P), tl.float32)
+            accr = tl.zeros((M, ROPE), tl.float32)
             start = (piece - 1) * PIECE
             end = tl.minimum(start + PIECE, most)
             if piece == 0:
-                start = tl.maximum(least - SPAN + 1, 0) // KEYS * KEYS
+                start = tl.maximum(least - SLIDING_WINDOW + 1, 0) // KEYS * KEYS
                 end = last + 1
             for begin in range(start, end, KEYS):
                 i = begin + n
                 if piece == 0:
-                    real = (i < end) & (i > least - SPAN)
-                    row, ok = _row_pointers(
+                    real = (i < end) & (i > least - SLIDING_WINDOW)
+                    row, ok = row_pointers(
                         window, window_table + b * window_tables, i, real,
                         window_stride, window_offset, window_last, WINDOW_ROWS, WORDS, ALIGN,
                     )  # fmt: skip
-                    sees = (i[None, :] <= pos[:, None]) & (i[None, :] > pos[:, None] - SPAN)
+                    sees = (i[None, :] <= pos[:, None]) & (
+                        i[None, :] > pos[:, None] - SLIDING_WINDOW
+                    )
                 else:
                     real = i < end
                     if CHOOSING:
                         at = chosen + first.to(tl.int64) * choices + i
                         i = tl.load(at, mask=real, other=-1)
                         real = real & (i < (last + 1) // RATIO)
-                    row, ok = _row_pointers(
+                    row, ok = row_pointers(
                         entries, entry_table + b * entry_tables, i, real,
                         entry_stride, entry_offset, entry_last, ENTRY_ROWS, WORDS, ALIGN,
                     )  # fmt: skip
                     sees = i[None, :] < seen[:, None]
                 sees = sees & mine[:, None] & ok[None, :]
                 k0, k1, k2, k3, kr = _key_parts(row, ok, NOPE, ROPE, P, FP8)
-                top, mass, a0, a1, a2, a3, ar = _attend(
+                m_i, l_i, acc0, acc1, acc2, acc3, accr = _attend(
                     q0, q1, q2, q3, qr, k0, k1, k2, k3, kr, sees, scale,
-                    top, mass, a0, a1, a2, a3, ar,
+                    m_i, l_i, acc0, acc1, acc2, acc3, accr,
                 )  # fmt: skip
             if SPLIT:
                 cell = (from_row * places + piece) * H + h
-                tl.store(part_top + cell, top, mask=some)
-                tl.store(part_sum + cell, mass, mask=some)
-                _store_parts(part_out + cell * D, some, a0, a1, a2, a3, ar, NOPE, P, FP8)
+                tl.store(part_m + cell, m_i, mask=some)
+                tl.store(part_l + cell, l_i, mask=some)
+                _store_parts(part_acc + cell * D, some, acc0, acc1, acc2, acc3, accr, NOPE, P, FP8)
             else:
-                total_top, keep, add = _weights(total_top, top)
-                total = _merge(total, mass, keep, add)
-                t0 = _merge(t0, a0, keep[:, None], add[:, None])
-                t1 = _merge(t1, a1, keep[:, None], add[:, None])
-                t2 = _merge(t2, a2, keep[:, None], add[:, None])
-                t3 = _merge(t3, a3, keep[:, None], add[:, None])
-                tr = _merge(tr, ar, keep[:, None], add[:, None])
+                m_total, keep, add = _weights(m_total, m_i)
+                l_total = _merge(l_total, l_i, keep, add)
+                out0 = _merge(out0, acc0, keep[:, None], add[:, None])
+                out1 = _merge(out1, acc1, keep[:, None], add[:, None])
+                out2 = _merge(out2, acc2, keep[:, None], add[:, None])
+                out3 = _merge(out3, acc3, keep[:, None], add[:, None])
+                outr = _merge(outr, accr, keep[:, None], add[:, None])
         if SPLIT:
             place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
             if is_last(counter + place, tl.minimum(pieces, step)):
                 _combine(
-                    part_top, part_sum, part_out, sink, cis, out, from_row, h, some,
+                    part_m, part_l, part_acc, sink, cis, out, from_row, h, some,
                     pieces, places, H, NOPE, ROPE, WIDTH,
                 )  # fmt: skip
     if not SPLIT:
-        share = (1.0 / total)[:, None]
-        tr = _unrotate(tr * share, cis + t * ROPE, inside)
+        share = (1.0 / l_total)[:, None]
+        outr = _unrotate(outr * share, cis + t * ROPE, inside)
         to = out + (t.to(tl.int64) * H + h) * D
         dtype = out.dtype.element_ty
         _store_parts(
-            to, inside & (h < H), (t0 * share).to(dtype), (t1 * share).to(dtype),
-            (t2 * share).to(dtype), (t3 * share).to(dtype), tr.to(dtype), NOPE, P, FP8,
+            to, inside & (h < H), (out0 * share).to(dtype), (out1 * share).to(dtype),
+            (out2 * share).to(dtype), (out3 * share).to(dtype), outr.to(dtype), NOPE, P, FP8,
         )  # fmt: skip
 
 
@@ -440,7 +411,7 @@ def attention(
     cis: Tensor,
     step: Step,
     window: Paged,
-    span: int,
+    sliding_window: int,
     entries: Paged | None = None,
     ratio: int = 0,
     chosen: Tensor | None = None,
@@ -469,18 +440,18 @@ def attention(
     split = tile == 1 and pieces > 1 and n * head_blocks < launch.split
     cells = n * pieces * heads if split else 0
     part = torch.empty(cells * (d + 2), dtype=torch.float32, device=q.device)
-    part_out, part_top, part_sum = part.split([cells * d, cells, cells])
+    part_acc, part_m, part_l = part.split([cells * d, cells, cells])
     dealt = min(pieces, triton.cdiv(launch.split, n * head_blocks)) if split else 1
     grid = (triton.cdiv(n, tile), head_blocks, dealt)
     attend[grid](
         q, sink, step.position, step.request, cis,
         *_arguments(window), *_arguments(entries_or_window),
         chosen if chosen is not None else step.position, choices,
-        out, part_top, part_sum, part_out, counters("attention", q.device, n * head_blocks * split),
+        out, part_m, part_l, part_acc, counters("attention", q.device, n * head_blocks * split),
         d**-0.5 * LOG2E, n, pieces, q.stride(0),
         heads, NOPE=d - rope, ROPE=rope, P=max(MIN_DOT, triton.next_power_of_2((d - rope) // 4)),
         WIDTH=triton.next_power_of_2(d - rope), FP8=fp8, WORDS=window.pool.codec.words,
-        ALIGN=min(_alignment(window), _alignment(entries_or_window)), SPAN=span,
+        ALIGN=min(alignment(window), alignment(entries_or_window)), SLIDING_WINDOW=sliding_window,
         WINDOW_ROWS=window.rows, ENTRY_ROWS=entries_or_window.rows, RATIO=ratio,
         CHOOSING=chosen is not None, PIECE=PIECE[ratio], SPLIT=split,
         TILE=tile, HEADS=block, KEYS=launch.keys, num_warps=launch.warps, num_stages=1,
@@ -499,11 +470,6 @@ def _tile(heads: int, launch: Launch, tiles: bool) -> tuple[int, int]:
 def _arguments(rows: Paged) -> tuple[Tensor, Tensor, int, int, int, int]:
     table = rows.table
     return rows.pool.storage, table, rows.stride, rows.offset, table.shape[1] - 1, table.stride(0)
-
-
-def _alignment(rows: Paged) -> int:
-    """Words, at most 4, that every row's address is a multiple of."""
-    return gcd(rows.stride, rows.offset, rows.pool.codec.words, 4)
 
 
 def _is_fp8(rows: Paged) -> bool:

@@ -16,7 +16,7 @@ def attention(
     cis: Tensor,
     step: Step,
     window: Paged,
-    span: int,
+    sliding_window: int,
     entries: Paged | None = None,
     ratio: int = 0,
     chosen: Tensor | None = None,
@@ -26,7 +26,7 @@ def attention(
         if p < 0:
             continue
         keys = []
-        for rows, index in _visible(t, p, window, span, entries, ratio, chosen):
+        for rows, index in _visible(t, p, window, sliding_window, entries, ratio, chosen):
             found, real = rows.read(step.request[t].expand(len(index)), index)
             keys.append(found[real])
         k = torch.cat(keys)
@@ -42,14 +42,14 @@ def _visible(
     t: int,
     p: int,
     window: Paged,
-    span: int,
+    sliding_window: int,
     entries: Paged | None,
     ratio: int,
     chosen: Tensor | None,
 ) -> list[tuple[Paged, Tensor]]:
     """Which rows of which part the query at position p sees: indices int64 [K]."""
     device = window.table.device
-    parts = [(window, torch.arange(max(0, p - span + 1), p + 1, device=device))]
+    parts = [(window, torch.arange(max(0, p - sliding_window + 1), p + 1, device=device))]
     if entries is not None:
         seen = (p + 1) // ratio
         index = torch.arange(seen, device=device) if chosen is None else chosen[t].long()

@@ -3,6 +3,8 @@
 A state is (max, sum, weighted sum) per channel: the softmax-weighted mean of any set of tokens.
 For CSA, half 0 of a window's channels is what the next window pools too, half 1 is its own entry.
 
+Source: `Compressor` of the authors' inference/model.py, whose open windows are sums here.
+
 A request may start from a cached page that another one fills in the same step: segments that read
 a carry come after all others, none of which depends on them.
 

@@ -1,4 +1,5 @@
-"""Routed experts: clamped SwiGLU, routing weight applied before the down projection.
+"""Routed experts: clamped SwiGLU, routing weight applied before the down projection. Source: `MoE`
+of the authors' inference/model.py.
 
 Shapes: T tokens, k experts per token, E experts, D hidden size, F expert width.
 """

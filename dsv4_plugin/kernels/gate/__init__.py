@@ -1,4 +1,5 @@
-"""The router: sqrt-softplus scores, the experts of each token, and their weights.
+"""The router: sqrt-softplus scores, the experts of each token, and their weights. Source: `Gate` of
+the authors' inference/model.py.
 
 Shapes: T tokens, E experts, k experts per token.
 """

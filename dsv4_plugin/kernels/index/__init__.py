@@ -1,4 +1,5 @@
-"""The indexer's choice: queries, scores of compressed entries, an exact top-k.
+"""The indexer's choice: queries, scores of compressed entries, an exact top-k. Source: `Indexer` of
+the authors' inference/model.py.
 
 Shapes: T rows, I indexer heads, c index_head_dim, N entries, k index_topk.
 """

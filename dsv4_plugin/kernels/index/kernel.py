@@ -21,7 +21,8 @@ from torch import Tensor
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.kernels.arrival import counters, is_last
-from dsv4_plugin.kernels.device import FP4, FP8
+from dsv4_plugin.kernels.bits import e2m1_codes, e4m3_codes
+from dsv4_plugin.kernels.device import FP4, FP8, alignment, row_pointers
 from dsv4_plugin.kernels.launch import pick
 
 BLOCKS = (1024, 4096, 16384)
@@ -121,22 +122,12 @@ def index_queries(
 
 
 @triton.jit
-def _codes(bits):
-    """int32 whose low and high 16 bits are float16: two float16 tensors."""
-    return (
-        bits.to(tl.int16).to(tl.float16, bitcast=True),
-        (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True),
-    )
-
-
-@triton.jit
 def _keys(row, ok, C: tl.constexpr, P: tl.constexpr):
     """An e4m3 key's four parts float16 [N, P], divided by 2^8, and its scale float32 [N]."""
     w = tl.arange(0, P)[None, :]
     words = tl.load(row[:, None] + w, mask=ok[:, None] & (w < C // 4), other=0)
     scale = tl.load(row + C // 4, mask=ok, other=0).to(tl.float32, bitcast=True)
-    k0, k2 = _codes(((words & 0x00800080) << 8) | ((words & 0x007F007F) << 7))
-    k1, k3 = _codes((words & -0x7FFF8000) | ((words >> 1) & 0x3F803F80))
+    k0, k1, k2, k3 = e4m3_codes(words, tl.float16)
     return k0, k1, k2, k3, scale * 256.0
 
 
@@ -162,6 +153,7 @@ def index_scores(
     FORMAT: tl.constexpr,
     WORDS: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
+    ALIGN: tl.constexpr,
     RATIO: tl.constexpr,
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -195,13 +187,10 @@ def index_scores(
                     mine = tl.load(request + tile, mask=near, other=-1) == who
                     far = tl.max(tl.where(mine, tl.load(position + tile, mask=near, other=-1), -1))
                     ok = entry < (far + 1) // RATIO
-                    place = entry // PAGE_ROWS
-                    ok = ok & (place <= last)
-                    number = tl.load(table + who * table_stride + place, mask=ok, other=-1)
-                    ok = ok & (number >= 0)
-                    address = number.to(tl.int64) * block_stride + offset
-                    address = address + (entry % PAGE_ROWS) * WORDS
-                    row = storage + tl.where(ok, address, 0)
+                    row, ok = row_pointers(
+                        storage, table + who * table_stride, entry, ok, block_stride, offset, last,
+                        PAGE_ROWS, WORDS, ALIGN,
+                    )  # fmt: skip
                     if FORMAT == FP8:
                         k0, k1, k2, k3, scale = _keys(row, ok, C, P)
                     elif FORMAT == FP4:
@@ -279,7 +268,7 @@ def _narrow_keys(row, ok, C: tl.constexpr, P: tl.constexpr):
 @triton.jit
 def _nibbles(words, factor, N: tl.constexpr, P: tl.constexpr):
     """The lowest codes of both halves of each word, times factor [N, P // 8]: float16 [N, P]."""
-    low, high = _codes(((words & 0x00080008) << 12) | ((words & 0x00070007) << 9))
+    low, high = e2m1_codes(words, tl.float16)
     x = tl.reshape(tl.join(low, high).to(tl.float32), (N, P // 8, 8))
     return tl.reshape(x * factor[:, :, None], (N, P)).to(tl.float16)
 
@@ -429,7 +418,7 @@ def scores(
         keys.table.shape[1] - 1, keys.table.stride(0), out, t, width, heads,
         IP=max(16, triton.next_power_of_2(heads)), C=c,
         P=max(16, triton.next_power_of_2(c // 4)), FORMAT=int(stored),
-        WORDS=keys.pool.codec.words, PAGE_ROWS=keys.rows, RATIO=ratio,
+        WORDS=keys.pool.codec.words, PAGE_ROWS=keys.rows, ALIGN=alignment(keys), RATIO=ratio,
         ROWS=rows, ENTRIES=launch.entries,
         num_warps=launch.row_warps if rows > 1 else launch.warps, num_stages=1,
     )  # fmt: skip

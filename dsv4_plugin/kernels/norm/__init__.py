@@ -1,4 +1,4 @@
-"""RMSNorm of rows, computed in float32."""
+"""RMSNorm of rows, computed in float32. Source: `RMSNorm` of the authors' inference/model.py."""
 
 from __future__ import annotations
 

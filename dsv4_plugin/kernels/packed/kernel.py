@@ -19,9 +19,12 @@ from torch import Tensor
 from dsv4_plugin.config import FP8_BLOCK
 from dsv4_plugin.kernels.bits import (
     E4M3_UNIT,
+    e2m1_codes,
+    e4m3_codes,
     e4m3_decode,
     e4m3_encode,
     e4m3_scale,
+    int4_codes,
     ue8m0_decode,
 )
 from dsv4_plugin.kernels.launch import pick
@@ -139,30 +142,13 @@ def _parts(
 
 
 @triton.jit
-def _halves(words):
-    """int32 whose halves are bfloat16: two bfloat16 tensors, low and high."""
-    return (
-        words.to(tl.int16).to(tl.bfloat16, bitcast=True),
-        (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True),
-    )
-
-
-@triton.jit
 def _e4m3(words):
     """int32 [N, W] of 4 codes -> bfloat16 [N, 4 W]."""
     N: tl.constexpr = words.shape[0]
     W: tl.constexpr = words.shape[1]
-    k0, k2 = _halves(((words & 0x007F007F) << 4) | ((words & 0x00800080) << 8))
-    words = words >> 8
-    k1, k3 = _halves(((words & 0x007F007F) << 4) | ((words & 0x00800080) << 8))
+    k0, k1, k2, k3 = e4m3_codes(words, tl.bfloat16)
     values = tl.join(tl.join(k0, k2), tl.join(k1, k3))
     return tl.reshape(values, (N, 4 * W)) * (2.0**120)
-
-
-@triton.jit
-def _nibbles(words):
-    """The nibbles at bits 0 and 16 of int32, as the bfloat16 values / 2^126."""
-    return _halves(((words & 0x00070007) << 6) | ((words & 0x00080008) << 12))
 
 
 @triton.jit
@@ -170,21 +156,13 @@ def _e2m1(words):
     """int32 [N, W] of 8 codes -> bfloat16 [N, 8 W], divided by 2^126."""
     N: tl.constexpr = words.shape[0]
     W: tl.constexpr = words.shape[1]
-    k0, k4 = _nibbles(words)
-    k1, k5 = _nibbles(words >> 4)
-    k2, k6 = _nibbles(words >> 8)
-    k3, k7 = _nibbles(words >> 12)
+    k0, k4 = e2m1_codes(words, tl.bfloat16)
+    k1, k5 = e2m1_codes(words >> 4, tl.bfloat16)
+    k2, k6 = e2m1_codes(words >> 8, tl.bfloat16)
+    k3, k7 = e2m1_codes(words >> 12, tl.bfloat16)
     even = tl.join(tl.join(k0, k4), tl.join(k2, k6))
     odd = tl.join(tl.join(k1, k5), tl.join(k3, k7))
     return tl.reshape(tl.join(even, odd), (N, 8 * W))
-
-
-@triton.jit
-def _integers(words):
-    """The nibbles at bits 0 and 16 of int32, as bfloat16 -8 .. 7: they are the last bits of 128 to
-    143, whose spacing is 1."""
-    low, high = _halves((words & 0x000F000F) | 0x43004300)
-    return low - 136.0, high - 136.0
 
 
 @triton.jit
@@ -192,10 +170,10 @@ def _int4(words):
     """int32 [N, W] of 8 codes -> bfloat16 [N, 8 W]."""
     N: tl.constexpr = words.shape[0]
     W: tl.constexpr = words.shape[1]
-    k0, k4 = _integers(words)
-    k1, k5 = _integers(words >> 4)
-    k2, k6 = _integers(words >> 8)
-    k3, k7 = _integers(words >> 12)
+    k0, k4 = int4_codes(words)
+    k1, k5 = int4_codes(words >> 4)
+    k2, k6 = int4_codes(words >> 8)
+    k3, k7 = int4_codes(words >> 12)
     even = tl.join(tl.join(k0, k4), tl.join(k2, k6))
     odd = tl.join(tl.join(k1, k5), tl.join(k3, k7))
     return tl.reshape(tl.join(even, odd), (N, 8 * W))

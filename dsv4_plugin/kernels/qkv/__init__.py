@@ -1,4 +1,5 @@
-"""Query norm and RoPE, and the window row: norm, RoPE, quantise, write.
+"""Query norm and RoPE, and the window row: norm, RoPE, quantise, write. Source: `Attention` of the
+authors' inference/model.py.
 
 Shapes: T rows, H heads of this rank, d head_dim.
 """

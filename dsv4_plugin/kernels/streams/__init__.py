@@ -1,4 +1,5 @@
 """mHC between sublayers: spread an output over the R streams, collapse them to the next input.
+Source: `hc_post`, `hc_pre` and `hc_split_sinkhorn` of the authors' inference files.
 
 Shapes: T tokens, R streams, D hidden size, N outputs of the mixing product: (2 + R) * R, or R for
 the head.

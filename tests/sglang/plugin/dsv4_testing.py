@@ -43,7 +43,7 @@ def emulated(allocate):
     """From the first pool on: SGLang's imports shall find no GPU."""
 
     def enter_first(words, device):
-        from tests.kit.gpu import EmulatedGPU
+        from lab.kit.gpu import EmulatedGPU
 
         pool.allocate = allocate
         EmulatedGPU("sm80").__enter__()

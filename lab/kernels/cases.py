@@ -18,8 +18,8 @@ from dsv4_plugin.cache.rows import (
     RowPool,
 )
 from dsv4_plugin.cache.step import TILED, Step
-from tests.kit import mode
-from tests.triton.inputs import untouched
+from lab.kernels.inputs import untouched
+from lab.kit import mode
 
 NAN = 0x7FC07FC0
 """As an int32 word: two bfloat16 NaN; as bytes, e4m3 codes of 448 and 240."""

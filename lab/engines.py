@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.paths import ROOT, STUBS
+from lab.paths import ROOT, STUBS
 
 EOS = 1
 LONGEST = 8192
@@ -79,7 +79,7 @@ def ask(
     with tempfile.TemporaryDirectory(prefix="engines-") as folder:
         asked, answered, log = (Path(folder) / name for name in ("asked", "answered", "log"))
         asked.write_text(json.dumps({"setting": asdict(setting), "prompts": prompts, "most": most}))
-        command = [python, "-m", "tests.engines", engine, str(checkpoint.resolve())]
+        command = [python, "-m", "lab.engines", engine, str(checkpoint.resolve())]
         with log.open("w") as out:
             done = subprocess.run(
                 [*command, str(asked), str(answered)],

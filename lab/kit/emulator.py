@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tests.kit import order
-from tests.kit.memory import Counters, GlobalMemory, SharedMemory
-from tests.kit.ptx import (
+from lab.kit import order
+from lab.kit.memory import Counters, GlobalMemory, SharedMemory
+from lab.kit.ptx import (
     Immediate,
     Instruction,
     Memory,

@@ -20,7 +20,7 @@ DEVICE = "cuda" if NAMES == ["device"] else "cpu"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 if INTERPRET:
-    from tests.kit import interpreter
+    from lab.kit import interpreter
 
     interpreter.apply(strict=True, shuffle=True)
 
@@ -42,6 +42,6 @@ def gpu(name: str) -> AbstractContextManager[object]:
     """Kernels launched inside run as `name` (of NAMES) says."""
     if name in ("interpret", "device"):
         return nullcontext()
-    from tests.kit.gpu import EmulatedGPU
+    from lab.kit.gpu import EmulatedGPU
 
     return EmulatedGPU(name)

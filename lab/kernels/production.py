@@ -19,9 +19,9 @@ from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.kernels.attention import kernel as attention_kernel
 from dsv4_plugin.kernels.index import kernel as index
-from tests.triton.cases import key_codec, kv_codec, step_of_rows
+from lab.kernels.cases import key_codec, kv_codec, step_of_rows
 
-MODULES = (__name__, "tests.triton.production_layer", "tests.triton.production_experts")
+MODULES = (__name__, "lab.kernels.production_layer", "lab.kernels.production_experts")
 """Those of all kernels' CASES."""
 MILLION = 1 << 20
 PAGE = 256

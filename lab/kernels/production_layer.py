@@ -24,7 +24,7 @@ from dsv4_plugin.kernels.step import Rows
 from dsv4_plugin.kernels.step.kernel import place
 from dsv4_plugin.kernels.streams import Mixer, Spread
 from dsv4_plugin.kernels.streams.kernel import streams
-from tests.core.test_cache import flash
+from lab.kernels.sizes import flash
 
 INT, LONG, BF16 = torch.int32, torch.int64, torch.bfloat16
 REQUESTS, PAGES, LAYERS = 1024, 4096, 43

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from tests.kit.emulator import (
+from lab.kit.emulator import (
     B32,
     FLOAT,
     PRED,
@@ -23,7 +23,7 @@ from tests.kit.emulator import (
     int_type,
     parts_of,
 )
-from tests.kit.ptx import Immediate, Instruction, Type, Vector, type_of
+from lab.kit.ptx import Immediate, Instruction, Type, Vector, type_of
 
 F8 = {"e4m3x2": (torch.float8_e4m3fn, 448.0), "e5m2x2": (torch.float8_e5m2, 57344.0)}
 ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}

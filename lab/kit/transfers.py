@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.kit.arithmetic import LOGIC, whole_warps, write_warps
-from tests.kit.emulator import (
+from lab.kit.arithmetic import LOGIC, whole_warps, write_warps
+from lab.kit.emulator import (
     B32,
     U32,
     UNSIGNED,
@@ -16,7 +16,7 @@ from tests.kit.emulator import (
     handles,
     parts_of,
 )
-from tests.kit.ptx import Immediate, Instruction, Memory, Symbol, Type, type_of
+from lab.kit.ptx import Immediate, Instruction, Memory, Symbol, Type, type_of
 
 
 @handles("ld")

@@ -13,7 +13,7 @@ from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.kernels.step import Rows
 from dsv4_plugin.kernels.step.reference import place
-from tests.kit import mode
+from lab.kit import mode
 
 
 def angles(tokens: int, rope: int) -> Tensor:

@@ -24,8 +24,8 @@ import triton.language as tl
 import triton.runtime.interpreter as interp
 from triton._C.libtriton import ir
 
-from tests.kit import order
-from tests.kit.races import History, Region
+from lab.kit import order
+from lab.kit.races import History, Region
 
 Builder = interp.InterpreterBuilder
 Handle = interp.TensorHandle

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-STUBS = ROOT / "tests" / "sglang" / "stubs"
+STUBS = ROOT / "lab" / "stubs"
 """Stand-ins for CUDA packages that SGLang imports on a CPU too."""
 SHARED = ROOT.parent / "shared" / "data"
 

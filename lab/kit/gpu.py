@@ -13,10 +13,10 @@ from typing import Any, Self
 import torch
 import triton
 
-from tests.kit import arithmetic, order, transfers  # noqa: F401  (instructions of the emulator)
-from tests.kit.emulator import Emulator
-from tests.kit.memory import Counters
-from tests.kit.targets import FakeGPU
+from lab.kit import arithmetic, order, transfers  # noqa: F401  (instructions of the emulator)
+from lab.kit.emulator import Emulator
+from lab.kit.memory import Counters
+from lab.kit.targets import FakeGPU
 
 REMEMBERED_BYTES = 1 << 22
 """Launches over more than this are always executed."""

@@ -58,8 +58,8 @@ def _target(target: str, module: str) -> list[Built]:
     """All cases on one target. Two cases that launch the same kernel list it once."""
     from triton.runtime.errors import OutOfResources
 
-    from tests.kit.binary import resources
-    from tests.kit.targets import FakeGPU
+    from lab.kit.binary import resources
+    from lab.kit.targets import FakeGPU
 
     found: list[Built] = []
     made: dict[str, tuple[str, Any, tuple[int, int, int]]] = {}

@@ -1,0 +1,59 @@
+"""What the plugin puts into vLLM's registries, and the check that it is still there."""
+
+from __future__ import annotations
+
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.reasoning import ReasoningParserManager
+from vllm.renderers.registry import RENDERER_REGISTRY
+from vllm.tokenizers import TokenizerRegistry
+from vllm.tool_parsers import ToolParserManager
+
+from dsv4_plugin import env
+from dsv4_plugin.config import ARCHITECTURE
+
+MODE = "deepseek_v4"
+DRAFTER_ARCHITECTURE = "DeepSeekV4MTPModel"
+"""vLLM's name for the drafter of method `mtp`."""
+DRAFTER = ("vllm_ext.mtp", "DeepseekV4MTP")
+VISION_ARCHITECTURE = "DeepseekV4ForConditionalGeneration"
+"""vLLM's name for the model of a config.json with vision_n_layers."""
+MODELS = (ARCHITECTURE, VISION_ARCHITECTURE)
+MODEL = ("vllm_ext.model", "DeepseekV4ForCausalLM")
+TOKENIZER = ("vllm_ext.tokenizer", "DeepseekV4Tokenizer")
+RENDERER = ("vllm_ext.chat_renderer", "ChatRenderer")
+TOOL_PARSER = ("vllm_ext.tool_parser", "DeepseekV4ToolParser")
+REASONING_PARSER = ("vllm_ext.reasoning_parser", "DeepseekV4ReasoningParser")
+
+
+def _registered(name: str) -> tuple[str, str]:
+    model = ModelRegistry.models[name]
+    return getattr(model, "module_name", ""), getattr(model, "class_name", "")
+
+
+def check_active() -> None:
+    """Raise RuntimeError if another plugin has replaced what was registered here."""
+    found = {
+        "model": _registered(ARCHITECTURE),
+        "model of Vision-Exp": _registered(VISION_ARCHITECTURE),
+    }
+    expected = dict.fromkeys(found, MODEL)
+    if env.CHAT.read() == "plugin":
+        found |= {
+            "tokenizer mode": TokenizerRegistry.tokenizers[MODE],
+            "renderer": RENDERER_REGISTRY.renderers[MODE],
+            "tool parser": ToolParserManager.lazy_parsers.get(MODE, ("", "")),
+            "reasoning parser": ReasoningParserManager.lazy_parsers.get(MODE, ("", "")),
+        }
+        expected |= {
+            "tokenizer mode": TOKENIZER,
+            "renderer": RENDERER,
+            "tool parser": TOOL_PARSER,
+            "reasoning parser": REASONING_PARSER,
+        }
+    for what, wanted in expected.items():
+        if found[what] != wanted:
+            raise RuntimeError(
+                f"dsv4-plugin is installed but its {what} is not active: vLLM would use "
+                f"{'.'.join(found[what])}; uninstall one of the two plugins, or set "
+                f"{env.MODEL.name}=native and {env.CHAT.name}=native"
+            )
