@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 from dsv4_plugin import env
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
-from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.config import V41_REFUSED, ModelConfig
 from dsv4_plugin.kernels.dispatch import require_driver
 from dsv4_plugin.serving import config_json
 from vllm_ext._compat import end_streams_at_shutdown
@@ -106,6 +106,14 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
         model.hf_config.model_type = SERVED_TYPE
         model.hf_config.head_dtype = "float32"
         log.info("DeepSeek-V4 is served by dsv4-plugin: %s; %s.", choose().reason, chat())
+
+
+class V41Config(VerifyAndUpdateConfig):
+    """V4.1 where the plugin serves: vLLM's own needs the same chips as V4."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config) -> None:  # type: ignore[no-untyped-def]
+        raise NotImplementedError(V41_REFUSED)
 
 
 class DrafterConfig(VerifyAndUpdateConfig):

@@ -24,9 +24,10 @@ from dsv4_plugin.checkpoint.names import (
     Shape,
     dspark_tensors,
     expected_tensors,
+    image_tensors,
     stored_as,
 )
-from dsv4_plugin.config import ARCHITECTURE, FP4_BLOCKS, ModelConfig
+from dsv4_plugin.config import ARCHITECTURE, ModelConfig
 
 SHARD_BYTES = 1 << 30
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -211,7 +212,8 @@ def made_tensors(config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Shape]
     if config.generation == "0731":
         tensors = expected_tensors(config)
         targets = len(hf["dspark_target_layer_ids"])
-        return tensors | dspark_tensors(config, targets, hf["dspark_markov_rank"])
+        tensors |= dspark_tensors(config, targets, hf["dspark_markov_rank"])
+        return tensors | image_tensors(config, hf) if config.vision_n_layers else tensors
     return expected_tensors(config, mtp=config.num_nextn_predict_layers > 0)
 
 
@@ -265,7 +267,7 @@ def plan(config: ModelConfig, parameters: Mapping[str, Shape]) -> list[list[str]
 
 def random_tensors(config: ModelConfig, name: str, shape: Shape, seed: int) -> dict[str, Tensor]:
     """A parameter's tensors, of sensible size for its role and in the variant's form."""
-    if EXPERT.fullmatch(name) and config.experts_of(name) in FP4_BLOCKS:
+    if EXPERT.fullmatch(name) and config.block_of(config.experts_of(name)) > 1:
         return random_expert(config, name, shape, _generator(name, seed))
     return pack(config, name, random_tensor(config, name, shape, seed))
 
@@ -284,7 +286,7 @@ def random_tensor(config: ModelConfig, name: str, shape: Shape, seed: int) -> Te
     noise = torch.randn(shape, generator=g)
     if "norm." in name:
         return (1 + 0.1 * noise).to(torch.bfloat16)
-    if leaf.endswith(("_base", "_scale")) or leaf in ("ape", "attn_sink", "bias"):
+    if leaf.endswith(("_base", "_scale")) or leaf in ("ape", "attn_sink", "bias", "bias_vl"):
         return noise.mul_(0.1).add_(1) if leaf.endswith("_scale") else noise.mul_(0.5)
     if leaf.endswith("_fn"):
         return noise.mul_(shape[-1] ** -0.5)
