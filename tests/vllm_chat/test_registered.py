@@ -31,8 +31,7 @@ def registered(monkeypatch):
         vllm_ext.register()
         vllm_ext.register()
         return {
-            what: getattr(owner, name)[active.MODE]
-            for what, (owner, name) in REGISTRIES.items()
+            what: getattr(owner, name)[active.MODE] for what, (owner, name) in REGISTRIES.items()
         }
 
     return register
