@@ -7,6 +7,7 @@ Both spellings in circulation are read: the published one (`compress_ratios`, `n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -18,14 +19,18 @@ from dsv4_plugin.json_file import as_object, read_object, shown
 Generation = Literal["april", "0731"]
 """Of a checkpoint: they were trained with different effort texts."""
 
-Experts = Literal["plain", "fp4", "fp8", "nvfp4"]
-"""How a checkpoint stores its routed experts. Where they are not plain (bfloat16 or float32), the
-other large products are FP8."""
+Experts = Literal["plain", "fp4", "fp8", "nvfp4", "ct-nvfp4", "w4a16"]
+"""How a checkpoint stores its routed experts; of compressed-tensors: ct-nvfp4 and w4a16. Where they
+are not plain (bfloat16 or float32), the other large products are FP8, all or only attention's."""
 
 FP8_BLOCK = 128
 """Rows and columns of a block of an FP8 weight that share a scale."""
-FP4_BLOCKS = {"fp4": 32, "nvfp4": 16}
+FP4_BLOCKS = {"fp4": 32, "nvfp4": 16, "ct-nvfp4": 16}
 """Values along the input dim that share a scale in an FP4 weight."""
+INT4_BLOCKS = (128, 64, 32)
+"""The same in an int4 weight: the config says which."""
+COMPRESSED = ("ct-nvfp4", "w4a16")
+"""Of compressed-tensors: draft layers and everything beside attention and experts is plain."""
 CONFIG = "config.json"
 HF_QUANT = "hf_quant_config.json"
 """Where an exporter says NVFP4 if config.json does not."""
@@ -34,6 +39,11 @@ SWA, CSA, HCA = 0, 4, 128
 """The layer kinds, named by their compress ratio (tokens per compressed KV entry)."""
 
 ARCHITECTURE = "DeepseekV4ForCausalLM"
+V41, V41_ARCHITECTURE = "deepseek_v41", "DeepseekV41ForCausalLM"
+V41_REFUSED = (
+    f"model_type is {V41!r}: DeepSeek-V4.1 is another network (Engram tables, two-level indexer; "
+    "510 GB of weights), which this package does not serve; it serves 'deepseek_v4'"
+)
 _LAYER_TYPES = {
     "sliding_attention": SWA,
     "compressed_sparse_attention": CSA,
@@ -90,6 +100,7 @@ class ModelConfig:
     sliding_window: int = 128
     n_shared_experts: int = 1
     num_nextn_predict_layers: int = 0
+    vision_n_layers: int = 0
     swiglu_limit: float = 10.0
     hc_mult: int = 4
     hc_sinkhorn_iters: int = 20
@@ -101,6 +112,9 @@ class ModelConfig:
     eos_token_id: int = 1
     torch_dtype: str = "bfloat16"
     experts: Experts = "plain"
+    int4_block: int = 128
+    fp8_attention: bool = True
+    rounds_fp8_inputs: bool = True
     generation: Generation = "april"
     dspark: DSpark | None = None
 
@@ -119,6 +133,8 @@ class ModelConfig:
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
         """Build from the parsed config.json. Raises ValueError naming the field at fault."""
         model_type = as_object(hf, CONFIG).get("model_type")
+        if model_type == V41:
+            raise NotImplementedError(V41_REFUSED)
         if model_type != "deepseek_v4":
             raise ValueError(
                 f"model_type is {shown(model_type)}; this package serves 'deepseek_v4' only"
@@ -128,7 +144,7 @@ class ModelConfig:
         values = {f.name: found[f.name] for f in fields(cls) if found.get(f.name) is not None} | {
             "yarn": _yarn(found),
             "compress_ratios": _compress_ratios(found),
-            "experts": _experts(found),
+            **_experts(found),
             "generation": generation_of(found),
         }
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
@@ -142,7 +158,7 @@ class ModelConfig:
 
     def _relations(self) -> Iterator[tuple[str, bool, str]]:
         """What fields ask of each other: a field, whether it holds, and what it must do."""
-        c, block = self, FP4_BLOCKS.get(self.experts, 1)
+        c, block = self, self.block_of(self.experts)
         per = f"be a multiple of {block}: {c.experts} experts have a scale per {block} values"
         yield "hidden_size", c.hidden_size % block == 0, per
         yield "moe_intermediate_size", c.moe_intermediate_size % block == 0, per
@@ -183,11 +199,28 @@ class ModelConfig:
     def is_fp8(self, module: str) -> bool:
         """Does a quantised checkpoint store this linear (its name without `.weight`) as FP8?"""
         *path, leaf = module.split(".")
-        return self.experts != "plain" and leaf in _FP8_LINEARS and path[-1:] != ["compressor"]
+        if self.experts in COMPRESSED:
+            return self.fp8_attention and _ATTENTION.fullmatch(module) is not None
+        plain = path[:1] in (["vision"], ["aligner"]) or path[-1:] == ["compressor"]
+        return self.experts != "plain" and leaf in _FP8_LINEARS and not plain
 
     def experts_of(self, module: str) -> Experts:
         """How the experts of a layer are stored: NVFP4 is of the main layers only."""
-        return "fp4" if self.experts == "nvfp4" and module.startswith("mtp.") else self.experts
+        if module.startswith("mtp."):
+            draft: dict[Experts, Experts]
+            draft = {"nvfp4": "fp4", "ct-nvfp4": "plain", "w4a16": "plain"}
+            return draft.get(self.experts, self.experts)
+        return self.experts
+
+    def block_of(self, experts: Experts) -> int:
+        """Values along the input dim that share a scale, 1 where they do not count."""
+        return self.int4_block if experts == "w4a16" else FP4_BLOCKS.get(experts, 1)
+
+    def scale_of(self, module: str) -> str:
+        """The last part of the name of a packed weight's block scales."""
+        routed = _ROUTED.search(module) is not None
+        own = routed and self.experts_of(module) in ("nvfp4", *COMPRESSED)
+        return "weight_scale" if own else "scale"
 
     def require_tensor_parallel(
         self, size: int, option: str = "the number of tensor-parallel ranks"
@@ -226,15 +259,21 @@ class ModelConfig:
         return replace(self, compress_ratios=ratios)
 
     def require_expert_parallel(self, size: int, option: str = "expert parallelism") -> None:
-        """Raise ValueError, which names the option, unless `size` ranks can hold the same number of
-        experts each."""
-        if self.n_routed_experts % size:
+        """Raise ValueError, which names the option, unless each of `size` ranks gets an expert."""
+        if self.n_routed_experts < size:
             raise ValueError(
-                f"{option} over {size} ranks needs n_routed_experts "
-                f"({self.n_routed_experts}) to be a multiple of {size}"
+                f"{option} over {size} ranks needs an expert for each; n_routed_experts is "
+                f"{self.n_routed_experts}"
             )
 
+    def experts_of_rank(self, rank: int, size: int) -> range:
+        """The experts that a rank holds with expert parallelism: as many as others, or one less."""
+        n = self.n_routed_experts
+        return range(rank * n // size, (rank + 1) * n // size)
 
+
+_ATTENTION = re.compile(r"layers\.\d+\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)")
+_ROUTED = re.compile(r"\.experts\.\d+\.")
 _FP8_LINEARS = frozenset(
     ["wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3", "e_proj", "h_proj", "main_proj"]
 )
@@ -256,11 +295,57 @@ _SEEN_IN_TENSORS = (
     "quantized_layers",
 )  # fmt: skip
 """Which modules are packed, and how, is what their tensors' names, dtypes and shapes say."""
+CT = "compressed-tensors"
+_ANY = dict.fromkeys(("observer", "observer_kwargs", "scale_dtype", "zp_dtype"), Unread())
+_GROUP = Table(
+    {
+        "format": Only("float-quantized", "nvfp4-pack-quantized", "pack-quantized"),
+        "targets": Unread(),
+        "output_activations": Only(),
+        "weights": Table(
+            {
+                "num_bits": Only(4, 8),
+                "type": Only("float", "int"),
+                "strategy": Only("block", "tensor_group", "group"),
+                "group_size": Only(16, *INT4_BLOCKS),
+                "block_structure": Only([FP8_BLOCK, FP8_BLOCK]),
+                "symmetric": Only(True),
+                "dynamic": Only(False),
+                "actorder": Only("weight", "static"),
+            }
+            | _ANY
+        ),
+        "input_activations": Table(
+            {
+                "num_bits": Only(4, 8),
+                "type": Only("float"),
+                "strategy": Only("group", "tensor_group"),
+                "group_size": Only(16, FP8_BLOCK),
+                "block_structure": Only(),
+                "symmetric": Only(True),
+                "dynamic": Only(True, "local"),
+                "actorder": Only(),
+            }
+            | _ANY
+        ),
+    }
+)
+"""A group of quantization_config.config_groups. Its targets are not evaluated: they often miss, and
+tensors say themselves what they are."""
+_KINDS = {
+    "8 float block": "fp8",
+    "4 float tensor_group": "ct-nvfp4",
+    "4 int group": "w4a16",
+}
+"""A group's weights, by num_bits, type and strategy."""
 _HARMLESS = (
     # Of training.
     "attention_dropout", "initializer_range", "router_aux_loss_coef", "router_jitter_noise",
     # Stages of the drafter: its tensors say.
     "n_mtp_layers",
+    # Of images, which are not read. How many layers there are for them tells Vision-Exp.
+    "vision_dim", "vision_n_heads", "vision_inter_dim", "vision_patch_size", "vision_rope_theta",
+    "vision_downsample_ratio", "vision_max_n_token", "vision_min_pixels", "vision_max_wh_ratio",
     # Of transformers, and of programs that pass checkpoints on.
     "transformers_version", "use_cache", "pad_token_id", "return_dict", "problem_type",
     "output_router_logits", "output_attentions", "output_hidden_states", "id2label", "label2id",
@@ -283,6 +368,7 @@ FIELDS = Table(
         "n_routed_experts": Whole(1, 1 << 13),
         "moe_intermediate_size": Whole(8, 1 << 16, unit=8),
         "num_nextn_predict_layers": Whole(0, 16),
+        "vision_n_layers": Whole(0, _LAYERS),
         "compress_ratios": Each(Only(SWA, CSA, HCA), 2 * _LAYERS),
         "num_hash_layers": Whole(0, _LAYERS),
         # No tensor shows these. They differ between published checkpoints and small ones that were
@@ -309,7 +395,7 @@ FIELDS = Table(
         "hc_mult": Only(4),
         "hc_sinkhorn_iters": Only(20),
         "hc_eps": Only(1e-6),
-        "rms_norm_eps": Only(1e-6),
+        "rms_norm_eps": Only(1e-20, 1e-6),  # Vision-Exp's is 1e-20
         "rope_theta": Only(10000.0),
         "compress_rope_theta": Only(160000.0),
         "rope_scaling": Table(_ROPE),
@@ -330,7 +416,17 @@ FIELDS = Table(
         "tie_word_embeddings": Only(False),
         "quantization_config": Table(
             {
-                "quant_method": Only("fp8"),
+                "quant_method": Only("fp8", CT),
+                # Of compressed-tensors.
+                "format": Only(
+                    "mixed-precision", "float-quantized", "nvfp4-pack-quantized", "pack-quantized"
+                ),
+                "quantization_status": Only("compressed"),
+                "kv_cache_scheme": Only(),
+                "sparsity_config": Table({}),
+                "transform_config": Table({}),
+                "global_compression_ratio": Unread(),
+                "version": Unread(),
                 "fmt": Only("e4m3"),
                 "weight_block_size": Only([FP8_BLOCK, FP8_BLOCK]),
                 "scale_fmt": Only("ue8m0"),
@@ -494,13 +590,58 @@ def _yarn(found: Mapping[str, Any]) -> Yarn:
     )
 
 
-def _experts(found: Mapping[str, Any]) -> Experts:
-    """The variant, from `quantization_config` and `expert_dtype`."""
+def _experts(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The variant, from `quantization_config` and `expert_dtype`: fields of ModelConfig."""
     asked = found.get("quantization_config")
     if not asked:
-        return "plain"
+        return {"experts": "plain"}
     if asked.get("quant_method") is None:
-        raise ValueError("quantization_config lacks quant_method; allowed is 'fp8'")
+        raise ValueError(f"quantization_config lacks quant_method; allowed are 'fp8' and {CT!r}")
+    if asked["quant_method"] == CT:
+        return _compressed(asked.get("config_groups"))
+    return {"experts": _published_experts(found, asked)}
+
+
+def _compressed(groups: Any) -> dict[str, Any]:
+    """What compressed-tensors' groups say: of experts, and perhaps of attention."""
+    where = "quantization_config.config_groups"
+    found: dict[str, Any] = {}
+    for name, group in as_object(groups, where).items():
+        check_fields(as_object(group, f"{where}.{name}"), _GROUP, f"{where}.{name}.")
+        weights = group.get("weights") or {}
+        kind = _KINDS.get(" ".join(str(weights.get(k)) for k in ("num_bits", "type", "strategy")))
+        size = {"fp8": (None, FP8_BLOCK), "ct-nvfp4": (16,), "w4a16": INT4_BLOCKS}.get(kind or "")
+        if kind is None or size is None or weights.get("group_size") not in size:
+            raise ValueError(
+                f"{where}.{name}.weights is {shown(weights)}; allowed are float of 8 bits in "
+                "blocks of 128 x 128, float of 4 bits in tensor groups of 16, and int of 4 bits in "
+                "groups of 32, 64 or 128"
+            )
+        if kind == "fp8" and weights.get("block_structure") is None:
+            raise ValueError(f"{where}.{name}.weights lacks block_structure; allowed is [128, 128]")
+        if kind in found:
+            raise ValueError(f"{where} has two groups of {kind}; allowed is one")
+        found[kind] = group
+    experts = [kind for kind in found if kind != "fp8"]
+    if len(experts) != 1:
+        raise ValueError(
+            f"{where} has {len(experts)} groups of 4 bits; allowed is one, of the routed experts"
+        )
+    inputs = found.get("fp8", {}).get("input_activations")
+    if inputs and inputs.get("num_bits") != 8:
+        raise ValueError(
+            f"{where}: inputs of FP8 weights have {inputs.get('num_bits')} bits; allowed are 8"
+        )
+    block = found["w4a16"]["weights"]["group_size"] if "w4a16" in found else INT4_BLOCKS[0]
+    return {
+        "experts": experts[0],
+        "int4_block": block,
+        "fp8_attention": "fp8" in found,
+        "rounds_fp8_inputs": bool(inputs),
+    }
+
+
+def _published_experts(found: Mapping[str, Any], asked: Mapping[str, Any]) -> Experts:
     dtype = found.get("expert_dtype", "fp4")  # the first release does not say
     if asked.get("moe_quant_algo") is None:
         return "fp8" if dtype == "fp8" else "fp4"

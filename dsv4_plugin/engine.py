@@ -21,6 +21,7 @@ from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
 from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.names import with_drafter
 from dsv4_plugin.config import SWA, ModelConfig
+from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.dspark import DSpark
 from dsv4_plugin.model.mtp import MTP
@@ -62,6 +63,9 @@ def load(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed are auto, {', '.join(DTYPES)}")
     kv_dtype = resolve_kv_dtype(kv_dtype, dtype)
+    layout = CacheLayout.of(config, kv_dtype, index_dtype=index_dtype)
+    if use_triton(place):
+        layout.require_kernel_rows()
     headers = check_checkpoint(config, directory, mtp)
     parallel = LocalParallel(config, DTYPES[dtype])
     with place:
@@ -74,7 +78,6 @@ def load(
             drafter = (MTP if drafting.dspark is None else DSpark)(drafting, parallel)
         load_weights(drafter, read_tensors(headers, progress=False, mtp=True))
     log.info("%s.", model.weight_bytes)
-    layout = CacheLayout.of(config, kv_dtype, index_dtype=index_dtype)
     grown = layout.growth(config.compress_ratios)
     log.info("KV cache: %s, %.0f bytes per token.", layout.rows_named(), grown)
     return LocalModel(model, layout, drafter)

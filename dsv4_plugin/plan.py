@@ -232,7 +232,11 @@ def _stage(
             dense += size * groups.parts // config.o_groups
         else:
             dense += size // layout.tp if _SPLIT.search(name) else size
-    ranks = layout.tp * layout.dp if layout.ep else layout.tp
+    if layout.ep:  # of the ranks that hold most
+        n = config.n_routed_experts
+        experts = experts // n * -(-n // (layout.tp * layout.dp))
+    else:
+        experts //= layout.tp
     parts = [
         part
         for i in layers
@@ -244,7 +248,7 @@ def _stage(
     windows = -(-(config.sliding_window - 1) // cache.window_block) + 1
     return Stage(
         layers=layers,
-        experts=experts // ranks,
+        experts=experts,
         dense=dense,
         workspace=workspace_bytes(config, layout.tp, chunk),
         rows_per_token=rows / cache.page_size,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dsv4_plugin import env
-from dsv4_plugin.config import ARCHITECTURE
+from dsv4_plugin.config import ARCHITECTURE, V41, V41_REFUSED
 from sglang_ext._compat import require_tested_version
 from sglang_ext.choice import choose
 
@@ -49,7 +49,14 @@ def take_over_config(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """AFTER get_config. Raises RuntimeError on an SGLang version that was not tested."""
+    """AFTER get_config.
+
+    Raises:
+        RuntimeError: an SGLang version that was not tested.
+        NotImplementedError: V4.1, where the plugin serves: SGLang's own needs the same chips as V4.
+    """
+    if result.model_type == V41 and choose(serving_device()).plugin:
+        raise NotImplementedError(V41_REFUSED)
     published = (result.architectures or [""])[0] == ARCHITECTURE
     if published:
         env.check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,41 @@ def reference() -> Iterator[Callable[[Path, Tensor], Tensor]]:
 
     yield logits
     models.clear()
+
+
+def v41_fields() -> dict[str, Any]:
+    """A config.json of DeepSeek-V4.1, as much of it as an engine reads before it is refused."""
+    text = {
+        "model_type": "deepseek_v41_text",
+        "vocab_size": 129280,
+        "hidden_size": 5120,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 1,
+        "head_dim": 512,
+        "qk_rope_head_dim": 64,
+        "q_lora_rank": 1280,
+        "o_lora_rank": 1024,
+        "o_groups": 8,
+        "n_routed_experts": 384,
+        "num_experts_per_tok": 6,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 2304,
+        "max_position_embeddings": 1048576,
+        "sliding_window": 128,
+        "compress_ratios": [0] * 2 + [2] * 18 + [1] * 20 + [0] * 3,
+        "rms_norm_eps": 1e-20,
+        "num_nextn_predict_layers": 3,
+        "engram_layer_ids": [1, 14],
+    }
+    return {
+        "model_type": "deepseek_v41",
+        "architectures": ["DeepseekV41ForCausalLM"],
+        "image_token_id": 129264,
+        "torch_dtype": "bfloat16",
+        "text_config": text,
+        "vision_config": {"num_hidden_layers": 32, "hidden_size": 1024},
+    }
 
 
 def random_ids(n: int, seed: int, vocab: int = 512) -> Tensor:

@@ -15,6 +15,9 @@ MODE = "deepseek_v4"
 DRAFTER_ARCHITECTURE = "DeepSeekV4MTPModel"
 """vLLM's name for the drafter of method `mtp`."""
 DRAFTER = ("vllm_ext.mtp", "DeepseekV4MTP")
+VISION_ARCHITECTURE = "DeepseekV4ForConditionalGeneration"
+"""vLLM's name for the model of a config.json with vision_n_layers."""
+MODELS = (ARCHITECTURE, VISION_ARCHITECTURE)
 MODEL = ("vllm_ext.model", "DeepseekV4ForCausalLM")
 TOKENIZER = ("vllm_ext.tokenizer", "DeepseekV4Tokenizer")
 RENDERER = ("vllm_ext.chat_renderer", "ChatRenderer")
@@ -22,13 +25,18 @@ TOOL_PARSER = ("vllm_ext.tool_parser", "DeepseekV4ToolParser")
 REASONING_PARSER = ("vllm_ext.reasoning_parser", "DeepseekV4ReasoningParser")
 
 
+def _registered(name: str) -> tuple[str, str]:
+    model = ModelRegistry.models[name]
+    return getattr(model, "module_name", ""), getattr(model, "class_name", "")
+
+
 def check_active() -> None:
     """Raise RuntimeError if another plugin has replaced what was registered here."""
-    registered = ModelRegistry.models[ARCHITECTURE]
     found = {
-        "model": (getattr(registered, "module_name", ""), getattr(registered, "class_name", "")),
+        "model": _registered(ARCHITECTURE),
+        "model of Vision-Exp": _registered(VISION_ARCHITECTURE),
     }
-    expected = {"model": MODEL}
+    expected = dict.fromkeys(found, MODEL)
     if env.CHAT.read() == "plugin":
         found |= {
             "tokenizer mode": TokenizerRegistry.tokenizers[MODE],

@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 from dsv4_plugin import env
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
-from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.config import V41_REFUSED, ModelConfig
 from dsv4_plugin.kernels.dispatch import require_driver
 from dsv4_plugin.serving import config_json
 from vllm_ext._compat import end_streams_at_shutdown
@@ -108,10 +108,18 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
         log.info("DeepSeek-V4 is served by dsv4-plugin: %s; %s.", choose().reason, chat())
 
 
+class V41Config(VerifyAndUpdateConfig):
+    """V4.1 where the plugin serves: vLLM's own needs the same chips as V4."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config) -> None:  # type: ignore[no-untyped-def]
+        raise NotImplementedError(V41_REFUSED)
+
+
 NO_DSPARK = (
-    "--speculative-config is given; this checkpoint drafts with DSpark, which vLLM has on GPUs only "
-    "(in its V2 runner) and dsv4-plugin in its local engine: load(DIR, mtp=True).generate(..., "
-    "num_speculative_tokens=5)"
+    "--speculative-config is given; this checkpoint drafts with DSpark, which vLLM has on GPUs "
+    "only (in its V2 runner) and dsv4-plugin in its local engine: "
+    "load(DIR, mtp=True).generate(..., num_speculative_tokens=5)"
 )
 
 

@@ -12,20 +12,21 @@ from vllm.tokenizers import TokenizerRegistry
 from vllm.tool_parsers import ToolParserManager
 
 from dsv4_plugin import env
-from dsv4_plugin.config import ARCHITECTURE
+from dsv4_plugin.config import V41_ARCHITECTURE
 from vllm_ext._compat import accept_fp4_indexer_option, require_tested_version
 from vllm_ext.active import (
     DRAFTER,
     DRAFTER_ARCHITECTURE,
     MODE,
     MODEL,
+    MODELS,
     REASONING_PARSER,
     RENDERER,
     TOKENIZER,
     TOOL_PARSER,
 )
 from vllm_ext.choice import choose
-from vllm_ext.config import DrafterConfig, NativeConfig, PluginConfig
+from vllm_ext.config import DrafterConfig, NativeConfig, PluginConfig, V41Config
 
 
 def register_all() -> None:
@@ -35,12 +36,14 @@ def register_all() -> None:
 
     if choose().plugin:
         accept_fp4_indexer_option()
-        ModelRegistry.register_model(ARCHITECTURE, ":".join(MODEL))
+        for name in MODELS:
+            ModelRegistry.register_model(name, ":".join(MODEL))
         ModelRegistry.register_model(DRAFTER_ARCHITECTURE, ":".join(DRAFTER))
-        MODELS_CONFIG_MAP[ARCHITECTURE] = PluginConfig
+        MODELS_CONFIG_MAP.update(dict.fromkeys(MODELS, PluginConfig))
         MODELS_CONFIG_MAP[DRAFTER_ARCHITECTURE] = DrafterConfig
+        MODELS_CONFIG_MAP[V41_ARCHITECTURE] = V41Config
     else:
-        MODELS_CONFIG_MAP[ARCHITECTURE] = NativeConfig
+        MODELS_CONFIG_MAP.update(dict.fromkeys(MODELS, NativeConfig))
     if env.CHAT.read() == "plugin":
         TokenizerRegistry.tokenizers[MODE] = TOKENIZER
         RENDERER_REGISTRY.renderers[MODE] = RENDERER

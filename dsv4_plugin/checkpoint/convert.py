@@ -54,4 +54,4 @@ def convert_checkpoint(source: str | Path, directory: str | Path, fmt: str) -> M
     return config
 
 
-CONVERSIONS = ("fp8-fp4", "base", "nvfp4")
+CONVERSIONS = ("fp8-fp4", "base", "nvfp4", "ct-nvfp4", "ct-w4a16")

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dsv4_plugin.checkpoint.names import stored_tensors, with_drafter
+from dsv4_plugin.checkpoint.names import (
+    GATE,
+    Stored,
+    is_for_images,
+    is_unread_scale,
+    stored_tensors,
+    with_drafter,
+)
+from dsv4_plugin.checkpoint.spelling import natives
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.json_file import LARGEST, as_object, parse_json, printable, read_object, shown
 
@@ -143,13 +151,14 @@ def _tensor_info(file: Path, name: str, info: Any, first: int) -> tuple[str, Ten
 def check_checkpoint(
     config: ModelConfig, directory: str | Path, mtp: bool = False
 ) -> dict[str, TensorInfo]:
-    """Check every tensor's presence, shape and dtype before any weight is read; return the headers.
+    """Check every tensor's presence, shape and dtype before any weight is read; return the headers
+    by the authors' names.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the first tensors that are missing, misshapen, of a wrong dtype or unexpected.
     """
-    found = read_headers(directory)
+    found = natives(config, read_headers(directory))
     problems = list(problems_of(config, found, mtp))
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -161,9 +170,11 @@ def check_checkpoint(
 def problems_of(
     config: ModelConfig, found: Mapping[str, TensorInfo], mtp: bool = False
 ) -> Iterator[str]:
-    """What does not fit config.json, a sentence per tensor: missing ones, misshapen ones and those
-    of a wrong dtype, unexpected ones; the drafter's too, where it is wanted."""
+    """What does not fit config.json, a sentence per tensor: gates of another number of experts,
+    missing ones, misshapen ones and those of a wrong dtype, unexpected ones; the drafter's too,
+    where it is wanted."""
     expected = stored_tensors(with_drafter(config, found) if mtp else config, mtp)
+    yield from _other_gates(config, expected, found)
     yield from (f"{name} is missing" for name in expected if name not in found)
     for name, stored in expected.items():
         info = found.get(name)
@@ -173,7 +184,7 @@ def problems_of(
             allowed = " or ".join(stored.dtypes)
             variant = _variant(config)
             yield f"{name} is {printable(info.dtype)}, config.json ({variant}) asks for {allowed}"
-        elif info.shape != stored.shape:
+        elif info.shape != stored.shape and {info.shape, stored.shape} != {(), (1,)}:
             asked = list(stored.shape)
             yield f"{name} has shape {shown(list(info.shape))}, config.json asks for {asked}"
         elif info.nbytes != prod(info.shape) * DTYPES[info.dtype].itemsize:
@@ -181,8 +192,24 @@ def problems_of(
     yield from (
         f"{printable(name)} is unexpected"
         for name in found
-        if name not in expected and (mtp or not name.startswith(MTP))
+        if name not in expected
+        and (mtp or not name.startswith(MTP))
+        and not is_for_images(config, name)
+        and not is_unread_scale(expected, name)
     )
+
+
+def _other_gates(
+    config: ModelConfig, expected: Mapping[str, Stored], found: Mapping[str, TensorInfo]
+) -> Iterator[str]:
+    """Said first: experts that were pruned otherwise leave thousands of tensors over or missing."""
+    for name in expected:
+        if name.endswith(GATE) and name in found and found[name].shape:
+            rows = found[name].shape[0]
+            if rows != config.n_routed_experts:
+                yield (
+                    f"{name} is of {rows:,} experts, n_routed_experts is {config.n_routed_experts}"
+                )
 
 
 def _variant(config: ModelConfig) -> str:

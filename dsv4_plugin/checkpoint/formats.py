@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.checkpoint.names import EXPERT, Shape, stored_as
-from dsv4_plugin.config import FP8_BLOCK, HF_QUANT, Experts, ModelConfig
+from dsv4_plugin.config import CT, FP8_BLOCK, HF_QUANT, INT4_BLOCKS, Experts, ModelConfig
 from dsv4_plugin.quant.e2m1 import nvfp4_global_scale, quantise_mxfp4, quantise_nvfp4
 from dsv4_plugin.quant.e4m3 import decode_ue8m0, quantise_e4m3_blocks
+from dsv4_plugin.quant.int4 import quantise_int4
 
 FP8: dict[str, Any] = {
     "activation_scheme": "dynamic",
@@ -21,14 +22,30 @@ FP8: dict[str, Any] = {
     "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
 }
 NOISE_TOKEN = 128799
-FORMATS = ("bf16", "fp8-fp4", "base", "nvfp4", "0731")
+VISION: dict[str, Any] = {
+    "num_nextn_predict_layers": 3,
+    "rms_norm_eps": 1e-20,
+    "vision_n_layers": 2,
+    "vision_dim": 32,
+    "vision_n_heads": 2,
+    "vision_inter_dim": 64,
+    "vision_patch_size": 14,
+    "vision_rope_theta": 10000,
+    "vision_downsample_ratio": 3,
+    "vision_max_n_token": 384,
+    "vision_min_pixels": 147456,
+    "vision_max_wh_ratio": 8,
+}
+"""With a small tower: nothing here computes it."""
+FORMATS = ("bf16", "fp8-fp4", "base", "nvfp4", "0731", "vision", "ct-nvfp4", "ct-w4a16")
 TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "I32": torch.int32,
 }
-"""One-byte formats, as which raw bytes are written."""
+"""As which raw bytes are written."""
 
 
 def format_fields(fmt: str, hf: dict[str, Any]) -> dict[str, Any]:
@@ -40,6 +57,8 @@ def format_fields(fmt: str, hf: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"format is {fmt!r}; allowed are {', '.join(FORMATS)}")
     if fmt == "bf16":
         return {}
+    if fmt.startswith("ct-"):
+        return {"quantization_config": compressed(fmt, hf)}
     fields = {"expert_dtype": "fp8" if fmt == "base" else "fp4", "quantization_config": FP8}
     if fmt == "nvfp4":
         layers = {
@@ -48,7 +67,11 @@ def format_fields(fmt: str, hf: dict[str, Any]) -> dict[str, Any]:
         }
         nvfp4 = {"moe_quant_algo": "NVFP4", "quant_algo": "MIXED_PRECISION", "group_size": 16}
         fields["quantization_config"] = FP8 | nvfp4 | {"quantized_layers": layers}
-    return fields | (dspark_fields(hf) if fmt == "0731" else {})
+    if fmt in ("0731", "vision"):
+        fields |= dspark_fields(hf)
+    if fmt == "vision":
+        fields |= VISION
+    return fields
 
 
 def dspark_fields(hf: dict[str, Any]) -> dict[str, Any]:
@@ -61,6 +84,39 @@ def dspark_fields(hf: dict[str, Any]) -> dict[str, Any]:
         "dspark_noise_token_id": min(NOISE_TOKEN, hf["vocab_size"] - 1),
         "dspark_target_layer_ids": list(range(max(0, n - 3), n)),
         "num_nextn_predict_layers": 1,
+    }
+
+
+def compressed(fmt: str, hf: dict[str, Any]) -> dict[str, Any]:
+    """What llm-compressor writes: FP8 attention, experts of 4 bits, the rest in bfloat16."""
+    both = {"symmetric": True, "dynamic": False}
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "block"}
+    inputs = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128}
+    widths = hf["hidden_size"], hf["moe_intermediate_size"]
+    block = next((b for b in INT4_BLOCKS if not any(n % b for n in widths)), INT4_BLOCKS[-1])
+    experts = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    if fmt == "ct-w4a16":
+        experts = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": block}
+    return {
+        "quant_method": CT,
+        "format": "mixed-precision",
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "ignore": ["lm_head", "re:.*mtp.*"],
+        "config_groups": {
+            "group_0": {
+                "format": "float-quantized",
+                "targets": [r"re:.*attn\.(wq_a|wq_b|wkv|wo_a|wo_b)$"],
+                "weights": fp8 | both | {"block_structure": [FP8_BLOCK, FP8_BLOCK]},
+                "input_activations": inputs | {"symmetric": True, "dynamic": True},
+            },
+            "group_1": {
+                "format": "pack-quantized" if fmt == "ct-w4a16" else "nvfp4-pack-quantized",
+                "targets": [r"re:.*experts\.\d+\.(w1|w2|w3)$"],
+                "weights": experts | both,
+                "input_activations": None,
+            },
+        },
     }
 
 
@@ -81,16 +137,22 @@ def pack(config: ModelConfig, name: str, weight: Tensor) -> dict[str, Tensor]:
     """
     stored = stored_as(config, name, tuple(weight.shape))
     if len(stored) == 1:
-        return {name: weight}
+        return {name: weight.bfloat16() if stored[name].dtypes == ("BF16",) else weight}
     kind = config.experts_of(name) if EXPERT.fullmatch(name) else "fp8"
-    parts = dict(zip(stored, _PACK[kind](weight), strict=True))
+    tensors = (
+        quantise_ct_int4(weight, config.int4_block) if kind == "w4a16" else _PACK[kind](weight)
+    )
+    parts = dict(zip(stored, tensors, strict=True))
     return {part: as_stored(stored[part].dtypes[0], tensor) for part, tensor in parts.items()}
 
 
 def as_stored(dtype: str, tensor: Tensor) -> Tensor:
     """Raw bytes as the one-byte format of that name; UE8M0 bytes as float32 where asked."""
-    if dtype == "F32":
-        return decode_ue8m0(tensor) if tensor.dtype == torch.uint8 else tensor
+    if dtype in ("F32", "BF16"):
+        values = decode_ue8m0(tensor) if tensor.dtype == torch.uint8 else tensor
+        return values.bfloat16() if dtype == "BF16" else values
+    if dtype == "I64":
+        return tensor
     return tensor.view(TORCH_DTYPES[dtype])
 
 
@@ -99,10 +161,20 @@ def _nvfp4(weight: Tensor) -> tuple[Tensor, ...]:
     return *quantise_nvfp4(weight, top), top, torch.ones(())  # activations: needs calibration
 
 
+def _ct_nvfp4(weight: Tensor) -> tuple[Tensor, ...]:
+    top = (1 / nvfp4_global_scale(weight)).reshape(1)
+    return *quantise_nvfp4(weight, 1 / top), top
+
+
+def quantise_ct_int4(weight: Tensor, block: int) -> tuple[Tensor, ...]:
+    return *quantise_int4(weight, block), torch.tensor(weight.shape)
+
+
 _PACK: dict[Experts, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "fp8": quantise_e4m3_blocks,
     "fp4": quantise_mxfp4,
     "nvfp4": _nvfp4,
+    "ct-nvfp4": _ct_nvfp4,
 }
 """Weight [out, in] -> its tensors in the order of `stored_as`."""
 
@@ -122,6 +194,27 @@ def random_expert(
         return as_stored(stored[part].dtypes[0], bytes_)
 
     module = name.removesuffix(".weight")
+    kind = config.experts_of(name)
+    if kind == "w4a16":
+        data = torch.randint(0, 256, (shape[0], n_in // 2), generator=generator, dtype=torch.uint8)
+        scale = (
+            n_in**-0.5
+            / INT4_STD
+            * (0.5 + torch.rand(shapes[f"{module}.weight_scale"], generator=generator))
+        )
+        return {
+            f"{module}.weight_packed": as_stored("I32", data),
+            f"{module}.weight_scale": as_stored("BF16", scale),
+            f"{module}.weight_shape": torch.tensor(shape),
+        }
+    if kind == "ct-nvfp4":
+        packed, scale = f"{module}.weight_packed", f"{module}.weight_scale"
+        top = torch.tensor([64 / unit])
+        return {
+            packed: byte(packed, 0, 256),
+            scale: byte(scale, 0x60, 0x70),
+            f"{module}.weight_global_scale": top,
+        }
     out = {name: byte(name, 0, 256)}
     if config.experts_of(name) == "fp4":
         exponent = 127 + round(torch.tensor(unit).log2().item())
@@ -133,5 +226,7 @@ def random_expert(
     }
 
 
+INT4_STD = 4.6
+"""Of -8 .. 7, equally likely."""
 E2M1_STD = 2.9
 """Of e2m1 values whose codes are equally likely."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dsv4_plugin.checkpoint.files import MTP, TensorInfo, problems_of, read_headers
 from dsv4_plugin.checkpoint.names import SCALE
+from dsv4_plugin.checkpoint.spelling import natives
 from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
 
 VARIANTS = {
@@ -16,10 +17,13 @@ VARIANTS = {
     "fp4": "FP8 with FP4 experts",
     "fp8": "FP8, experts too (Base)",
     "nvfp4": "FP8 with NVFP4 experts",
+    "ct-nvfp4": "compressed-tensors, NVFP4 experts",
+    "w4a16": "compressed-tensors, int4 experts (W4A16)",
 }
 KINDS = {SWA: "SWA", CSA: "CSA", HCA: "HCA"}
 PARTS = {
     r"mtp\.": "draft stages",
+    r"(vision|aligner)\.|image_": "images (skipped)",
     r"(embed|head)\.": "embedding and head",
     r".*\.ffn\.experts\.": "routed experts",
     r".*\.ffn\.shared_experts\.": "shared experts",
@@ -41,13 +45,13 @@ def describe(directory: str | Path) -> list[str]:
         ValueError, FileNotFoundError: config.json or a file cannot be read at all.
     """
     config = ModelConfig.from_pretrained(directory)
-    found = read_headers(directory)
+    found = natives(config, read_headers(directory))
     kinds = Counter(KINDS[r] for r in config.compress_ratios)
     layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     drafts = any(name.startswith(MTP) for name in found)
     problems = list(problems_of(config, found, drafts))
     return [
-        f"variant     {VARIANTS[config.experts]}, generation {config.generation}",
+        f"variant     {VARIANTS[config.experts]}, generation {config.generation}{_for(config)}",
         f"layers      {config.num_hidden_layers} ({layers}), {config.num_hash_layers} hash-routed",
         f"experts     {config.n_routed_experts} per layer, {config.num_experts_per_tok} per token",
         "",
@@ -55,6 +59,10 @@ def describe(directory: str | Path) -> list[str]:
         "",
         *_problems(problems),
     ]
+
+
+def _for(config: ModelConfig) -> str:
+    return ", Vision-Exp (served for text)" if config.vision_n_layers else ""
 
 
 def _table(found: dict[str, TensorInfo]) -> Iterator[str]:
@@ -73,12 +81,14 @@ def _table(found: dict[str, TensorInfo]) -> Iterator[str]:
 
 def count_parameters(name: str, info: TensorInfo) -> int:
     """Values of the network in a tensor: none in a scale or a token table, two in an FP4 byte."""
-    if SCALE.fullmatch(name) or name.endswith(("input_scale", "tid2eid")):
+    if SCALE.fullmatch(name) or name.endswith(
+        ("input_scale", "input_global_scale", "weight_shape", "tid2eid")
+    ):
         return 0
     n = 1
     for size in info.shape:
         n *= size
-    return 2 * n if info.dtype in ("I8", "U8") else n
+    return n * {"I8": 2, "U8": 2, "I32": 8}.get(info.dtype, 1)
 
 
 def _problems(problems: list[str]) -> Iterator[str]:

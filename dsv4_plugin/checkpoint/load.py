@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from dsv4_plugin.checkpoint.names import parameter_name
+from dsv4_plugin.checkpoint.names import (
+    is_for_images,
+    is_unread_scale,
+    parameter_name,
+    stored_tensors,
+)
+from dsv4_plugin.checkpoint.spelling import native
 from dsv4_plugin.checkpoint.values import check_values
 from dsv4_plugin.model.loading import give
 from dsv4_plugin.model.transformer import Network, WeightBytes
+
+log = logging.getLogger("dsv4_plugin")
 
 
 def load_weights(
@@ -24,8 +33,16 @@ def load_weights(
     Raises ValueError where one of the names `needed` did not come, or a tensor is damaged.
     """
     parameters = {name for name, _ in model.named_parameters()}
-    taken, filled = set(), set()
-    for name, tensor in tensors:
+    expected = stored_tensors(model.config)
+    taken, filled, images, scales = set(), set(), 0, 0
+    for given, tensor in tensors:
+        name = native(model.config, given)
+        if is_for_images(model.config, name):
+            images += 1
+            continue
+        if is_unread_scale(expected, name):
+            scales += 1
+            continue
         taken.add(name)
         if tensor.element_size() == 1:
             tensor = tensor.view(torch.uint8)  # codes and UE8M0 scales move as bytes
@@ -36,6 +53,10 @@ def load_weights(
     missing = set(needed) - taken
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} tensors, {min(missing)} among them")
+    if images:
+        log.info("Vision-Exp is served for text: %d tensors for images are skipped.", images)
+    if scales:
+        log.info("%d scales are skipped: what they belong to is not rounded.", scales)
     model.weight_bytes = _weight_bytes(model)
     unfilled = {n for n in parameters if ".experts." not in n} - filled
     assert not unfilled, f"{min(unfilled)} was not loaded"

@@ -19,8 +19,14 @@ from tqdm import tqdm
 
 from dsv4_plugin.checkpoint.files import DTYPES, INDEX
 from dsv4_plugin.checkpoint.formats import exported_files, format_fields, pack, random_expert
-from dsv4_plugin.checkpoint.names import EXPERT, Shape, expected_tensors, stored_as
-from dsv4_plugin.config import ARCHITECTURE, FP4_BLOCKS, ModelConfig
+from dsv4_plugin.checkpoint.names import (
+    EXPERT,
+    Shape,
+    expected_tensors,
+    image_tensors,
+    stored_as,
+)
+from dsv4_plugin.config import ARCHITECTURE, ModelConfig
 
 SHARD_BYTES = 1 << 30
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -167,7 +173,7 @@ def make_checkpoint(
     with new_folder(directory) as folder:
         for source in sources:
             copyfile(source, folder / source.name)
-        tensors = made_tensors(config)
+        tensors = made_tensors(config, hf)
         write_shards(
             folder,
             plan(config, tensors),
@@ -200,10 +206,12 @@ def new_folder(directory: str | Path) -> Iterator[Path]:
     partial.rename(directory)
 
 
-def made_tensors(config: ModelConfig) -> dict[str, Shape]:
-    """Every parameter of a checkpoint to be made: the main model's and the drafter's."""
+def made_tensors(config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Shape]:
+    """Every parameter of a checkpoint to be made: the main model's, the drafter's, those for
+    images."""
     drafts = config.dspark is not None or config.num_nextn_predict_layers > 0
-    return expected_tensors(config, mtp=drafts)
+    tensors = expected_tensors(config, mtp=drafts)
+    return tensors | image_tensors(config, hf) if config.vision_n_layers else tensors
 
 
 def tokenizer_files() -> list[Path]:
@@ -256,7 +264,7 @@ def plan(config: ModelConfig, parameters: Mapping[str, Shape]) -> list[list[str]
 
 def random_tensors(config: ModelConfig, name: str, shape: Shape, seed: int) -> dict[str, Tensor]:
     """A parameter's tensors, of sensible size for its role and in the variant's form."""
-    if EXPERT.fullmatch(name) and config.experts_of(name) in FP4_BLOCKS:
+    if EXPERT.fullmatch(name) and config.block_of(config.experts_of(name)) > 1:
         return random_expert(config, name, shape, _generator(name, seed))
     return pack(config, name, random_tensor(config, name, shape, seed))
 
@@ -275,7 +283,7 @@ def random_tensor(config: ModelConfig, name: str, shape: Shape, seed: int) -> Te
     noise = torch.randn(shape, generator=g)
     if "norm." in name:
         return (1 + 0.1 * noise).to(torch.bfloat16)
-    if leaf.endswith(("_base", "_scale")) or leaf in ("ape", "attn_sink", "bias"):
+    if leaf.endswith(("_base", "_scale")) or leaf in ("ape", "attn_sink", "bias", "bias_vl"):
         return noise.mul_(0.1).add_(1) if leaf.endswith("_scale") else noise.mul_(0.5)
     if leaf.endswith("_fn"):
         return noise.mul_(shape[-1] ** -0.5)

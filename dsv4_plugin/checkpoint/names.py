@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from dsv4_plugin.config import CSA, DSPARK_FIELDS, FP4_BLOCKS, FP8_BLOCK, SWA, DSpark, ModelConfig
+from dsv4_plugin.config import (
+    COMPRESSED,
+    CSA,
+    DSPARK_FIELDS,
+    FP8_BLOCK,
+    SWA,
+    DSpark,
+    Experts,
+    ModelConfig,
+)
 
 Shape = tuple[int, ...]
 
 EXPERT = re.compile(
-    r"(.*\.experts)\.(\d+)\.(w[123](?:\.(?:scale|weight_scale|weight_scale_2|input_scale))?)"
+    r"(.*\.experts)\.(\d+)\.(w[123](?:\.(?:scale|weight_scale|weight_scale_2|input_scale|"
+    r"weight_packed|weight_global_scale|weight_shape|input_global_scale))?)"
     r"(?:\.weight)?"
 )
 """(module, expert, `w1` or what belongs to it, as `w1.scale`)."""
-SCALE = re.compile(r".*\.(scale|weight_scale|weight_scale_2)")
+SCALE = re.compile(r".*\.(scale|weight_scale|weight_scale_2|weight_global_scale)")
 """A packed weight's scales."""
 _STAGE = re.compile(r"mtp\.(\d{1,3})\.")
+ACTIVATION_SCALES = ("input_scale", "input_global_scale")
+GATE = ".ffn.gate.weight"
+_VISION = re.compile(r"(vision|aligner)\..+|image_(start|pad|newline|end)|.*\.ffn\.gate\.bias_vl")
+_BIAS = re.compile(r"layers\.(\d+)\.ffn\.gate\.bias")
 _HC = re.compile(r"\bhc_(attn|ffn|head)_(fn|base|scale)$")
 
 
@@ -37,6 +52,29 @@ class Stored:
     shape: Shape
 
 
+def is_for_images(config: ModelConfig, name: str) -> bool:
+    """Is a tensor one that Vision-Exp has for images, which text goes without?
+
+    The vision tower, what maps its rows to the network's, and the routers' biases of image tokens,
+    those of hash layers among them, which have none for text.
+    """
+    if not config.vision_n_layers:
+        return False
+    bias = _BIAS.fullmatch(name)
+    hashed = bias is not None and int(bias[1]) < config.num_hash_layers
+    return hashed or _VISION.fullmatch(name) is not None
+
+
+def is_unread_scale(expected: Mapping[str, Stored], name: str) -> bool:
+    """Is a tensor a scale that nothing is multiplied by: of activations that are not rounded by it,
+    or of a weight that is not packed?"""
+    module, _, leaf = name.rpartition(".")
+    weight = expected.get(f"{module}.weight") or expected.get(f"{module}.weight_packed")
+    if name in expected or weight is None:
+        return False
+    return leaf in ACTIVATION_SCALES or (leaf == "scale" and weight.dtypes[0] == "BF16")
+
+
 def stored_tensors(config: ModelConfig, mtp: bool = False) -> dict[str, Stored]:
     """`expected_tensors` in the variant's own form: packed weights and their scales."""
     stored: dict[str, Stored] = {}
@@ -48,6 +86,7 @@ def stored_tensors(config: ModelConfig, mtp: bool = False) -> dict[str, Stored]:
 def stored_as(config: ModelConfig, name: str, shape: Shape) -> dict[str, Stored]:
     """The tensors that hold one parameter of the network."""
     module = name.removesuffix(".weight")
+    kind: Experts
     if EXPERT.fullmatch(name):
         kind = config.experts_of(name)
     else:
@@ -57,16 +96,32 @@ def stored_as(config: ModelConfig, name: str, shape: Shape) -> dict[str, Stored]
     n_out, n_in = shape
     if kind == "fp8":
         blocks = (-(-n_out // FP8_BLOCK), -(-n_in // FP8_BLOCK))
-        scales = ("F32", "F8_E8M0") if config.experts == "fp8" else ("F8_E8M0", "F32")
+        scales = (
+            ["F32", "F8_E8M0", "BF16"] if config.experts == "fp8" else ["F8_E8M0", "F32", "BF16"]
+        )
+        if config.experts in COMPRESSED:
+            scales.reverse()
         return {
             name: Stored(("F8_E4M3",), shape),
-            f"{module}.scale": Stored(scales, blocks),
+            f"{module}.scale": Stored(tuple(scales), blocks),
         }
-    packed, blocks = (n_out, n_in // 2), (n_out, n_in // FP4_BLOCKS[kind])
+    packed, blocks = (n_out, n_in // 2), (n_out, n_in // config.block_of(kind))
     if kind == "fp4":
         return {
             name: Stored(("I8", "U8"), packed),
             f"{module}.scale": Stored(("F8_E8M0",), blocks),
+        }
+    if kind == "w4a16":
+        return {
+            f"{module}.weight_packed": Stored(("I32",), (n_out, n_in // 8)),
+            f"{module}.weight_scale": Stored(("BF16",), blocks),
+            f"{module}.weight_shape": Stored(("I64",), (2,)),
+        }
+    if kind == "ct-nvfp4":
+        return {
+            f"{module}.weight_packed": Stored(("U8", "I8"), packed),
+            f"{module}.weight_scale": Stored(("F8_E4M3",), blocks),
+            f"{module}.weight_global_scale": Stored(("F32",), (1,)),
         }
     return {
         name: Stored(("U8", "I8"), packed),
@@ -79,10 +134,12 @@ def stored_as(config: ModelConfig, name: str, shape: Shape) -> dict[str, Stored]
 def _plain_dtypes(name: str) -> tuple[str, ...]:
     if name.endswith("tid2eid"):
         return "I64", "I32"
+    if name.startswith(("vision.", "aligner.")):
+        return ("BF16",)
     return ("F32", "BF16") if _FLOAT32.search(name) else ("BF16", "F32")
 
 
-_FLOAT32 = re.compile(r"(^|[._])(hc_\w+|ape|attn_sink|bias)$")
+_FLOAT32 = re.compile(r"(^|[._])(hc_\w+|ape|attn_sink|bias|bias_vl)$")
 """What is published in float32; the rest of what is not packed is bfloat16."""
 
 
@@ -149,6 +206,39 @@ def _dspark_tensors(c: ModelConfig, dspark: DSpark) -> dict[str, Shape]:
         f"mtp.{last}.confidence_head.proj.weight": (1, d + rank),
     }
     return tensors | _hyper_connection(f"mtp.{last}.hc_head", c.hc_mult, 1, c)
+
+
+def image_tensors(config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Shape]:
+    """What Vision-Exp has beside a 0731 checkpoint; hf: config.json, with the tower's sizes."""
+    d, v, f = config.hidden_size, hf["vision_dim"], hf["vision_inter_dim"]
+    patch = 3 * hf["vision_patch_size"] ** 2
+    tensors: dict[str, Shape] = {
+        "vision.patch_embed.proj.weight": (v, patch),
+        "vision.patch_embed.proj.bias": (v,),
+        "vision.norm.weight": (v,),
+        "aligner.w1.weight": (d, v * hf["vision_downsample_ratio"] ** 2),
+        "aligner.w1.bias": (d,),
+        "aligner.w2.weight": (d, d),
+        "aligner.w2.bias": (d,),
+    }
+    block: dict[str, Shape] = {
+        "norm1.weight": (v,),
+        "attn.wqkv.weight": (3 * v, v),
+        "attn.wqkv.bias": (3 * v,),
+        "attn.wo.weight": (v, v),
+        "attn.wo.bias": (v,),
+        "norm2.weight": (v,),
+        "mlp.w1.weight": (2 * f, v),
+        "mlp.w2.weight": (v, f),
+    }
+    for i in range(config.vision_n_layers):
+        tensors |= {f"vision.blocks.{i}.{name}": shape for name, shape in block.items()}
+    tensors |= {f"image_{which}": (d,) for which in ("start", "pad", "newline", "end")}
+    scopes = [f"layers.{i}" for i in range(config.num_hidden_layers)]
+    scopes += [f"mtp.{i}" for i in range(config.draft_layers)]
+    tensors |= {f"{scope}.ffn.gate.bias_vl": (config.n_routed_experts,) for scope in scopes}
+    hashed = scopes[: config.num_hash_layers]
+    return tensors | {f"{scope}.ffn.gate.bias": (config.n_routed_experts,) for scope in hashed}
 
 
 def _block(c: ModelConfig, ratio: int, hash_routed: bool) -> dict[str, Shape]:

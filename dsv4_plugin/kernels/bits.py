@@ -80,3 +80,11 @@ def e2m1_codes(words, KIND: tl.constexpr):
     divided by 2^14 in float16, by 2^126 in bfloat16."""
     SHIFT: tl.constexpr = 9 if KIND == tl.float16 else 6  # noqa: SIM300
     return halves(((words & 0x00070007) << SHIFT) | ((words & 0x00080008) << 12), KIND)
+
+
+@triton.jit
+def int4_codes(words):
+    """The codes at bits 0 and 16 of int32 words, 0 .. 15, as bfloat16 -8 .. 7: they are the last
+    bits of 128 .. 143, whose spacing is 1."""
+    low, high = halves((words & 0x000F000F) | 0x43004300, tl.bfloat16)
+    return low - 136.0, high - 136.0

@@ -236,13 +236,13 @@ class SplitExperts(nn.Module):
 
 
 class OwnExperts(nn.Module):
-    """Expert parallelism: this rank holds the experts first .. first + count - 1, whole.
+    """Expert parallelism: this rank holds some of the experts, whole (`experts_of_rank`).
 
     Args:
         make: builds the module of that many experts from a config.
 
     Raises:
-        ValueError: n_routed_experts does not divide by `size`.
+        ValueError: there are fewer experts than ranks.
     """
 
     def __init__(
@@ -254,8 +254,8 @@ class OwnExperts(nn.Module):
     ) -> None:
         super().__init__()
         config.require_expert_parallel(size)
-        self.count = config.n_routed_experts // size
-        self.first = rank * self.count
+        mine = config.experts_of_rank(rank, size)
+        self.first, self.count = mine.start, len(mine)
         self.experts = make(replace(config, n_routed_experts=self.count))
 
     def forward(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:

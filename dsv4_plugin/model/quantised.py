@@ -1,7 +1,9 @@
-"""Layers whose weights stay as the checkpoint packs them: FP8 linears, FP4, NVFP4 or FP8 experts.
+"""Layers whose weights stay as the checkpoint packs them: FP8 linears; FP4, NVFP4, int4 or FP8
+experts.
 
 As in the authors' inference/kernel.py, the inputs of FP8 and MXFP4 products are rounded to e4m3 in
-blocks of 128; `wo_a` and NVFP4 experts take theirs as they are. Weights are moved as raw bytes.
+blocks of 128; `wo_a`, NVFP4 and int4 experts take theirs as they are. Weights are moved as raw
+bytes.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from dsv4_plugin.config import FP4_BLOCKS, FP8_BLOCK, Experts, ModelConfig
+from dsv4_plugin.config import FP8_BLOCK, Experts, ModelConfig
 from dsv4_plugin.kernels.experts import packed_experts
 from dsv4_plugin.kernels.packed import (
     FP4Matrix,
     FP8Matrix,
+    Int4Matrix,
     Matrix,
     NVFP4Matrix,
     grouped_product,
@@ -39,22 +42,29 @@ class QuantisedParallel:
     def column(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
         if not self.config.is_fp8(prefix):
             return self.plain.column(n_in, n_out, prefix)
-        return QuantisedLinear(self, n_in, n_out, prefix, 0)
+        return self._linear(n_in, n_out, prefix, 0)
 
     def row(self, n_in: int, n_out: int, prefix: str, reduce: bool = True) -> nn.Module:
         if not self.config.is_fp8(prefix):
             return self.plain.row(n_in, n_out, prefix, reduce)
-        layer = QuantisedLinear(self, n_in, n_out, prefix, 1)
+        layer = self._linear(n_in, n_out, prefix, 1)
         layer.reduce = self.all_reduce if reduce else None
         return layer
 
     def replicated(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
         if not self.config.is_fp8(prefix):
             return self.plain.replicated(n_in, n_out, prefix)
-        return QuantisedLinear(self, n_in, n_out, prefix)
+        return self._linear(n_in, n_out, prefix)
+
+    def _linear(
+        self, n_in: int, n_out: int, prefix: str, split: int | None = None
+    ) -> QuantisedLinear:
+        return QuantisedLinear(self, n_in, n_out, prefix, split, self.config.rounds_fp8_inputs)
 
     def experts(self, prefix: str, make: MakeExperts | None = None) -> nn.Module:
         stored = self.config.experts_of(prefix)
+        if stored == "plain":
+            return self.plain.experts(prefix, make)
 
         def packed_experts(config: ModelConfig, rank: int, size: int) -> nn.Module:
             return QuantisedExperts(config, stored, rank, size)
@@ -71,7 +81,7 @@ def grouped_linear(
     parallel: Parallel, groups: OutputGroups, dim: int, n_out: int, prefix: str
 ) -> nn.Module:
     """wo_a for heads of `dim`: [T, G, in] -> [T, G * out]."""
-    if isinstance(parallel, QuantisedParallel):
+    if isinstance(parallel, QuantisedParallel) and parallel.config.is_fp8(prefix):
         return QuantisedGroupedLinear(groups, dim, n_out, prefix)
     return GroupedLinear(groups.parts, groups.unit * dim, n_out, parallel.dtype, groups.wo_a)
 
@@ -108,10 +118,16 @@ class QuantisedLinear(nn.Module):
     """y = x W^T with an FP8 weight in 128 x 128 blocks; `split` is the dim shared over ranks."""
 
     def __init__(
-        self, parallel: Parallel, n_in: int, n_out: int, prefix: str, split: int | None = None
+        self,
+        parallel: Parallel,
+        n_in: int,
+        n_out: int,
+        prefix: str,
+        split: int | None = None,
+        rounds: bool = True,
     ) -> None:
         super().__init__()
-        self.rank, self.split = parallel.rank, split
+        self.rank, self.split, self.rounds = parallel.rank, split, rounds
         shape = [n_out, n_in]
         if split is not None:
             shape[split] = part_of(shape[split], parallel.size, FP8_BLOCK, f"{prefix}.weight")
@@ -127,7 +143,7 @@ class QuantisedLinear(nn.Module):
         return give_below(self, name, raw(tensor) if name == "weight" else fp8_scale(tensor))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = product(round_inputs(x), FP8Matrix(self.weight, self.scale))
+        y = product(round_inputs(x) if self.rounds else x, FP8Matrix(self.weight, self.scale))
         return y if self.reduce is None else self.reduce(y)
 
 
@@ -164,24 +180,43 @@ class QuantisedExperts(nn.Module):
     def __init__(self, config: ModelConfig, stored: Experts, rank: int = 0, size: int = 1) -> None:
         super().__init__()
         self.rank, self.limit, self.stored = rank, config.swiglu_limit, stored
+        self.width = config.moe_intermediate_size
         n, d = config.n_routed_experts, config.hidden_size
-        unit = FP4_BLOCKS.get(stored, FP8_BLOCK)
+        self.block = config.block_of(stored)
+        unit = FP8_BLOCK if stored == "fp8" else self.block
         f = part_of(config.moe_intermediate_size, size, unit, "moe_intermediate_size")
         for name, (n_out, n_in) in {"w1": (f, d), "w3": (f, d), "w2": (d, f)}.items():
-            for part, param in _parts(stored, n, n_out, n_in):
+            for part, param in _parts(stored, n, n_out, n_in, self.block):
                 self.register_parameter(f"{name}_{part}", param)
 
     def take(self, name: str, tensor: Tensor) -> bool:
-        """name: `17.w1.weight`, or `.scale`, `.weight_scale`, `.weight_scale_2` of it."""
+        """name: `17.w1.weight`, `17.w1.scale`, or what else `names.stored_as` has for a matrix."""
         expert, matrix, part = name.split(".")
-        if part == "input_scale":
+        if part in ("input_scale", "input_global_scale"):
             return True  # of the activations, which NVFP4 products take as they are
+        if part == "weight_shape":
+            self._check_shape(name, tensor)
+            return True
+        if part == "weight_global_scale":  # the reciprocal of NVFP4's own
+            part, tensor = "weight_scale_2", 1 / tensor
+        if part == "weight_packed":
+            part, tensor = "weight", raw(tensor)
         param = self.get_parameter(f"{matrix}_{part}")[int(expert)]
         if param.dim():
             split = 1 if matrix == "w2" else 0
             tensor = tensor.narrow(split, self.rank * param.shape[split], param.shape[split])
-        param.copy_(raw(tensor) if param.dtype == torch.uint8 else fp8_scale(tensor))
+        else:
+            tensor = tensor.reshape(())
+        if param.dtype != torch.bfloat16:
+            tensor = raw(tensor) if param.dtype == torch.uint8 else fp8_scale(tensor)
+        param.copy_(tensor)
         return True
+
+    def _check_shape(self, name: str, shape: Tensor) -> None:
+        wide = 2 * self.get_parameter("w1_weight").shape[2]
+        true = [wide, self.width] if ".w2." in name else [self.width, wide]
+        if shape.tolist() != true:
+            raise ValueError(f"experts.{name} is {shape.tolist()}; the weight is {true}")
 
     def weights(self) -> tuple[Matrix, Matrix, Matrix]:
         """w1, w3 and w2, of all experts each."""
@@ -195,21 +230,26 @@ class QuantisedExperts(nn.Module):
             return FP4Matrix(part("weight"), part("scale"))
         if self.stored == "fp8":
             return FP8Matrix(part("weight"), part("scale"))
+        if self.stored == "w4a16":
+            return Int4Matrix(part("weight"), part("weight_scale"))
         return NVFP4Matrix(part("weight"), part("weight_scale"), part("weight_scale_2"))
 
     def forward(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
-        rounding = self.stored != "nvfp4"
+        rounding = self.stored in ("fp4", "fp8")
         return packed_experts(x, ids, weight, *self.weights(), self.limit, rounding)
 
 
-def _parts(stored: Experts, n: int, n_out: int, n_in: int) -> Iterator[tuple[str, nn.Parameter]]:
-    """The tensors of n experts' matrices [out, in], by their names in the checkpoint."""
+def _parts(
+    stored: Experts, n: int, n_out: int, n_in: int, block: int
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """The tensors of n experts' matrices [out, in], by the authors' and NVIDIA's names."""
     if stored == "fp8":
         yield "weight", packed(n, n_out, n_in)
         yield "scale", packed(n, blocks(n_out), blocks(n_in), dtype=torch.float32)
         return
     yield "weight", packed(n, n_out, n_in // 2)
     scale = "scale" if stored == "fp4" else "weight_scale"
-    yield scale, packed(n, n_out, n_in // FP4_BLOCKS[stored])
-    if stored == "nvfp4":
+    dtype = torch.bfloat16 if stored == "w4a16" else torch.uint8
+    yield scale, packed(n, n_out, n_in // block, dtype=dtype)
+    if stored in ("nvfp4", "ct-nvfp4"):
         yield "weight_scale_2", packed(n, dtype=torch.float32)

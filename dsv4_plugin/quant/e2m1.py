@@ -104,19 +104,26 @@ def decode_nvfp4(data: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
     return out * global_scale
 
 
-def look_up(data: Tensor, words: Tensor | None = None, quads: Tensor | None = None) -> Tensor:
+def look_up(
+    data: Tensor,
+    words: Tensor | None = None,
+    quads: Tensor | None = None,
+    table: Tensor | None = None,
+) -> Tensor:
     """bfloat16 values / 2^62 of bytes uint8 [..., D / 2], D a multiple of 4 -> [..., D].
 
     One table access per 16 bits: 5 billion values a second on 2 cores.
 
     Args:
+        table: of other values, int64 [65536] as `_quads` has them.
         words, quads: int32 and int64 scratch, an element per two bytes; the result is in quads.
     """
     pairs = data.view(torch.uint16).reshape(-1)
     words = pairs.to(torch.int32) if words is None else words.copy_(pairs)
     if quads is None:
         quads = torch.empty_like(words, dtype=torch.int64)
-    torch.index_select(_quads(data.device), 0, words, out=quads)
+    table = _quads(data.device) if table is None else table
+    torch.index_select(table, 0, words, out=quads)
     return quads.view(torch.bfloat16).view(*data.shape[:-1], -1)
 
 

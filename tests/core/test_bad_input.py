@@ -25,12 +25,12 @@ from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.cli import main
-from dsv4_plugin.config import DSPARK_FIELDS, FIELDS, ModelConfig
+from dsv4_plugin.config import DSPARK_FIELDS, FIELDS, V41_REFUSED, ModelConfig
 from dsv4_plugin.fields import Only, Unread, Whole
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
 from lab.paths import SHARED, needs_shared
-from tests.conftest import A_LAYER_OF_EACH, SMALL
+from tests.conftest import A_LAYER_OF_EACH, SMALL, v41_fields
 
 
 @pytest.fixture
@@ -50,6 +50,18 @@ def refused(directory, pattern, error=ValueError, **kwargs):
     with pytest.raises(error, match=pattern) as info:
         load(directory, **kwargs)
     assert "\n" not in str(info.value)
+
+
+def test_v41_is_refused_by_what_it_is(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(v41_fields()))
+    refused(
+        tmp_path,
+        "^model_type is 'deepseek_v41': DeepSeek-V4.1 is another .*510 GB",
+        NotImplementedError,
+    )
+    for command in (["checkpoint", "inspect"], ["plan", "--gpu", "A100-80"]):
+        assert main([*command, str(tmp_path)]) == 2
+        assert capsys.readouterr().err == f"dsv4: {V41_REFUSED}\n"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +98,7 @@ def refused(directory, pattern, error=ValueError, **kwargs):
         ({"swiglu_limit": -10.0}, "swiglu_limit is -10.0; allowed are 1.0 and 10.0"),
         ({"swiglu_limit": float("nan")}, "swiglu_limit is nan; allowed are 1.0 and 10.0"),
         ({"hc_eps": 0}, "hc_eps is 0; allowed is 1e-06"),
-        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; allowed is 1e-06"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; allowed are 1e-20 and 1e-06"),
         ({"rope_theta": -1}, "rope_theta is -1; allowed is 10000.0"),
         ({"routed_scaling_factor": 2}, "routed_scaling_factor is 2; allowed are 1.5 and 2.5"),
         ({"torch_dtype": "float16"}, "torch_dtype is 'float16'; allowed are 'bfloat16' and 'fl"),
@@ -127,10 +139,16 @@ def test_arguments(small):
 @pytest.mark.parametrize(
     ("fields", "pattern"),
     [
-        ({"quant_method": "awq"}, "quantization_config.quant_method is 'awq'; allowed is 'fp8'"),
+        (
+            {"quant_method": "awq"},
+            "quantization_config.quant_method is 'awq'; allowed are 'fp8' and 'compr",
+        ),
         ({"fmt": "e5m2"}, "quantization_config.fmt is 'e5m2'; allowed is 'e4m3'"),
         ({"weight_block_size": [64, 64]}, r"weight_block_size is \[64, 64\]; allowed is \[128, 12"),
-        ({"quant_method": None}, "quantization_config lacks quant_method; allowed is 'fp8'"),
+        (
+            {"quant_method": None},
+            "quantization_config lacks quant_method; allowed are 'fp8' and 'compr",
+        ),
         ({"zero_point": True}, "quantization_config.zero_point is True; this version knows no"),
         ({"kv_cache_quant_algo": "FP8"}, "kv_cache_quant_algo is 'FP8'; it must be left out"),
         ({"moe_quant_algo": "INT4"}, "moe_quant_algo is 'INT4'; allowed is 'NVFP4'"),
@@ -386,8 +404,8 @@ FREE = {"quantization_config": {}, "architectures": []}
 
 @needs_shared
 def test_every_field_that_is_read_has_its_row():
-    not_fields = {"yarn", "experts", "generation", "dspark"}
-    read = {f.name for f in dataclasses.fields(ModelConfig)} - not_fields
+    derived = {"yarn", "experts", "generation", "int4_block", "fp8_attention", "rounds_fp8_inputs"}
+    read = {f.name for f in dataclasses.fields(ModelConfig)} - derived - {"dspark"}
     read |= {"rope_scaling", "quantization_config", "expert_dtype", *DSPARK_FIELDS}
     assert read <= set(FIELDS.fields)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from random import Random
 
 import pytest
 import torch
@@ -13,20 +14,28 @@ from safetensors.torch import load_file, save_file
 from dsv4_plugin import load
 from dsv4_plugin.checkpoint.convert import CONVERSIONS, convert_checkpoint
 from dsv4_plugin.checkpoint.files import INDEX, read_headers
-from dsv4_plugin.checkpoint.formats import FORMATS, format_fields
+from dsv4_plugin.checkpoint.formats import FORMATS, VISION, format_fields
 from dsv4_plugin.checkpoint.inspect import VARIANTS
 from dsv4_plugin.checkpoint.make import PRESETS, made_tensors, make_checkpoint
-from dsv4_plugin.checkpoint.names import EXPERT, stored_as, stored_tensors
+from dsv4_plugin.checkpoint.names import (
+    EXPERT,
+    image_tensors,
+    is_for_images,
+    stored_as,
+    stored_tensors,
+)
 from dsv4_plugin.cli import main
 from dsv4_plugin.config import HF_QUANT, ModelConfig
 from dsv4_plugin.kernels.experts import packed_experts
 from dsv4_plugin.kernels.experts.reference import experts as experts_reference
+from dsv4_plugin.kernels.norm import rms_norm
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, NVFP4Matrix, product
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
 from dsv4_plugin.quant.e4m3 import e4m3_values
+from dsv4_plugin.quant.int4 import decode_int4
 from lab.paths import SHARED, needs_shared
-from tests.conftest import SMALL, random_ids
-from tests.tolerances import BF16_SUM, OP_FP32
+from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
+from tests.tolerances import BF16_SUM, LOGITS_STD, OP_FP32
 
 LAYOUTS = SHARED / "tensor_layouts.json"
 CONFIGS = {
@@ -67,7 +76,7 @@ def test_published_layouts(name):
     """Names, dtypes and shapes of the layers that the recorded layout has, for expert 0 of each."""
     hf = published(name)
     config = ModelConfig.from_hf(hf)
-    found = written(config, made_tensors(config))
+    found = written(config, made_tensors(config, hf))
     layout = json.loads(LAYOUTS.read_text())[name]
 
     def compared(names) -> set[str]:
@@ -94,7 +103,7 @@ def test_the_slice_is_of_the_published_layout(fmt, name):
     hf = {"num_nextn_predict_layers": 0} | PRESETS["slice"] | {"n_routed_experts": 256}
     flash = published("DeepSeek-V4-Flash")
     config = ModelConfig.from_hf(flash | hf | format_fields(fmt, flash | hf))
-    found = written(config, made_tensors(config))
+    found = written(config, made_tensors(config, hf))
     layout = json.loads(LAYOUTS.read_text())[f"DeepSeek-V4-{name}"]
     for mine, theirs in (("0", "0"), ("1", "2"), ("2", "3")):
         for tensor, form in layout.items():
@@ -105,9 +114,10 @@ def test_the_slice_is_of_the_published_layout(fmt, name):
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_what_is_written_is_what_is_planned(made, fmt):
     config = ModelConfig.from_pretrained(made / fmt)
+    hf = json.loads((made / fmt / "config.json").read_text())
     headers = read_headers(made / fmt)
     found = {name: [info.dtype, list(info.shape)] for name, info in headers.items()}
-    assert found == written(config, made_tensors(config))
+    assert found == written(config, made_tensors(config, hf))
 
 
 @pytest.mark.parametrize("fmt", QUANTISED)
@@ -119,19 +129,78 @@ def test_every_variant_answers_and_stays_packed(made, fmt, caplog):
     packed = model.model.weight_bytes.packed
     stored = stored_tensors(model.config)
     one_byte = sum(
-        torch.Size(s.shape).numel()
+        torch.Size(s.shape).numel() * (4 if s.dtypes[0] == "I32" else 1)
         for s in stored.values()
-        if s.dtypes[0][:2] in ("F8", "I8", "U8")
+        if s.dtypes[0] in ("F8_E4M3", "F8_E8M0", "I8", "U8", "I32")
     )
     assert 0.95 * one_byte < packed <= one_byte
     assert f"{packed / 2**30:.2f} GiB of them packed" in caplog.text
-    assert ("3 draft stages" in caplog.text) == (fmt == "0731")
+    assert ("3 draft stages" in caplog.text) == (fmt in ("0731", "vision"))
+    images = 7 + 2 * 8 + 4 + 5 + 1  # tower, its blocks, embeddings, biases of the main layers
+    said = f"Vision-Exp is served for text: {images} tensors for images are skipped"
+    assert (said in caplog.text) == (fmt == "vision")
 
 
 def test_the_draft_stages_do_not_change_the_model(made):
     """0731 and fp8-fp4 share their seed; only the draft stages differ."""
     ids = random_ids(150, seed=2)
     assert torch.equal(load(made / "0731").logits(ids), load(made / "fp8-fp4").logits(ids))
+
+
+@needs_shared
+def test_what_vision_exp_adds():
+    """316 tensors beside those of 0731, at the published sizes."""
+    hf = published("DeepSeek-V4-Flash-0731")
+    sizes = {"vision_n_layers": 32, "vision_dim": 1024, "vision_inter_dim": 2816}
+    hf |= VISION | sizes
+    config = ModelConfig.from_hf(hf)
+    tensors = image_tensors(config, hf)
+    assert len(tensors) == 316
+    assert all(is_for_images(config, name) for name in tensors)
+    found = written(config, tensors)
+    assert found["vision.patch_embed.proj.weight"] == ["BF16", [1024, 588]]
+    assert found["vision.blocks.31.attn.wqkv.bias"] == ["BF16", [3072]]
+    assert found["vision.blocks.31.mlp.w1.weight"] == ["BF16", [5632, 1024]]
+    assert found["aligner.w1.weight"] == ["BF16", [4096, 9216]]
+    assert found["layers.42.ffn.gate.bias_vl"] == ["F32", [256]]
+    assert found["mtp.2.ffn.gate.bias_vl"] == ["F32", [256]]
+    assert found["layers.2.ffn.gate.bias"] == ["F32", [256]]
+    needed = [*stored_tensors(config), "mtp.0.ffn.gate.bias", "mtp.0.main_proj.weight"]
+    assert not [name for name in needed if is_for_images(config, name)]
+
+
+def test_vision_exp_is_0731_for_text(made, tmp_path):
+    """Bit for bit, whatever the tensors for images hold; without vision_n_layers they are
+    unexpected."""
+    make_checkpoint(
+        tmp_path / "0731", "tiny", 1, SMALL | {"rms_norm_eps": 1e-20}, tokenizer=False, fmt="0731"
+    )
+    ids = random_ids(150, seed=2)
+    logits = load(made / "vision").logits(ids)
+    assert torch.equal(logits, load(tmp_path / "0731").logits(ids))
+    assert not torch.equal(logits, load(made / "0731").logits(ids))
+
+    def other_biases(tensors):
+        for name in tensors:
+            if name.endswith("bias_vl") or name == "layers.0.ffn.gate.bias":
+                tensors[name] = torch.full_like(tensors[name], float("nan"))
+
+    copy = broken(made / "vision", tmp_path, other_biases)
+    assert torch.equal(logits, load(copy).logits(ids))
+    hf = json.loads((copy / "config.json").read_text()) | {"vision_n_layers": 0}
+    (copy / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ValueError, match=r"is unexpected; .* \(and \d+ more\)"):
+        load(copy)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_zeros_stay_zeros(dtype, eps):
+    x = torch.zeros(3, 64, dtype=dtype)
+    x[1] = 1e-9
+    found = rms_norm(x, torch.ones(64), eps).float()
+    assert (found[::2] == 0).all()
+    assert (found[1] - 1e-9 * (1e-18 + eps) ** -0.5).abs().max() < 1e-2
 
 
 def test_variants_are_told_by_either_file(made, tmp_path):
@@ -144,7 +213,9 @@ def test_variants_are_told_by_either_file(made, tmp_path):
     assert ModelConfig.from_pretrained(copy).experts == "nvfp4"
     load(copy)
     (copy / HF_QUANT).unlink()
-    with pytest.raises(ValueError, match=r"experts.0.w1.scale is missing"):
+    with pytest.raises(
+        ValueError, match=r"experts.0.w1.scale is F8_E4M3, .*FP4 experts.* asks for F8_E8M0"
+    ):
         load(copy)
 
 
@@ -219,7 +290,8 @@ def test_conversion_round_trip(tmp_path, fmt, capsys):
     drafting = SMALL | {"num_nextn_predict_layers": 1}
     make_checkpoint(source, "tiny", 1, drafting, tokenizer=False)
     config = convert_checkpoint(source, out, fmt)
-    assert config.experts == {"fp8-fp4": "fp4", "base": "fp8", "nvfp4": "nvfp4"}[fmt]
+    experts = {"fp8-fp4": "fp4", "base": "fp8", "ct-w4a16": "w4a16"}
+    assert config.experts == experts.get(fmt, fmt)
     assert (out / HF_QUANT).exists() == (fmt == "nvfp4")
     before = load_file(next(source.glob("*.safetensors")))
     after = load_file(next(out.glob("*.safetensors")))
@@ -228,7 +300,7 @@ def test_conversion_round_trip(tmp_path, fmt, capsys):
         if len(stored) == 1:
             assert torch.equal(stored[0], weight)
             continue
-        values, steps = dequantised(*stored)
+        values, steps = dequantised(*stored, reciprocal=fmt == "ct-nvfp4")
         assert ((values - weight.float()).abs() <= steps).all(), name
     assert not after
     assert main(["checkpoint", "inspect", str(out)]) == 0
@@ -240,18 +312,26 @@ def test_conversion_round_trip(tmp_path, fmt, capsys):
     assert model.generate([[1, 2]], 6, ignore_eos=True, num_speculative_tokens=1) == plain
 
 
-def dequantised(data, scale, top=None, activations=None):
+def dequantised(data, scale, top=None, activations=None, reciprocal=False):
     """A packed weight's float32 values [out, in], and how far rounding may have moved each."""
     if data.dtype == torch.float8_e4m3fn:
         wide = scale.float().repeat_interleave(128, 0).repeat_interleave(128, 1)
         wide = wide[: data.shape[0], : data.shape[1]]
         values = data.float() * wide
         return values, values.abs() / 15 + wide * 2.0**-10
+    if data.dtype == torch.int32:
+        assert top.tolist() == [len(data), data.shape[1] * 8]
+        wide = scale.float().repeat_interleave(data.shape[1] * 8 // scale.shape[1], 1)
+        # Half a step, and what the scale's own rounding moves 7 steps by; 7.5 becomes 7.
+        return decode_int4(data.view(torch.uint8), scale), wide * (0.5 + 7.5 / 256)
     magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     pairs = data.view(torch.uint8).long()
     values = torch.cat([magnitudes, -magnitudes])[torch.stack([pairs % 16, pairs // 16], -1)]
     step = scale.float().repeat_interleave(data.shape[1] * 2 // scale.shape[1], 1)
-    if top is not None:
+    if reciprocal:
+        assert top.shape == (1,)
+        step /= top
+    elif top is not None:
         assert top.shape == activations.shape == ()
         assert activations == 1
         step *= top
@@ -274,6 +354,11 @@ def test_inspect(made, capsys, tmp_path):
     assert "FP8 with FP4 experts, generation 0731" in text
     assert "5 (1 SWA, 2 CSA, 2 HCA), 1 hash-routed" in text
     assert "draft stages" in text
+    assert "complete" in text
+    assert main(["checkpoint", "inspect", str(made / "vision")]) == 0
+    text = capsys.readouterr().out
+    assert "generation 0731, Vision-Exp (served for text)" in text
+    assert "images (skipped)" in text
     assert "complete" in text
     plain = sum(
         t.numel() for t in load_file(made / "bf16" / "model-00001-of-00001.safetensors").values()
@@ -298,6 +383,63 @@ def broken(source, tmp_path, damage):
     return copy
 
 
+@pytest.mark.parametrize("experts", [33, 104, 132, 144, 160, 216])
+def test_any_number_of_experts(tmp_path, experts, reference):
+    """As pruned checkpoints have them, 4 per token; the hash table may name one twice."""
+    hf = SMALL | A_LAYER_OF_EACH | {"n_routed_experts": experts, "num_experts_per_tok": 4}
+    hf |= {"hidden_size": 64, "moe_intermediate_size": 32}
+    make_checkpoint(tmp_path / "made", "tiny", 1, hf, tokenizer=False)
+
+    def repeat(tensors):
+        table = tensors["layers.0.ffn.gate.tid2eid"]
+        table[::2, 1] = table[::2, 3]
+        table[1::8] = experts - 1
+
+    copy = broken(tmp_path / "made", tmp_path, repeat)
+    ids = random_ids(160, seed=experts)
+    expected = reference(copy, ids)
+    found = load(copy, "float32").logits(ids)
+    assert (found - expected).abs().max() < LOGITS_STD * expected.std()
+    assert not torch.equal(found, load(tmp_path / "made", "float32").logits(ids))
+
+
+@pytest.mark.parametrize("fmt", ["fp8-fp4", "nvfp4"])
+def test_scales_may_lie_in_other_files(made, tmp_path, fmt):
+    """In any order: repackers cut a file where it is full."""
+    copy = tmp_path / "cut"
+    shutil.copytree(made / fmt, copy)
+    (copy / INDEX).unlink()
+    shard = next(copy.glob("*.safetensors"))
+    tensors = load_file(shard)
+    shard.unlink()
+    names = sorted(tensors, reverse=True)
+    Random(1).shuffle(names)
+    for i in range(3):
+        part = {name: tensors[name] for name in names[i::3]}
+        save_file(part, copy / f"model-{i}.safetensors")
+    ids = random_ids(60, seed=1)
+    assert torch.equal(load(copy).logits(ids), load(made / fmt).logits(ids))
+
+
+def test_other_numbers_of_experts_are_named_first(made, tmp_path):
+    """One layer's gate, all gates, and a table that names an expert that was pruned."""
+    name = "layers.2.ffn.gate.weight"
+    copy = broken(made / "fp8-fp4", tmp_path, lambda t: t.update({name: t[name][:7].contiguous()}))
+    with pytest.raises(ValueError, match=rf"{name} is of 7 experts, n_routed_experts is 8"):
+        load(copy)
+    shutil.rmtree(copy)
+    copy = broken(made / "fp8-fp4", tmp_path, lambda t: None)
+    hf = json.loads((copy / "config.json").read_text()) | {"n_routed_experts": 6}
+    (copy / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ValueError, match=r"json: layers.0.ffn.gate.weight is of 8 experts, n_rou"):
+        load(copy)
+    shutil.rmtree(copy)
+    table = "layers.0.ffn.gate.tid2eid"
+    copy = broken(made / "fp8-fp4", tmp_path, lambda t: t[table][5].fill_(8))
+    with pytest.raises(ValueError, match=rf"{table} names expert 8; n_routed_experts is 8, so"):
+        load(copy)
+
+
 W = "layers.0.attn.wq_a.weight"
 S = "layers.0.attn.wq_a.scale"
 E = "layers.1.ffn.experts.3.w2"
@@ -318,7 +460,11 @@ E = "layers.1.ffn.experts.3.w2"
             lambda t: t.update({f"{E}.weight": t[f"{E}.weight"][:, :-1].clone()}),
             rf"{E}.weight has shape \[128, 31\], config.json asks for \[128, 32\]",
         ),
-        (lambda t: t.update({"layers.0.attn.wq_a.weight_scale_inv": torch.ones(1)}), "unexpected"),
+        (
+            lambda t: t.update({"layers.0.attn.wq_a.weight_scale_inv": torch.ones(1)}),
+            r"layers.0.attn.wq_a.(scale|weight_scale_inv) and .* are the same tensor; allowed is o",
+        ),
+        (lambda t: t.update({"layers.0.attn.wq_a.zeros": torch.ones(1)}), "zeros is unexpected"),
     ],
 )
 def test_damaged_tensors_are_named(made, tmp_path, damage, pattern):

@@ -39,6 +39,8 @@ def test_parts_add_up():
     one = plan(flash, Layout(), 200 * GIB, 1024, 1).stages[0]
     for layout in (Layout(tp=8), Layout(tp=2, dp=4, ep=True)):
         assert plan(flash, layout, 74 * GIB, 1024, 8).stages[0].experts * 8 == one.experts
+    uneven = plan(flash, Layout(tp=2, dp=3, ep=True), 74 * GIB, 1024, 8).stages[0]
+    assert uneven.experts * 256 == one.experts * 43  # 43, 43, 43, 43, 42 and 42 experts
     halves = plan(flash, Layout(pp=2), 200 * GIB, 1024, 1).stages
     assert sum(stage.weights for stage in halves) == one.weights
     assert plan(flash, Layout(tp=16), 74 * GIB, 1024, 1).stages[0].dense < one.dense / 2
@@ -67,8 +69,8 @@ def test_the_command(capsys):
     assert "does not fit: " in capsys.readouterr().out
     assert main(["plan", *flash, "--tp", "3"]) == 2
     assert "--tp is 3; it must divide" in capsys.readouterr().err
-    assert main(["plan", *flash, "--tp", "8", "--dp", "3", "--ep"]) == 2
-    assert "--ep over 24 ranks" in capsys.readouterr().err
+    assert main(["plan", *flash, "--tp", "8", "--dp", "33", "--ep"]) == 2
+    assert "--ep over 264 ranks" in capsys.readouterr().err
 
 
 @pytest.mark.thorough

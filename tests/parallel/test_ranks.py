@@ -13,12 +13,12 @@ import vllm_ext.parallel
 from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
 from dsv4_plugin.checkpoint.load import load_weights
-from dsv4_plugin.checkpoint.make import make_checkpoint
+from dsv4_plugin.checkpoint.make import make_checkpoint, preset_fields
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.engine import Batch, load
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
-from tests.conftest import SMALL, random_ids
+from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
 from tests.parallel.ranks import DataGroup, DataParallel, Ranks
 from tests.tolerances import LOGITS_STD
 
@@ -96,9 +96,30 @@ def test_a_rank_holds_its_part(small):
         assert nbytes(part) * 2 == nbytes(whole)
 
 
-def test_uneven_experts_are_refused(small):
-    with pytest.raises(ValueError, match=r"over 3 ranks needs n_routed_experts \(8\) to be a mult"):
-        ModelConfig.from_pretrained(small).require_expert_parallel(3)
+@pytest.mark.parametrize(("experts", "size"), [(33, 2), (33, 4), (104, 4)])
+def test_any_number_of_experts_is_spread(tmp_path, experts, size):
+    """Ranks hold as many as others or one less, and every expert is somewhere."""
+    hf = SMALL | A_LAYER_OF_EACH | {"n_routed_experts": experts, "num_experts_per_tok": 4}
+    make_checkpoint(tmp_path / "odd", "tiny", 1, hf, tokenizer=False)
+    ids = random_ids(320, seed=4)
+    ranks = Ranks(size)
+    models = ranks.load(tmp_path / "odd", expert_parallel=True)
+    counts = [model.layers["1"].ffn.experts.count for model in models]
+    assert sum(counts) == experts
+    assert max(counts) - min(counts) <= 1
+    found = ranks.run(lambda rank: logits(models[rank], ids))
+    expected = load(tmp_path / "odd", "float32").logits(ids)
+    assert all(error(f, expected) < LOGITS_STD for f in found)
+
+
+def test_five_ranks_of_33_experts():
+    config = ModelConfig.from_hf(preset_fields("tiny") | {"n_routed_experts": 33})
+    parts = [config.experts_of_rank(rank, 5) for rank in range(5)]
+    assert [expert for part in parts for expert in part] == list(range(33))
+    assert {len(part) for part in parts} == {6, 7}
+    config.require_expert_parallel(33)
+    with pytest.raises(ValueError, match=r"over 34 ranks needs an expert for each; n_ro.* is 33"):
+        config.require_expert_parallel(34)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 4])

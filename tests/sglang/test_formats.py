@@ -45,7 +45,7 @@ def test_bfloat16(serve, tiny: Path, option: str, kv_dtype: str):
     assert sum(output.cached for output in warm) > 0
 
 
-@pytest.mark.parametrize("fmt", ["fp8-fp4", "nvfp4", "base", "0731"])
+@pytest.mark.parametrize("fmt", ["fp8-fp4", "nvfp4", "base", "0731", "vision"])
 def test_packed_weights_and_fp4_indexer_keys(tmp_path_factory, fmt: str):
     """Quantised weights, and an option that SGLang itself refuses on a CPU."""
     folder = tmp_path_factory.mktemp("packed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import pkgutil
 import re
 import subprocess
@@ -28,7 +29,8 @@ from sglang.srt.server_args import ServerArgs
 from transformers import PretrainedConfig
 
 import sglang_ext
-from dsv4_plugin.config import ARCHITECTURE, CSA, SWA, ModelConfig
+from dsv4_plugin import env
+from dsv4_plugin.config import ARCHITECTURE, CSA, SWA, V41, V41_REFUSED, ModelConfig
 from lab.paths import ROOT
 from sglang_ext import active, hooks
 from sglang_ext.choice import choose
@@ -40,6 +42,7 @@ from sglang_ext.config import (
     take_over,
 )
 
+from ..conftest import v41_fields
 from ..refusals import named
 from .server import FLOAT32, Server
 
@@ -322,3 +325,13 @@ def test_models_without_window_only_layers_keep_both_tiers(tiny: Path):
     assert config.is_hybrid_swa
     assert SWA not in ModelConfig.from_hf(config.dsv4_json).compress_ratios
     assert config.hybrid_layer_pattern == [0] * 5
+
+
+def test_v41_is_refused_where_the_plugin_serves(tmp_path, monkeypatch):
+    from sglang.srt.utils.hf_transformers import config
+
+    (tmp_path / "config.json").write_text(json.dumps(v41_fields()))
+    with pytest.raises(NotImplementedError, match=re.escape(V41_REFUSED)):
+        config.get_config(str(tmp_path), trust_remote_code=False)
+    monkeypatch.setenv(env.MODEL.name, "native")
+    assert config.get_config(str(tmp_path), trust_remote_code=False).model_type == V41

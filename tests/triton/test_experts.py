@@ -9,23 +9,25 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.cli.gpu_work import World
+from dsv4_plugin.config import INT4_BLOCKS
 from dsv4_plugin.kernels import packed
 from dsv4_plugin.kernels.experts import cpu as plain
 from dsv4_plugin.kernels.experts import kernel
 from dsv4_plugin.kernels.launch import pick
-from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix
+from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Int4Matrix, Matrix, NVFP4Matrix
 from dsv4_plugin.kernels.packed import cpu as packed_cpu
 from dsv4_plugin.kernels.packed import kernel as packed_kernel
 from dsv4_plugin.model.parallel import OwnExperts, SplitExperts
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
 from dsv4_plugin.quant.e4m3 import e4m3_values, round_e4m3
+from dsv4_plugin.quant.int4 import decode_int4
 from lab.kernels.cases import generator
 from lab.kernels.inputs import untouched
 from lab.kit import mode
 from lab.kit.mode import interpreted_first
 from tests.tolerances import BF16_SUM, OP_FP32, QUANTISED
 
-KINDS = ("fp8", "fp4", "nvfp4")
+KINDS = ("fp8", "fp4", "nvfp4", "int4")
 LIMIT = 1.0
 
 
@@ -43,6 +45,10 @@ def stack(kind: str, e: int, n_out: int, n_in: int, seed: int = 0) -> Matrix:
         scale = torch.rand(e, -(-n_out // 128), -(-n_in // 128), generator=g) / 1000
         return FP8Matrix(codes, scale.to(mode.DEVICE))
     data = byte(0, 256, e, n_out, n_in // 2)
+    if kind == "int4":
+        block = next(b for b in INT4_BLOCKS if n_in % b == 0)
+        scale = (torch.rand(e, n_out, n_in // block, generator=g) / 100).bfloat16()
+        return Int4Matrix(data, scale.to(mode.DEVICE))
     if kind == "fp4":
         return FP4Matrix(data, byte(118, 124, e, n_out, n_in // 32))
     top = (torch.rand(e, generator=g) + 0.5).to(mode.DEVICE) / 500
@@ -135,7 +141,7 @@ def test_packed_experts_as_served(gpu, kind):
     neighbouring e4m3 value."""
     x, layer = inputs(4, 256), packed_layer(kind, 3, 256, 160)
     ids, weight = choose(4, 3, 2)
-    rounding = kind != "nvfp4"
+    rounding = kind in ("fp4", "fp8")
     expected = plain.packed_experts(x, ids, weight, *layer, LIMIT, rounding)
     found = kernel.packed_experts(x, ids, weight, *layer, LIMIT, rounding)
     assert (found - expected).norm() / expected.norm() < QUANTISED
@@ -184,7 +190,9 @@ def test_experts_of_this_rank(gpu, monkeypatch):
     close(parts[0] + parts[1], plain.experts(x, ids, weight, w13, w2, c.swiglu_limit))
 
 
-@pytest.mark.parametrize("kind", [interpreted_first("fp8"), "fp4", interpreted_first("nvfp4")])
+@pytest.mark.parametrize(
+    "kind", [interpreted_first("fp8"), "fp4", *map(interpreted_first, ("nvfp4", "int4"))]
+)
 def test_alone_and_in_company(gpu, kind):
     """The same bits, in tiles for few rows and for many. (Consumer chips have one tile.)"""
     x, layer = inputs(30, 160), packed_layer(kind, 3, 160, 32)
@@ -223,6 +231,12 @@ def test_every_code(gpu):
         decode_nvfp4(nv.data, nv.scale, nv.top),
     )
     x = torch.eye(128, device=mode.DEVICE)
+    for block in INT4_BLOCKS:
+        scale = 2.0 ** (torch.arange(64 * 128 // block, device=mode.DEVICE) % 90 - 60.0)
+        int4 = Int4Matrix(pairs, scale.view(64, -1).bfloat16())
+        found = packed_kernel.product(x, int4)
+        assert torch.equal(found.t(), decode_int4(int4.data, int4.scale))
+        assert torch.equal(packed_kernel.product(x.bfloat16(), int4), found.bfloat16())
     for matrix, values in zip((fp8, mx, nv), exact, strict=True):
         assert torch.equal(packed_kernel.product(x, matrix).t(), values)
 

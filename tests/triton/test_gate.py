@@ -11,7 +11,8 @@ pytestmark = pytest.mark.usefixtures("made_on_device")
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "k"), [(3, 256, 6), (2, 384, 6), (5, 8, 2), (1, 7, 1)]
+    ("tokens", "experts", "k"),
+    [(3, 256, 6), (2, 384, 6), (5, 8, 2), (1, 7, 1), (4, 33, 4), (3, 132, 6)],
 )
 @pytest.mark.parametrize("hashed", [False, True])
 def test_gate(gpu, tokens, experts, k, hashed):

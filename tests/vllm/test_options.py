@@ -51,8 +51,8 @@ def configure(directory, **options):
         ),
         ({"tensor_parallel_size": 8}, "--tensor-parallel-size is 8; it must divide num_attention"),
         (
-            {"enable_expert_parallel": True, "tensor_parallel_size": 2, "data_parallel_size": 3},
-            "--enable-expert-parallel over 6 ranks needs n_routed_experts",
+            {"enable_expert_parallel": True, "tensor_parallel_size": 2, "data_parallel_size": 5},
+            "--enable-expert-parallel over 10 ranks needs an expert for each; n_routed_experts is",
         ),
         (
             {"speculative_config": MTP},

@@ -14,15 +14,16 @@ import vllm_ext
 from dsv4_plugin import load
 from dsv4_plugin.cache.rows import BFloat16Rows, FP4IndexRows, FP8IndexRows, FP8KVRows
 from dsv4_plugin.checkpoint.make import make_checkpoint
-from dsv4_plugin.config import CSA
-from tests.conftest import SMALL, random_ids
+from dsv4_plugin.config import CSA, V41_REFUSED
+from tests.conftest import SMALL, random_ids, v41_fields
 from tests.tolerances import LOGPROB
 from tests.vllm.test_options import configure
 from tests.vllm_chat.server import MODEL, Server
 from vllm_ext._compat import FP4_INDEXER
-from vllm_ext.config import cache_layout, model_config_of
+from vllm_ext.active import VISION_ARCHITECTURE
+from vllm_ext.config import SERVED_TYPE, cache_layout, model_config_of
 
-VARIANTS = ("fp8-fp4", "base", "nvfp4", "0731")
+VARIANTS = ("fp8-fp4", "base", "nvfp4", "0731", "vision")
 GUIDE = (
     "--trust-remote-code --kv-cache-dtype fp8 --block-size 256 --max-num-batched-tokens 65536 "
     "--max-num-seqs 1024 --attention_config.use_fp4_indexer_cache=True "
@@ -78,6 +79,20 @@ def test_variants_are_refused_before_weights_are_read(made, tmp_path):
         configure(tmp_path)
     with pytest.raises(ValueError, match="--quantization is 'fp8'; dsv4-plugin takes it from the"):
         configure(made / "fp8-fp4", quantization="fp8")
+
+
+def test_v41_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(v41_fields()))
+    with pytest.raises(Exception, match=re.escape(V41_REFUSED)):
+        configure(tmp_path)
+
+
+def test_vision_exp_is_the_plugin_s_for_text(made):
+    """vLLM gives its model another name, and knows of no images in it."""
+    config = configure(made / "vision").model_config
+    assert config.architectures == [VISION_ARCHITECTURE]
+    assert config.hf_config.model_type == SERVED_TYPE
+    assert not config.is_multimodal_model
 
 
 @pytest.mark.parametrize(

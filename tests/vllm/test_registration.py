@@ -31,12 +31,14 @@ def test_registering_twice_is_registering_once():
     active.check_active()
 
 
-@pytest.mark.parametrize("what", ["model", "tokenizer mode", "tool parser"])
+@pytest.mark.parametrize("what", ["model", "model of Vision-Exp", "tokenizer mode", "tool parser"])
 def test_another_plugin_is_noticed(what):
     vllm_ext.register()
     other = ("other.module", "Other")
     if what == "model":
         ModelRegistry.register_model(ARCHITECTURE, ":".join(other))
+    elif what == "model of Vision-Exp":
+        ModelRegistry.register_model(active.VISION_ARCHITECTURE, ":".join(other))
     elif what == "tokenizer mode":
         TokenizerRegistry.tokenizers[active.MODE] = other
     else:
@@ -52,12 +54,15 @@ def test_an_unknown_choice_is_refused(monkeypatch):
 
 
 def test_native_leaves_vllms_own(monkeypatch):
-    before = ModelRegistry.models[ARCHITECTURE], TokenizerRegistry.tokenizers[active.MODE]
+    def found():
+        models = [ModelRegistry.models[name] for name in active.MODELS]
+        return models, TokenizerRegistry.tokenizers[active.MODE]
+
+    before = found()
     monkeypatch.setenv(env.MODEL.name, "native")
     monkeypatch.setenv(env.CHAT.name, "native")
     vllm_ext.register()
-    after = ModelRegistry.models[ARCHITECTURE], TokenizerRegistry.tokenizers[active.MODE]
-    assert before == after
+    assert before == found()
 
 
 @pytest.mark.parametrize(("chat", "whose"), [("plugin", "dsv4-plugin's"), ("native", "vLLM's")])

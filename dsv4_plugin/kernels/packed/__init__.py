@@ -23,6 +23,7 @@ from dsv4_plugin.config import FP8_BLOCK
 from dsv4_plugin.kernels.dispatch import implementation
 from dsv4_plugin.quant.e2m1 import LOOKED_UP, NV_BLOCK, look_up, look_up_mxfp4
 from dsv4_plugin.quant.e4m3 import decode_e4m3
+from dsv4_plugin.quant.int4 import int4_quads
 
 ROUNDED = 128
 """Block of the inputs' e4m3 rounding, see `round_inputs`."""
@@ -120,6 +121,32 @@ class NVFP4Matrix:
         tile = _cast(look_up(data, *_buffers(data)), torch.float32)
         tile.unflatten(-1, (-1, NV_BLOCK)).mul_(scale[..., None])
         return _cast(tile, dtype)
+
+
+@dataclass(frozen=True)
+class Int4Matrix:
+    """data uint8 [out, in / 2], low nibble first; scale bfloat16 [out, in / block]. Values are
+    rounded to bfloat16 where products are of bfloat16."""
+
+    data: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.data.shape[-2], 2 * self.data.shape[-1]
+
+    @property
+    def block(self) -> int:
+        return self.shape[1] // self.scale.shape[-1]
+
+    def of(self, expert: int) -> Int4Matrix:
+        return Int4Matrix(self.data[expert], self.scale[expert])
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        data = self.data[start:stop]
+        tile = _cast(look_up(data, *_buffers(data), int4_quads(data.device)), dtype)
+        tile.unflatten(-1, (-1, self.block)).mul_(self.scale[start:stop, :, None])
+        return tile
 
 
 class _Memory(threading.local):

@@ -24,16 +24,26 @@ from dsv4_plugin.kernels.bits import (
     e4m3_decode,
     e4m3_encode,
     e4m3_scale,
+    int4_codes,
     ue8m0_decode,
 )
 from dsv4_plugin.kernels.launch import pick
-from dsv4_plugin.kernels.packed import ROUNDED, FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix
+from dsv4_plugin.kernels.packed import (
+    ROUNDED,
+    FP4Matrix,
+    FP8Matrix,
+    Int4Matrix,
+    Matrix,
+    NVFP4Matrix,
+)
 
 PLAIN = tl.constexpr(0)
 FP8 = tl.constexpr(1)
 MXFP4 = tl.constexpr(2)
 NVFP4 = tl.constexpr(3)
-"""How a weight is stored. PLAIN is [in, out], the others are [out, in]."""
+INT4 = tl.constexpr(32)
+"""How a weight is stored. PLAIN is [in, out], the others are [out, in]. From INT4 on: int4 with so
+many inputs to a scale."""
 
 DEPTH = 128
 """Inputs of one step: a block of FP8's scales."""
@@ -103,7 +113,7 @@ def operand(matrix: Matrix) -> Operand:
     """matrix: of one weight or, with the expert as first dim of its tensors, of all experts'.
 
     Raises ValueError where rows are no whole words."""
-    assert isinstance(matrix, FP8Matrix | FP4Matrix | NVFP4Matrix)
+    assert isinstance(matrix, FP8Matrix | FP4Matrix | NVFP4Matrix | Int4Matrix)
     codes, kind, height, top = _parts(matrix)
     if codes.shape[-1] % 4:
         raise ValueError(f"a packed weight's rows have {codes.shape[-1]} bytes; the kernels take 4")
@@ -114,19 +124,21 @@ def operand(matrix: Matrix) -> Operand:
     each, scale_each = (t.stride(0) if t.dim() == 3 else 0 for t in (words, scale))
     row = words.stride(-2)
     return Operand(
-        kind.value, words, scale, scale if top is None else top, outputs, inputs, row, each,
+        kind, words, scale, scale if top is None else top, outputs, inputs, row, each,
         scale_each, height,
     )  # fmt: skip
 
 
 def _parts(
-    matrix: FP8Matrix | FP4Matrix | NVFP4Matrix,
-) -> tuple[Tensor, tl.constexpr, int, Tensor | None]:
+    matrix: FP8Matrix | FP4Matrix | NVFP4Matrix | Int4Matrix,
+) -> tuple[Tensor, int, int, Tensor | None]:
     if isinstance(matrix, FP8Matrix):
-        return matrix.codes, FP8, matrix.height, None
+        return matrix.codes, FP8.value, matrix.height, None
     if isinstance(matrix, FP4Matrix):
-        return matrix.data, MXFP4, 1, None
-    return matrix.data, NVFP4, 1, matrix.top
+        return matrix.data, MXFP4.value, 1, None
+    if isinstance(matrix, Int4Matrix):
+        return matrix.data, matrix.block, 1, None
+    return matrix.data, NVFP4.value, 1, matrix.top
 
 
 @triton.jit
@@ -148,6 +160,20 @@ def _e2m1(words):
     k1, k5 = e2m1_codes(words >> 4, tl.bfloat16)
     k2, k6 = e2m1_codes(words >> 8, tl.bfloat16)
     k3, k7 = e2m1_codes(words >> 12, tl.bfloat16)
+    even = tl.join(tl.join(k0, k4), tl.join(k2, k6))
+    odd = tl.join(tl.join(k1, k5), tl.join(k3, k7))
+    return tl.reshape(tl.join(even, odd), (N, 8 * W))
+
+
+@triton.jit
+def _int4(words):
+    """int32 [N, W] of 8 codes -> bfloat16 [N, 8 W]."""
+    N: tl.constexpr = words.shape[0]
+    W: tl.constexpr = words.shape[1]
+    k0, k4 = int4_codes(words)
+    k1, k5 = int4_codes(words >> 4)
+    k2, k6 = int4_codes(words >> 8)
+    k3, k7 = int4_codes(words >> 12)
     even = tl.join(tl.join(k0, k4), tl.join(k2, k6))
     odd = tl.join(tl.join(k1, k5), tl.join(k3, k7))
     return tl.reshape(tl.join(even, odd), (N, 8 * W))
@@ -217,6 +243,17 @@ def _step(
         factor = tl.load(scale + at, mask=n < N, other=0.0)
         sums = tl.dot(x, tl.trans(tile.to(x.dtype)), input_precision="ieee")
         total += sums * factor[None, :]
+    elif KIND >= INT4:
+        SCALES: tl.constexpr = DEPTH // KIND
+        word = k // 8 + tl.arange(0, DEPTH // 8)
+        used = (n < N)[:, None] & (word < K // 8)[None, :]
+        tile = _int4(tl.load(w + n[:, None] * ROW + word[None, :], mask=used, other=0))
+        block = k // KIND + tl.arange(0, SCALES)
+        used = (n < N)[:, None] & (block < K // KIND)[None, :]
+        at = scale + n[:, None] * (K // KIND) + block[None, :]
+        factor = tl.load(at, mask=used, other=0.0).to(x.dtype)
+        tile = tl.reshape(tile.to(x.dtype), (W, SCALES, KIND)) * factor[:, :, None]
+        total = tl.dot(x, tl.trans(tl.reshape(tile, (W, DEPTH))), total, input_precision="ieee")
     else:
         BLOCK: tl.constexpr = 32 if KIND == MXFP4 else 16
         BLOCKS: tl.constexpr = DEPTH // BLOCK
