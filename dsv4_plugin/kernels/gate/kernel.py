@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_plugin.kernels.launch import require
+
 
 @triton.jit
 def _score(logit):
@@ -73,6 +75,8 @@ def gate(
     input_ids: Tensor,
 ) -> tuple[Tensor, Tensor]:
     tokens, experts = logits.shape
+    require(bias, table, input_ids)
+    assert logits.stride(1) == 1
     ids = torch.empty((tokens, k), dtype=torch.int64, device=logits.device)
     weight = torch.empty((tokens, k), dtype=torch.float32, device=logits.device)
     route[(tokens,)](
