@@ -19,6 +19,7 @@ from dsv4_plugin.cache.step import Step
 from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
 from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.config import SWA, ModelConfig
+from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.mtp import MTP
 from dsv4_plugin.model.parallel import LocalParallel
@@ -57,6 +58,9 @@ def load(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed are auto, {', '.join(DTYPES)}")
     kv_dtype = resolve_kv_dtype(kv_dtype, dtype)
+    layout = CacheLayout.of(config, kv_dtype, index_dtype=index_dtype)
+    if use_triton(place):
+        layout.require_kernel_rows()
     headers = check_checkpoint(config, directory, mtp)
     parallel = LocalParallel(config, DTYPES[dtype])
     with place:
@@ -68,7 +72,6 @@ def load(
             drafter = MTP(config, parallel)
         load_weights(drafter, read_tensors(headers, progress=False, mtp=True))
     log.info("%s.", model.weight_bytes)
-    layout = CacheLayout.of(config, kv_dtype, index_dtype=index_dtype)
     grown = layout.growth(config.compress_ratios)
     log.info("KV cache: %s, %.0f bytes per token.", layout.rows_named(), grown)
     return LocalModel(model, layout, drafter)

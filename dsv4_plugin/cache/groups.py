@@ -49,7 +49,8 @@ class Entries:
 class Pooling:
     """Compressor addresses of a ratio for a decode group.
 
-    before, sums: addresses of each token's open window state [G], read and written.
+    phase: each token's place in its window. before, sums: addresses of its open window's state [G],
+    read and written. carry_in, carry_out are None for HCA, which has none.
     opening, paging, fresh, closing, filling: indices into the group of the tokens that open a
     window; open a page after the first (their previous window's sums lie at carry_in); start the
     request; close a window (its entry, with RoPE factors cis, goes to kv_out / key_out); close a
@@ -62,13 +63,13 @@ class Pooling:
     opening: Tensor
     fresh: Tensor
     paging: Tensor
-    carry_in: Tensor
+    carry_in: Tensor | None
     closing: Tensor
     cis: Tensor
     kv_out: Tensor
     key_out: Tensor | None
     filling: Tensor
-    carry_out: Tensor
+    carry_out: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class SpanPooling:
     key_out: Tensor | None
     cis: Tensor
     carry_windows: Tensor
-    carry_out: Tensor
+    carry_out: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,10 @@ class _Grouping:
         kv, key = self._entry(ratio, "kv", who, entry), self._key(ratio, who, entry)
         return Entries(visible, count, hidden, kv, key)
 
-    def _carry(self, ratio: int, request: Tensor, page: Tensor) -> Tensor:
-        offset = self.layout.page[ratio].parts["carry"].offset if ratio == CSA else 0
+    def _carry(self, ratio: int, request: Tensor, page: Tensor) -> Tensor | None:
+        if ratio != CSA:
+            return None
+        offset = self.layout.page[ratio].parts["carry"].offset
         return self.tables.page[request, page].long() * self.tables.page_stride + offset
 
     def _sums(self, ratio: int, request: Tensor, position: Tensor) -> Tensor:

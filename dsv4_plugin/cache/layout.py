@@ -4,9 +4,9 @@ Three kinds of block, all managed by the engine:
 
 - window block: `window_block` token rows, the last `sliding_window` tokens of a request;
 - page: everything that lasts, for `page_size` tokens: compressed rows, indexer keys, and for CSA
-  the carry (half-open pooling sums of the page's last window) that the next page starts from;
-- ring: one per running request, the pooling sums of the window that is still open, one row for
-  each of the last `ring_rows` positions.
+  the carry (the sums of half 0 of the page's last window) that the next page starts from;
+- ring: one per running request, the pooling sums after its last position, or after each of its
+  last `ring_rows` positions, in a row each.
 
 Every ratio divides the page, so a prefix that ends with a page needs nothing but its pages and
 the window rows: prefix caching, preemption and chunking are plain consequences of that.
@@ -28,6 +28,7 @@ from dsv4_plugin.cache.rows import (
     FP8IndexRows,
     FP8KVRows,
     RowCodec,
+    RowFormat,
 )
 from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
 
@@ -103,6 +104,11 @@ class CacheLayout:
             raise ValueError(
                 f"index_dtype is {index_dtype!r}; allowed are {', '.join(INDEX_DTYPES)}"
             )
+        if index_dtype == "fp4" and config.index_head_dim not in (32, 64, 128):
+            raise ValueError(
+                f"index_dtype is 'fp4' and index_head_dim is {config.index_head_dim}; fp4 keys "
+                "have 32, 64 or 128 values, whose scales fill one word"
+            )
         if index_dtype != "auto":
             key = _INDEX_ROWS[index_dtype](config.index_head_dim)
         d = config.head_dim
@@ -117,6 +123,14 @@ class CacheLayout:
             ring[HCA] = BlockLayout.of(sums=(Float32Rows(3 * d), rows))
         window = BlockLayout.of(kv=(kv, window_block))
         return cls(config.sliding_window, page_size, window_block, rows, window, page, ring)
+
+    def require_kernel_rows(self) -> None:
+        """Raise ValueError where rows are of a format that Triton's kernels do not read."""
+        if self.window.parts["kv"].codec.format == RowFormat.FLOAT32:
+            raise ValueError(
+                "KV rows are float32, which Triton's kernels do not read; ask for bfloat16 or fp8 "
+                "rows, or set DSV4_KERNELS=torch"
+            )
 
     def rows_named(self) -> str:
         """For a log line: `FP8KV rows, FP4Index keys`."""

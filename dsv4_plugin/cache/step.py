@@ -30,7 +30,7 @@ class Step:
     """Rows that are padding have position -1 and request 0; nothing is written for them.
 
     position, request: int32 [T]. window_write: int64 [T], the word address of each row's window
-    entry, -1 for none. query_start: int [B + 1], first row of each request; seq_lens: int [B],
+    row, -1 for none. query_start: int [B + 1], first row of each request; seq_lens: int [B],
     lengths after this step. cis: by ratio, float32 [T, rope_dim], (cos, sin) pairs at the row's
     position; entry_cis: the same at the first position of the window of `ratio` tokens it is in.
     longest_query, longest: most rows, and most tokens, that a request may have (bounds; host).

@@ -142,6 +142,7 @@ def store_kv_row(
         if FORMAT == BFLOAT16:
             tl.store(row + pair, pairs, mask=pair < D // 2)
         else:
+            tl.static_assert(FORMAT == FP8)
             at = block * 64 + tl.arange(0, 64)[None, :]
             plain = tl.where(at < PLAIN, x, 0.0)
             byte, inverse = e4m3_scale(tl.max(tl.abs(plain), 1))
@@ -193,6 +194,7 @@ def store_key_row(row, x, WIDTH: tl.constexpr, FORMAT: tl.constexpr):
         one = WIDTH // 4 + tl.arange(0, 1)
         tl.store(row + one, ue8m0_decode(byte).to(tl.int32, bitcast=True))
     else:
+        tl.static_assert(FORMAT == FP4)
         BLOCKS: tl.constexpr = WIDTH // 32
         blocks = tl.reshape(x, (BLOCKS, 32))
         byte, inverse = e2m1_scale(tl.max(tl.abs(blocks), 1))

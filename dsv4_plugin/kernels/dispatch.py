@@ -1,7 +1,8 @@
 """Which implementation of an operation runs.
 
-An operation is a package with one function, whose module `reference` defines it in plain torch, to
-be read; `cpu` is torch's fast way, `kernel` Triton's. Which one a device takes is decided once.
+An operation is a package whose module `reference` defines it in plain torch, to be read; `cpu` is
+torch's fast way, made for CPUs, which GPUs without Triton take too; `kernel` is Triton's. Which one
+a device takes is decided once.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ MODULES = {"triton": "kernel", "torch": "cpu", "reference": "reference"}
 
 
 def implementation(operation: str, device: torch.device) -> Any:
-    """The module of an operation's package that computes it on a device."""
+    """The module that computes an operation on a device; operation: its package's `__name__`."""
     return _module(operation, device.type, device.index)
 
 
 def use_triton(device: torch.device) -> bool:
     """Are this device's operations Triton's?"""
-    return chosen(device.type, device.index) == "triton"
+    return choice_for(device.type, device.index) == "triton"
 
 
 def require_driver() -> None:
@@ -44,7 +45,7 @@ def require_driver() -> None:
     if any(backend.driver.is_active() for backend in backends.values()):
         return
     try:
-        assert driver.active  # one that was put there, as by tests
+        assert driver.active  # It may be one that was put there, as tests do.
     except RuntimeError:
         raise ValueError(
             "DSV4_KERNELS is 'triton', but Triton finds no GPU driver here; "
@@ -53,7 +54,7 @@ def require_driver() -> None:
 
 
 @lru_cache
-def chosen(kind: str, index: int | None) -> str:
+def choice_for(kind: str, index: int | None) -> str:
     """triton, torch or reference, for a device; logged once, with the reason.
 
     Raises ModuleNotFoundError where DSV4_KERNELS=triton and there is no Triton."""
@@ -64,12 +65,12 @@ def chosen(kind: str, index: int | None) -> str:
 
 @lru_cache
 def _module(operation: str, kind: str, index: int | None) -> Any:
-    return import_module(f"{operation}.{MODULES[chosen(kind, index)]}")
+    return import_module(f"{operation}.{MODULES[choice_for(kind, index)]}")
 
 
 def choose_again() -> None:
     """Forget what was chosen: DSV4_KERNELS has changed, as it does in tests."""
-    chosen.cache_clear()
+    choice_for.cache_clear()
     _module.cache_clear()
 
 

@@ -1,8 +1,9 @@
 """Functions whose bits do not depend on the backend: plain IEEE additions, products and quotients.
 
-Whatever ends in a cache is made of these, here in torch and in `device` for Triton, step by step
-the same; so a cache written by either path holds the same bytes. Sums over a row are float64,
-where the order of the terms is lost in rounding to float32.
+Whatever the definitions (`reference`) put into a cache is made of these, and of their twins in
+`device` what Triton's kernels put there, step by step the same: so both write the same bytes. (The
+fast ways in torch come close.) Sums over a row are float64, where the order of the terms is lost in
+rounding to float32.
 """
 
 from __future__ import annotations

@@ -31,11 +31,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, parallel: Parallel, layer: int, prefix: str) -> None:
         super().__init__()
         c, d = config, config.head_dim
-        self.ratio, self.window, self.eps = (
-            c.compress_ratios[layer],
-            c.sliding_window,
-            c.rms_norm_eps,
-        )
+        self.ratio, self.eps = c.compress_ratios[layer], c.rms_norm_eps
+        self.sliding_window = c.sliding_window
         self.heads, self.dim, self.dtype = c.num_attention_heads // parallel.size, d, parallel.dtype
         self.topk, n_heads = c.index_topk, c.num_attention_heads
         groups = OutputGroups(n_heads, c.o_groups, parallel.rank, parallel.size)
@@ -82,10 +79,8 @@ class Attention(nn.Module):
             entries = cache.entries(step.tables)
         if self.ratio == CSA and step.longest // CSA > self.topk:
             chosen = self.indexer(x, qr, cis, step, cache)
-        window = cache.window_rows(step.tables)
-        o = attention(
-            q, self.attn_sink, cis, step, window, self.window, entries, self.ratio, chosen
-        )
+        window, size = cache.window_rows(step.tables), self.sliding_window
+        o = attention(q, self.attn_sink, cis, step, window, size, entries, self.ratio, chosen)
         o = o.to(x.dtype).view(-1, self.groups, self.heads * self.dim // self.groups)
         out: Tensor = self.wo_b(self.wo_a(o))
         return out

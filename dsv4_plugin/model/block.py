@@ -24,7 +24,8 @@ pass over them."""
 
 
 class Block(nn.Module):
-    """attend: the attention, or what an engine puts around it where its captured graphs break."""
+    """attend: the attention, or what an engine puts around it where its captured graphs break.
+    It is bound when the block is made: hooks on `attn` are not called."""
 
     def __init__(self, config: ModelConfig, parallel: Parallel, layer: int, prefix: str) -> None:
         super().__init__()

@@ -26,11 +26,8 @@ class Indexer(nn.Module):
 
     def __init__(self, config: ModelConfig, parallel: Parallel, prefix: str) -> None:
         super().__init__()
-        n_heads, self.dim, self.topk = (
-            config.index_n_heads,
-            config.index_head_dim,
-            config.index_topk,
-        )
+        n_heads = config.index_n_heads
+        self.dim, self.topk = config.index_head_dim, config.index_topk
         split = parallel.size > 1 and n_heads % parallel.size == 0
         self.heads = n_heads // parallel.size if split else n_heads
         self.reduce = parallel.all_reduce if split else _as_it_is

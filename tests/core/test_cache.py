@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,7 +17,9 @@ from dsv4_plugin.cache.rows import (
     FP8KVRows,
     RowPool,
 )
-from dsv4_plugin.config import CSA, HCA
+from dsv4_plugin.config import CSA, HCA, SWA
+from dsv4_plugin.kernels import dispatch
+from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, quantise_mxfp4
 from lab.kernels.sizes import flash
 from tests.conftest import random_ids
@@ -121,3 +125,14 @@ def test_fp8_does_not_depend_on_the_chunk(small):
     model = load(small, dtype="float32", kv_dtype="fp8")
     whole, parts = model.logits(ids, chunk=300), model.logits(ids, chunk=7)
     assert (whole - parts).abs().mean() / whole.std() < FP8_KV / 4
+
+
+def test_formats_that_kernels_do_not_have_are_refused(monkeypatch):
+    wide = replace(flash([CSA]), index_head_dim=256)
+    with pytest.raises(ValueError, match="index_head_dim is 256; fp4 keys have 32, 64 or 128"):
+        CacheLayout.of(wide, "fp8", index_dtype="fp4")
+    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    dispatch.choose_again()
+    config = flash([SWA])
+    with pytest.raises(ValueError, match="KV rows are float32, which Triton's kernels do not read"):
+        StepBuilder(config, CacheLayout.of(config, "float32"), 1, "cpu")

@@ -127,7 +127,7 @@ MUTANTS = [
     Mutant("a page goes on with its own carry", GROUPS, "position[paging] // size - 1)", "position[paging] // size)", "core/test_exact", "chunks and 1"),
     Mutant("the window of a span is a row short", GROUPS, "max(0, p0 - self.window + 1), total", "max(0, p0 - self.window + 2), total", "core/test_exact", "chunks and 64"),
     Mutant("the sink is left out on CPUs", CPU_ATTENTION, "[..., -1] = sink", "[..., -1] = -1e30", "core/test_ops"),
-    Mutant("rejected drafts stay", SPECULATE, "batch.lengths[running] -= self.n - kept", "pass", "core/test_mtp", "wrong"),
+    Mutant("rejected drafts stay", SPECULATE, "batch.lengths[running] -= self.n - kept.cpu()", "pass", "core/test_mtp", "wrong"),
     Mutant("a file's end is not checked", FILES, "if size != end:", "if size < first:", "core/test_bad_input"),
     # The bench
     Mutant("chunks are counted as tokens", BENCH_CLIENT, "self.arrivals.append((now, tokens))", "self.arrivals.append((now, len(self.arrivals) + 1))", "core/test_bench", "tokens"),

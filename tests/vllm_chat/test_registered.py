@@ -9,7 +9,7 @@ from vllm.tokenizers import TokenizerRegistry
 from vllm.tool_parsers import ToolParserManager
 
 import vllm_ext
-from vllm_ext import registration
+from vllm_ext import active
 
 OWN = ("engine.module", "Own")
 REGISTRIES = {
@@ -27,12 +27,11 @@ def registered(monkeypatch):
     def register(choice):
         monkeypatch.setenv("DSV4_CHAT", choice)
         for owner, name in REGISTRIES.values():
-            monkeypatch.setattr(owner, name, {registration.MODE: OWN})
+            monkeypatch.setattr(owner, name, {active.MODE: OWN})
         vllm_ext.register()
         vllm_ext.register()
         return {
-            what: getattr(owner, name)[registration.MODE]
-            for what, (owner, name) in REGISTRIES.items()
+            what: getattr(owner, name)[active.MODE] for what, (owner, name) in REGISTRIES.items()
         }
 
     return register
@@ -40,12 +39,12 @@ def registered(monkeypatch):
 
 def test_the_plugins_chat_replaces_the_engines(registered):
     assert registered("plugin") == {
-        "tokenizer mode": registration.TOKENIZER,
-        "renderer": registration.RENDERER,
-        "tool parser": registration.TOOL_PARSER,
-        "reasoning parser": registration.REASONING_PARSER,
+        "tokenizer mode": active.TOKENIZER,
+        "renderer": active.RENDERER,
+        "tool parser": active.TOOL_PARSER,
+        "reasoning parser": active.REASONING_PARSER,
     }
-    registration.check_active()
+    active.check_active()
 
 
 def test_native_leaves_the_engines_in_place(registered):
@@ -56,6 +55,6 @@ def test_native_leaves_the_engines_in_place(registered):
 def test_another_plugin_is_noticed(registered, what):
     registered("plugin")
     owner, name = REGISTRIES[what]
-    getattr(owner, name)[registration.MODE] = ("other.module", "Other")
+    getattr(owner, name)[active.MODE] = ("other.module", "Other")
     with pytest.raises(RuntimeError, match=f"its {what} is not active: .* other.module"):
-        registration.check_active()
+        active.check_active()

@@ -113,11 +113,13 @@ class _Compressing:
                 row = row.float() @ hadamard(row.shape[-1], row.device)
             target.pool.write(address, row)
 
-    def _carried(self, address: Tensor) -> Tensor:
+    def _carried(self, address: Tensor | None) -> Tensor:
         assert self.carry is not None
+        assert address is not None
         packed = self.carry.read(address, torch.float32)
         return sums.unpack(packed.unflatten(-1, (2, -1)))
 
-    def _carry(self, state: Tensor, address: Tensor) -> None:
+    def _carry(self, state: Tensor, address: Tensor | None) -> None:
         assert self.carry is not None
+        assert address is not None
         self.carry.write(address, sums.pack(state).flatten(1))

@@ -24,7 +24,7 @@ def experts(
 ) -> Tensor:
     """x [T, D]; ids int64 [T, k]; weight float32 [T, k]; w13 [E, D, 2F]; w2 [E, F, D] -> [T, D].
 
-    On GPUs, ids may be of no expert here (-1), which adds nothing.
+    For Triton's kernels ids may be of no expert here (-1), which adds nothing.
     """
     out: Tensor = implementation(__name__, x.device).experts(x, ids, weight, w13, w2, limit)
     return out

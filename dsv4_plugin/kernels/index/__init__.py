@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.step import Step
-from dsv4_plugin.kernels.dispatch import chosen, implementation
+from dsv4_plugin.kernels.dispatch import choice_for, implementation
 
 SCORE_VALUES = 1 << 26
 """Most scores kept at a time (256 MiB): more rows take their turn."""
@@ -41,7 +41,7 @@ def choose(
         reduce: sums scores [T, n] over ranks, where each has some of the heads.
     """
     work = implementation(__name__, q.device)
-    if chosen(q.device.type, q.device.index) == "torch":
+    if choice_for(q.device.type, q.device.index) == "torch":
         found: Tensor = work.choose(q, weight, cis, keys, step, ratio, k, reduce)
         return found
     q, weight = work.queries(q, weight, cis, keys.pool.codec.format)

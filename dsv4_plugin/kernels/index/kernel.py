@@ -22,7 +22,7 @@ from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.kernels.arrival import counters, is_last
 from dsv4_plugin.kernels.bits import e2m1_codes, e4m3_codes
-from dsv4_plugin.kernels.device import FP4, FP8, alignment, row_pointers
+from dsv4_plugin.kernels.device import BFLOAT16, FP4, FP8, alignment, row_pointers
 from dsv4_plugin.kernels.launch import pick
 
 BLOCKS = (1024, 4096, 16384)
@@ -174,7 +174,7 @@ def index_scores(
         k2 = k0
         k3 = k0
         scale = tl.zeros((ENTRIES,), tl.float32)
-        holds = first * 0 - 1  # the request whose keys these are
+        holds = first * 0 - 1  # The request whose keys these are. (No constant: it changes.)
         for j in range(ROWS):
             t = first + j
             pos = tl.load(position + t, mask=t < rows, other=-1)
@@ -196,6 +196,7 @@ def index_scores(
                     elif FORMAT == FP4:
                         k0, k1, k2, k3, scale = _narrow_keys(row, ok, C, P)
                     else:
+                        tl.static_assert(FORMAT == BFLOAT16)
                         k0, k1, k2, k3, scale = _wide_keys(row, ok, C, P)
                     holds = who
                 at = q + (t.to(tl.int64) * INDEX_HEADS + h[:, None]) * C + p[None, :]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
+from dsv4_plugin.kernels import exact
 from dsv4_plugin.quant.e2m1 import round_mxfp4
 
 
@@ -24,16 +25,9 @@ def queries(q: Tensor, weight: Tensor, cis: Tensor, keys: RowFormat) -> tuple[Te
         float16 [T, I, c] with every head's largest value in [0.5, 1), and float32 [T, I]: the
         weights times what was divided out. (The score is linear in both.)
     """
-    width, dim = cis.shape[1], q.shape[-1]
-    pairs = torch.view_as_complex(q[..., -width:].float().unflatten(-1, (-1, 2)).contiguous())
-    turned = pairs * torch.view_as_complex(cis.unflatten(-1, (-1, 2)).contiguous())[:, None]
-    tail = torch.view_as_real(turned).flatten(-2)
-    x = torch.cat([q[..., :-width].float(), tail.to(q.dtype).float()], -1)
+    x = exact.rotate(q, cis).float()
     if keys in (RowFormat.FP8, RowFormat.FP4):
-        for _ in range(dim.bit_length() - 1):
-            a, b = x[..., 0::2], x[..., 1::2]
-            x = torch.cat([a + b, a - b], -1)
-        x = x * dim**-0.5
+        x = exact.hadamard(x)
     if keys == RowFormat.FP4:
         x = round_mxfp4(x)
     _, exponent = torch.frexp(x.abs().amax(-1))

@@ -25,7 +25,7 @@ def qkv(
 
     q [T, H, d] and kv [T, d] in the model's dtype; weight float32 [d], of kv's norm; cis float32
     [T, rope_dim]; address int64 [T], -1 for rows that are not written. Returns q's shape, in its
-    dtype; on CPUs, which attend in it, in float32. q may be overwritten.
+    dtype; torch's fast way, which attends in float32, returns that. q may be overwritten.
     """
     out: Tensor = implementation(__name__, q.device).qkv(q, kv, weight, eps, cis, address, window)
     return out

@@ -1,4 +1,4 @@
-"""Builds a step's metadata: one launch and four torch operations, without a host sync.
+"""Builds a step's metadata: a launch and a few torch operations, without a host sync.
 
 All results live in buffers made once, so that a captured graph finds them where they were.
 """
@@ -32,12 +32,7 @@ class Rows:
 class StepBuilder:
     """Computes steps of at most `rows` rows for one model and cache layout.
 
-    Args of `build`:
-        tables: block numbers of every request, int32 or int64.
-        query_start: int [B + 1], first row of each request in the flat batch.
-        seq_lens: int [B], length of each request after this step; padding requests bring no rows.
-        rows: rows of the batch, padding included.
-        longest_query, longest: most rows and most tokens that a request may have.
+    Raises ValueError where kernels are Triton's and the layout's rows are not theirs.
     """
 
     def __init__(
@@ -59,6 +54,7 @@ class StepBuilder:
         size = len(grains) * rows * config.qk_rope_head_dim
         self.cis = torch.zeros(size, dtype=torch.float32, device=device)
         if use_triton(self.cis.device):
+            layout.require_kernel_rows()
             from dsv4_plugin.kernels import arrival
 
             arrival.prepare(self.cis.device)
@@ -72,6 +68,15 @@ class StepBuilder:
         longest_query: int,
         longest: int,
     ) -> Step:
+        """
+        Args:
+            tables: block numbers of every request, int32 or int64.
+            query_start: int [B + 1], first row of each request in the flat batch.
+            seq_lens: int [B], length of each request after this step; padding requests bring no
+                rows.
+            rows: rows of the batch, padding included.
+            longest_query, longest: most rows and most tokens that a request may have.
+        """
         if rows > self.rows:
             raise ValueError(f"a step has {rows} rows; room is for {self.rows}")
         kinds, pairs = len(self.grains), self.frequency.shape[-1]

@@ -44,8 +44,8 @@ def streams(
     """Let a sublayer's output join the streams, and collapse them to the next sublayer's input.
 
     out [T, D], the last output, which joins by `by` (both None: h is as it should be); h [T, R, D]
-    in the model's dtype. Returns h' [T, R, D], on CPUs in float32 though of the same values; the
-    normed input x [T, D]; and how the output of that will join (None for the head).
+    in the model's dtype. Returns h' [T, R, D], from torch's fast way in float32 though of the
+    same values; the normed input x [T, D]; how the output of that will join (None for the head).
     """
     found: tuple[Tensor, Tensor, Spread | None] = implementation(__name__, h.device).streams(
         out, h, by, mixer
