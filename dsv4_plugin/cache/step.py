@@ -57,18 +57,13 @@ class Step:
         return self.longest_query >= TILED
 
     @cached_property
-    def padding(self) -> Tensor:
-        """Which rows are, bool [T]."""
-        return self.position < 0
-
-    @cached_property
     def sees(self) -> Tensor:
         """The last position that each row sees: its own, or its block's last; int32 [T]. So a row
-        sees the `span` rows that end there: the window's, and those of the block."""
+        sees the window's rows and those of the block, all of which end there."""
         if not self.together:
             return self.position
         last = self.seq_lens.int()[self.request] - 1
-        return last.masked_fill(self.padding, -1)
+        return last.masked_fill(self.position < 0, -1)
 
     @cached_property
     def groups(self) -> Groups:

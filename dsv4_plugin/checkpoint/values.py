@@ -22,6 +22,8 @@ def check_values(config: ModelConfig, name: str, tensor: Tensor) -> None:
     """
     if name.endswith("tid2eid"):
         _check_experts(name, tensor, config.n_routed_experts)
+    elif name.endswith(".weight_shape"):
+        _check_shape(config, name, tensor)
     elif SCALE.fullmatch(name):
         _check_scales(name, tensor)
     elif tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel() <= LARGEST:
@@ -35,6 +37,14 @@ def _check_experts(name: str, table: Tensor, experts: int) -> None:
             f"{name} names expert {low if low < 0 else high}; n_routed_experts is {experts}, so "
             f"allowed are 0 to {experts - 1}"
         )
+
+
+def _check_shape(config: ModelConfig, name: str, shape: Tensor) -> None:
+    true = [config.moe_intermediate_size, config.hidden_size]
+    if ".w2." in name:
+        true.reverse()
+    if shape.tolist() != true:
+        raise ValueError(f"{name} is {shape.tolist()}; the weight is {true}")
 
 
 def _check_scales(name: str, scales: Tensor) -> None:

@@ -186,6 +186,8 @@ def values(folder: Path, random: Random) -> str | None:
     where = random.randrange(len(flat))
     if name.endswith("tid2eid"):
         flat[where] = random.choice([-1, 8, 1 << 40, -(1 << 62)])
+    elif name.endswith("weight_shape"):
+        flat[where] = random.choice([0, -1, 1 << 40, int(flat[where]) + 1])
     elif SCALE.fullmatch(name) and random.random() < 0.3:
         flat.zero_()
     elif SCALE.fullmatch(name) and tensor.dtype == torch.uint8:

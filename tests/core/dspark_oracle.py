@@ -104,7 +104,7 @@ class Oracle:
         logits = x @ w[f"{name}.ffn.gate.weight"].T
         ids, weight = gate(
             logits, c.num_experts_per_tok, c.routed_scaling_factor, w[f"{name}.ffn.gate.bias"],
-            None, torch.zeros(len(x), dtype=torch.int64),
+            None, torch.zeros(len(x), dtype=torch.int64), torch.zeros(len(x), dtype=torch.int64),
         )  # fmt: skip
 
         def stack(which: str, prefix: str, numbers: list[str]) -> Tensor:

@@ -254,7 +254,7 @@ def broken(source, folder, damage):
         (
             "ct-w4a16",
             lambda t: t[f"{E}.weight_shape"].copy_(torch.tensor([64, 128])),
-            r"experts\.3\.w2\.weight_shape is \[64, 128\]; the weight is \[128, 64\]",
+            r"layers.1.ffn.experts.3.w2.weight_shape is \[64, 128\]; the weight is \[128, 64\]",
         ),
         (
             "ct-w4a16",

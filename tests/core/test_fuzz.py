@@ -22,6 +22,9 @@ from tests.conftest import A_LAYER_OF_EACH, random_ids
 from tests.core.damage import KINDS, damaged
 
 FORMATS = ("bf16", "base", "fp8-fp4", "nvfp4")
+OTHERS = ("vision", "ct-nvfp4", "ct-w4a16")
+EACH = 60
+"""Damages of each of OTHERS."""
 VOCAB = 64
 IDS = random_ids(12, seed=1, vocab=VOCAB)
 SECONDS, MEMORY = 10, 2 << 30
@@ -40,35 +43,49 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make, "SHARD_BYTES", 1 << 18)
-        for fmt in FORMATS:
+        for fmt in FORMATS + OTHERS:
             overrides = A_LAYER_OF_EACH | {"vocab_size": VOCAB}
             make.make_checkpoint(root / fmt, "tiny", 1, overrides, tokenizer=False, fmt=fmt)
-    return {fmt: root / fmt for fmt in FORMATS}
+    return {fmt: root / fmt for fmt in FORMATS + OTHERS}
 
 
 @pytest.mark.parametrize(
     ("first", "count"), [(0, 200), pytest.param(200, 10_000, marks=pytest.mark.thorough)]
 )
 def test_damages(whole: dict[str, Path], first: int, count: int) -> None:
-    truth = {fmt: answer(folder) for fmt, folder in whole.items()}
-    tensors = {fmt: set(read_headers(folder)) for fmt, folder in whole.items()}
+    randoms = {seed: Random(seed) for seed in range(first, first + count)}
+    drawn = {seed: random.choice(FORMATS) for seed, random in randoms.items()}
     found: Counter[str] = Counter()
-    for seed in range(first, first + count):
-        random = Random(seed)
-        fmt = random.choice(FORMATS)
+    for fmt in FORMATS:
+        found += outcomes(whole[fmt], {s: r for s, r in randoms.items() if drawn[s] == fmt})
+    assert found["refused"] > count / 2
+    assert found["the same"] > 0
+
+
+@pytest.mark.parametrize("fmt", OTHERS)
+def test_damages_of_other_formats(whole: dict[str, Path], fmt: str) -> None:
+    found = outcomes(whole[fmt], {seed: Random(seed) for seed in range(EACH)})
+    assert found["refused"] > EACH / 2
+    assert found["the same"] > 0
+
+
+def outcomes(whole: Path, randoms: dict[int, Random]) -> Counter[str]:
+    """Of one damage per seed."""
+    truth, known = answer(whole), set(read_headers(whole)) | set(FIELDS.fields)
+    found: Counter[str] = Counter()
+    for seed, random in randoms.items():
         with TemporaryDirectory() as name:
             folder = Path(name) / "damaged"
             folder.mkdir()
-            for file in whole[fmt].iterdir():
+            for file in whole.iterdir():
                 (folder / file.name).symlink_to(file)
             files = {file.name for file in folder.iterdir()}
-            what = f"seed {seed}, {fmt}, {damaged(folder, random)}"
+            what = f"seed {seed}, {whole.name}, {damaged(folder, random)}"
             with limits(what):
-                outcome = outcome_of(folder, truth[fmt], files | tensors[fmt] | set(FIELDS.fields))
+                outcome = outcome_of(folder, truth, files | known)
             assert outcome in ("refused", "the same"), f"{what}: {outcome}"
             found[outcome] += 1
-    assert found["refused"] > count / 2
-    assert found["the same"] > 0
+    return found
 
 
 def outcome_of(folder: Path, truth: torch.Tensor, names: set[str]) -> str:

@@ -45,7 +45,9 @@ def test_bfloat16(serve, tiny: Path, option: str, kv_dtype: str):
     assert sum(output.cached for output in warm) > 0
 
 
-@pytest.mark.parametrize("fmt", ["fp8-fp4", "nvfp4", "base", "0731", "vision"])
+@pytest.mark.parametrize(
+    "fmt", ["fp8-fp4", "nvfp4", "base", "0731", "vision", "ct-nvfp4", "ct-w4a16"]
+)
 def test_packed_weights_and_fp4_indexer_keys(tmp_path_factory, fmt: str):
     """Quantised weights, and an option that SGLang itself refuses on a CPU."""
     folder = tmp_path_factory.mktemp("packed")
