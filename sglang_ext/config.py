@@ -153,6 +153,12 @@ def allow_fp4_indexer(server_args: ServerArgs, previous: Callable[[ServerArgs], 
 
 
 def refuse_unsupported(server_args: ServerArgs) -> None:
+    if server_args.speculative_algorithm == "DSPARK":
+        raise NotImplementedError(
+            "--speculative-algorithm is 'DSPARK', which SGLang has on GPUs only, for its own "
+            "network (DSV4_MODEL=native); dsv4-plugin drafts with it in its local engine: "
+            "load(DIR, mtp=True).generate(..., num_speculative_tokens=5)"
+        )
     for name, allowed in SUPPORTED.items():
         value = getattr(server_args, name)
         if value not in allowed:

@@ -221,6 +221,13 @@ def test_unsupported_arguments_are_named(name: str, value: object):
         refuse_unsupported(args)
 
 
+def test_who_has_dspark_is_named():
+    args = SimpleNamespace(**{field: allowed[0] for field, allowed in SUPPORTED.items()})
+    args.speculative_algorithm = "DSPARK"
+    with pytest.raises(NotImplementedError, match=r"'DSPARK', .* load\(DIR, mtp=True\).generate"):
+        refuse_unsupported(args)
+
+
 def test_refusals_name_options():
     """By the names that SGLang's command line has."""
     fields = inspect.signature(ServerArgs).parameters
