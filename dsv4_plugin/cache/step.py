@@ -54,11 +54,6 @@ class Step:
         return self.longest_query >= TILED
 
     @cached_property
-    def padding(self) -> Tensor:
-        """Which rows are, bool [T]."""
-        return self.position < 0
-
-    @cached_property
     def groups(self) -> Groups:
         """The step as CPUs work through it; found when the first layer asks."""
         return group(

@@ -288,10 +288,18 @@ def router(world: World) -> Work:
 
     logits, bias = 3 * world.random(world.rows, EXPERTS), world.random(EXPERTS)
     ids = torch.zeros(world.rows, dtype=torch.int64, device=world.device)
-    args = (logits, 6, 1.5, bias, None, ids)
+    args = (logits, 6, 1.5, bias, None, ids, ids)
     return Work(
         lambda: list(kernel.gate(*args)), lambda: list(reference.gate(*args)), logits.nbytes
     )
+
+
+def shared_activation(world: World) -> Work:
+    from dsv4_plugin.kernels.swiglu import kernel, reference
+
+    gate, up = (world.random(world.rows, EXPERT_WIDTH, dtype=torch.bfloat16) for _ in range(2))
+    args = (gate, -up, LIMIT, torch.bfloat16)
+    return Work(lambda: [kernel.swiglu(*args)], lambda: [reference.swiglu(*args)], 3 * gate.nbytes)
 
 
 def _read(world: World, nbytes: int) -> int:
@@ -443,6 +451,7 @@ WORK: dict[str, Callable[[World], Work]] = {
     "compressor, HCA": partial(compressor, ratio=HCA),
     "residual streams": residual_streams,
     "router": router,
+    "shared expert's SwiGLU": shared_activation,
     "index queries": index_queries,
     "index scores and top-k": index,
     "attention, SWA": partial(attention, ratio=SWA),

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TypeVar
 
+import torch
 import triton
 from triton.runtime.driver import driver
 
@@ -42,6 +43,12 @@ def architecture() -> str:
 def _architecture(device: object) -> str:
     target = driver.active.get_current_target()
     return f"sm{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
+
+
+def require(*tensors: torch.Tensor | None) -> None:
+    """A kernel's contract: that it counts on these being contiguous."""
+    for tensor in tensors:
+        assert tensor is None or tensor.is_contiguous(), (tensor.shape, tensor.stride())
 
 
 def pick(table: Mapping[str, T]) -> T:

@@ -31,7 +31,8 @@ class Gate(nn.Module):
             bias = torch.empty(config.n_routed_experts, dtype=torch.float32)
             self.bias = nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D], input_ids int [T] -> expert ids int64 [T, k], weights float32 [T, k]."""
+    def forward(self, x: Tensor, input_ids: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, D], input_ids and position int [T] -> expert ids int64 [T, k] and their weights,
+        float32 [T, k]; see the operation for rows of padding."""
         logits = nn.functional.linear(x.float(), self.weight)
-        return gate(logits, self.k, self.scale, self.bias, self.tid2eid, input_ids)
+        return gate(logits, self.k, self.scale, self.bias, self.tid2eid, input_ids, position)

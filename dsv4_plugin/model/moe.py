@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.kernels.dispatch import use_triton
-from dsv4_plugin.kernels.experts import swiglu
+from dsv4_plugin.kernels.swiglu import swiglu
 from dsv4_plugin.model.gate import Gate
 from dsv4_plugin.model.parallel import Parallel
 
@@ -28,7 +27,7 @@ class Expert(nn.Module):
         self.w3 = parallel.column(d, f, f"{prefix}.w3")
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w2(swiglu(self.w1(x), self.w3(x), self.limit).to(x.dtype))
+        out: Tensor = self.w2(swiglu(self.w1(x), self.w3(x), self.limit, x.dtype))
         return out
 
 
@@ -42,7 +41,5 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, input_ids: Tensor, step: Step) -> Tensor:
         """x [T, D] -> [T, D]."""
-        ids, weight = self.gate(x, input_ids)
-        if use_triton(x.device):  # no expert is read for rows of padding
-            ids.masked_fill_(step.padding[:, None], -1)
+        ids, weight = self.gate(x, input_ids, step.position)
         return self.all_reduce(self.experts(x, ids, weight) + self.shared_experts(x))

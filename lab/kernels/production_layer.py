@@ -24,6 +24,7 @@ from dsv4_plugin.kernels.step import Rows
 from dsv4_plugin.kernels.step.kernel import place
 from dsv4_plugin.kernels.streams import Mixer, Spread
 from dsv4_plugin.kernels.streams.kernel import streams
+from dsv4_plugin.kernels.swiglu.kernel import swiglu
 from lab.kernels.sizes import flash
 
 INT, LONG, BF16 = torch.int32, torch.int64, torch.bfloat16
@@ -81,7 +82,7 @@ def _streams(rows: int, d: int, n: int) -> None:
 def _gate(rows: int, experts: int, hashed: bool) -> None:
     table = meta(129_280, 6, dtype=LONG) if hashed else None
     bias = None if hashed else meta(experts)
-    gate(meta(rows, experts), 6, 1.5, bias, table, meta(rows, dtype=LONG))
+    gate(meta(rows, experts), 6, 1.5, bias, table, meta(rows, dtype=LONG), meta(rows, dtype=INT))
 
 
 def _step(rows: int) -> None:
@@ -91,6 +92,11 @@ def _step(rows: int) -> None:
     )  # fmt: skip
     start, lengths = meta(REQUESTS + 1, dtype=INT), meta(REQUESTS, dtype=INT)
     place(tables(), start, lengths, 32, 146, meta(4, dtype=INT), buffers)
+
+
+def _swiglu(rows: int, width: int) -> None:
+    halves = (meta(rows, width, dtype=BF16) for _ in range(2))
+    swiglu(*halves, 10.0, BF16)
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -107,4 +113,5 @@ CASES: dict[str, Callable[[], None]] = {
     "router, Flash": partial(_gate, 1024, 256, False),
     "router, Pro": partial(_gate, 8192, 384, False),
     "router by hash": partial(_gate, 1, 256, True),
+    "SwiGLU of the shared expert": partial(_swiglu, 8192, 2048),
 }

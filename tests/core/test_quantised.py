@@ -42,7 +42,7 @@ def test_recorded_layers(model, golden, layer, monkeypatch):
     before = golden.get(f"prefill.layer{layer - 1}.out")
     h = network.spread(ids) if before is None else before[0].to(torch.bfloat16)
     gate = recorded("gate_idx"), recorded("gate_w")
-    monkeypatch.setattr(block.ffn.gate, "forward", lambda x, ids: gate)
+    monkeypatch.setattr(block.ffn.gate, "forward", lambda x, ids, position: gate)
     if recorded("topk_idx_plus_offset") is not None:
         chosen = (recorded("topk_idx_plus_offset")[0] - TOKENS).clamp(min=-1).int()
         monkeypatch.setattr(indexer, "choose", lambda *_: chosen)

@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from dsv4_plugin.config import CSA, SWA, ModelConfig, Yarn
 from dsv4_plugin.kernels.attention.cpu import Keys, attend
 from dsv4_plugin.kernels.compress import sums
-from dsv4_plugin.kernels.experts import packed_experts, swiglu
+from dsv4_plugin.kernels.experts import packed_experts
 from dsv4_plugin.kernels.index.cpu import hadamard, scores
 from dsv4_plugin.kernels.norm import rms_norm
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, product, round_inputs
 from dsv4_plugin.kernels.rope import frequencies, rotate_
 from dsv4_plugin.kernels.streams import spread, streams
 from dsv4_plugin.kernels.streams.cpu import sinkhorn
+from dsv4_plugin.kernels.swiglu import swiglu
 from dsv4_plugin.model.gate import Gate
 from dsv4_plugin.model.hyper_connection import HyperConnection
 from dsv4_plugin.model.norm import RMSNorm
@@ -74,11 +75,11 @@ def test_moe():
     limit = float(u["lim"])
 
     stacks = [FP4Matrix(u[w], encode_ue8m0(u[f"{w}s"])) for w in ("w1", "w3", "w2")]
-    ids, weight = gate(x, torch.zeros(len(x), dtype=torch.int64))
+    ids, weight = gate(x, *torch.zeros(2, len(x), dtype=torch.int64))
     routed = packed_experts(x, ids, weight, *stacks, limit, rounding=True)
     w1, w3, w2 = (FP8Matrix(raw(u[f"s{w}"]), u[f"s{w}s"]) for w in ("w1", "w3", "w2"))
     rounded = round_inputs(x)
-    h = swiglu(product(rounded, w1), product(rounded, w3), limit)
+    h = swiglu(product(rounded, w1), product(rounded, w3), limit, torch.float32)
     found = routed + product(round_inputs(h), w2)
     assert (found - u["y_ref"]).norm() / u["y_ref"].norm() < QUANTISED
 
@@ -124,7 +125,7 @@ def test_router():
         hash_routed=False,
     )  # fmt: skip
     gate.weight.data, gate.bias.data = u["gate_w"], u["bias"]
-    ids, weight = gate(u["x"], torch.zeros(16, dtype=torch.int64))
+    ids, weight = gate(u["x"], *torch.zeros(2, 16, dtype=torch.int64))
     order, expected = ids.argsort(-1), u["indices_ref"].long().argsort(-1)
     assert torch.equal(ids.gather(1, order), u["indices_ref"].long().gather(1, expected))
     close(weight.gather(1, order), u["weights_ref"].gather(1, expected))

@@ -25,7 +25,7 @@ class Mutant:
 
 KERNELS = "dsv4_plugin/kernels"
 DEVICE, BITS, ARRIVAL = (f"{KERNELS}/{name}.py" for name in ("device", "bits", "arrival"))
-STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX = (
+STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX, SWIGLU = (
     f"{KERNELS}/{name}/kernel.py"
     for name in [
         "step",
@@ -37,6 +37,7 @@ STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX = (
         "packed",
         "attention",
         "index",
+        "swiglu",
     ]
 )
 BLOCK = "dsv4_plugin/model/block.py"
@@ -102,6 +103,8 @@ MUTANTS = [
     Mutant("the weights' middle part is dropped", STREAMS, "                total = tl.dot(x, middle, total)\n", "", "triton/test_streams", "4096 or 264"),
     Mutant("the sink is left out", ATTENTION, "l_total = tl.full((M,), 1.0, tl.float32)", "l_total = tl.full((M,), 0.0, tl.float32)", "triton/test_attention", "prefill"),
     Mutant("the limit bounds the gate below too", EXPERTS, "gate = tl.minimum(gate.to(x.dtype.element_ty).to(tl.float32), limit)", "gate = tl.maximum(tl.minimum(gate.to(x.dtype.element_ty).to(tl.float32), limit), -limit)", "triton/test_experts", "plain"),
+    Mutant("the limit bounds the shared expert's gate below too", SWIGLU, "g = tl.minimum(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), limit)", "g = tl.maximum(tl.minimum(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), limit), -limit)", "triton/test_swiglu"),
+    Mutant("padding chooses experts", GATE, "tl.where(tl.load(position + t) < 0, -1, ids)", "tl.where(tl.load(position + t) < -9, -1, ids)", "triton/test_gate"),
     Mutant("the tensor's scale is dropped", PACKED, "one *= tl.load(top) * FP4_UNIT", "one *= FP4_UNIT", "triton/test_experts", "packed_product and nvfp4"),
     # Between programs
     Mutant("the last but one goes on", ARRIVAL, "== programs - 1", "== tl.maximum(programs - 2, 0)", "triton/test_streams", "order"),

@@ -26,9 +26,12 @@ def test_gate(gpu, tokens, experts, k, hashed):
     bias = None if hashed else torch.randn(experts).round() - (9 if experts == 7 else 0)
     table = torch.rand(11, experts).topk(k).indices.int() if hashed else None
     input_ids = torch.randint(0, 11, (tokens,))
-    expected = reference.gate(logits, k, 1.5, bias, table, input_ids)
-    found = kernel.gate(logits, k, 1.5, bias, table, input_ids)
+    position = torch.arange(tokens).int()
+    position[1::2] = -1  # padding
+    expected = reference.gate(logits, k, 1.5, bias, table, input_ids, position)
+    found = kernel.gate(logits, k, 1.5, bias, table, input_ids, position)
     assert torch.equal(found[0], expected[0])
+    assert torch.equal((found[0] < 0).all(1), position < 0)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-12)
 
 
@@ -36,6 +39,6 @@ def test_scores_at_the_ends(gpu):
     """Large, tiny and negative logits: weights are the scores' shares."""
     logits = torch.tensor([[100.0, 20.5, 1e-3, -1.0, -20.0, -40.0, -80.0, 3.0]])
     table = torch.arange(8)[None].int()
-    found = kernel.gate(logits, 8, 1.0, None, table, torch.zeros(1, dtype=torch.int64))
+    found = kernel.gate(logits, 8, 1.0, None, table, *torch.zeros(2, 1, dtype=torch.int64))
     exact = torch.nn.functional.softplus(logits.double()).sqrt()
     torch.testing.assert_close(found[1].double(), exact / exact.sum(), rtol=1e-5, atol=0)

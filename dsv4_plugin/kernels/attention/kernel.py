@@ -30,7 +30,7 @@ from dsv4_plugin.cache.step import Step
 from dsv4_plugin.kernels.arrival import counters, is_last
 from dsv4_plugin.kernels.bits import e4m3_codes, halves
 from dsv4_plugin.kernels.device import alignment, row_pointers
-from dsv4_plugin.kernels.launch import pick
+from dsv4_plugin.kernels.launch import pick, require
 
 LOG2E = 1.4426950408889634
 
@@ -424,9 +424,9 @@ def attention(
     n, heads, d = q.shape
     rope = cis.shape[1]
     fp8 = _is_fp8(window)
+    require(sink, cis, step.position, step.request, chosen)
     assert q.stride()[1:] == (d, 1)
-    assert cis.is_contiguous()
-    assert chosen is None or chosen.is_contiguous()
+    assert window.table.stride(1) == 1
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if n == 0:
         return out

@@ -24,6 +24,7 @@ from dsv4_plugin.kernels.device import (
     store_kv_row,
     sum_of_squares,
 )
+from dsv4_plugin.kernels.launch import require
 from dsv4_plugin.kernels.qkv.kernel import blocks_of
 
 SCAN = 256
@@ -401,8 +402,9 @@ def compress(
     kv, key = targets[0], targets[-1]
     d, key_d = kv.weight.numel(), key.weight.numel()
     halves, channels = y.shape[2:]
-    assert y.is_contiguous()
-    assert ape.is_contiguous()
+    require(y, ape, step.position, step.request, step.query_start, step.seq_lens)
+    require(step.entry_cis[ratio], step.tables.ring)
+    assert step.tables.page.stride(1) == 1
     cis = step.entry_cis[ratio]
     sizes = {
         "D": d, "ROPE": cis.shape[1], "BLOCKS": blocks_of(d), "KEY_D": key_d,

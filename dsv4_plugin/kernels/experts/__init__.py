@@ -6,17 +6,10 @@ Shapes: T tokens, k experts per token, E experts, D hidden size, F expert width.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dsv4_plugin.kernels.dispatch import implementation
 from dsv4_plugin.kernels.packed import Matrix
-
-
-def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit), float32."""
-    gate = gate.float().clamp(max=limit)
-    return torch.nn.functional.silu(gate).mul_(up.float().clamp(-limit, limit))
 
 
 def experts(
@@ -24,7 +17,7 @@ def experts(
 ) -> Tensor:
     """x [T, D]; ids int64 [T, k]; weight float32 [T, k]; w13 [E, D, 2F]; w2 [E, F, D] -> [T, D].
 
-    For Triton's kernels ids may be of no expert here (-1), which adds nothing.
+    For the definition and Triton's kernels ids may be of no expert here (-1), which adds nothing.
     """
     out: Tensor = implementation(__name__, x.device).experts(x, ids, weight, w13, w2, limit)
     return out

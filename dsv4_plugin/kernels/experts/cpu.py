@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_plugin.kernels.experts import swiglu
 from dsv4_plugin.kernels.linear import multiplied
 from dsv4_plugin.kernels.packed import Matrix
 from dsv4_plugin.kernels.packed.cpu import product, round_inputs
+from dsv4_plugin.kernels.swiglu.cpu import swiglu
 
 FEW = 2
 """Up to this many (token, expert) pairs per expert, single products beat a grouped one."""
@@ -22,13 +22,13 @@ def experts(
     flat = ids.reshape(-1)
     if len(flat) <= FEW * len(w13):
         gate, up = _product(x.repeat_interleave(k, 0), flat, w13).chunk(2, -1)
-        h = swiglu(gate, up, limit).mul_(weight.reshape(-1, 1))
+        h = swiglu(gate, up, limit, torch.float32).mul_(weight.reshape(-1, 1))
         y = _product(h.to(x.dtype), flat, w2)
         return y.view(n, k, -1).sum(1, dtype=torch.float32).to(x.dtype)
     order = flat.argsort(stable=True)
     ends = torch.bincount(flat, minlength=len(w13)).cumsum(0).to(torch.int32)
     gate, up = _by_expert(x[order // k], ends, w13).chunk(2, -1)
-    h = swiglu(gate, up, limit).mul_(weight.reshape(-1, 1)[order])
+    h = swiglu(gate, up, limit, torch.float32).mul_(weight.reshape(-1, 1)[order])
     y = _by_expert(h.to(x.dtype), ends, w2)
     unsorted = torch.empty_like(y)
     unsorted[order] = y
@@ -90,7 +90,7 @@ def packed_experts(
         token = pairs // k
         mine = rounded[token]
         gate, up = (product(mine, w.of(expert)) for w in (w1, w3))
-        h = swiglu(gate, up, limit)
+        h = swiglu(gate, up, limit, torch.float32)
         h *= weight.reshape(-1, 1)[pairs]
         h = h.to(x.dtype)
         y = product(round_inputs(h) if rounding else h, w2.of(expert))

@@ -221,6 +221,7 @@ def _experts(
     n_experts, (tokens, k) = len(w1.data), ids.shape
     pairs, d = tokens * k, x.shape[1]
     tile = tile_for(pairs // n_experts)
+    assert x.stride(1) == 1
     ids, weight = ids.contiguous(), weight.contiguous()
     plan = sort(ids, n_experts, tile.rows)
 

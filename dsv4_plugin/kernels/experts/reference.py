@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_plugin.kernels.experts import swiglu
 from dsv4_plugin.kernels.packed import Matrix
 from dsv4_plugin.kernels.packed.reference import product, round_inputs
+from dsv4_plugin.kernels.swiglu.reference import swiglu
 
 
 def experts(
@@ -16,8 +16,10 @@ def experts(
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for t in range(len(x)):
         for e, w in zip(ids[t].tolist(), weight[t], strict=True):
+            if e < 0:
+                continue
             gate, up = (x[t] @ w13[e]).chunk(2)
-            out[t] += ((swiglu(gate, up, limit) * w).to(x.dtype) @ w2[e]).float()
+            out[t] += ((swiglu(gate, up, limit, torch.float32) * w).to(x.dtype) @ w2[e]).float()
     return out.to(x.dtype)
 
 
@@ -38,6 +40,6 @@ def packed_experts(
             if e < 0:
                 continue
             gate, up = (product(rounded[t : t + 1], w.of(e)) for w in (w1, w3))
-            h = (swiglu(gate, up, limit) * share).to(x.dtype)
+            h = (swiglu(gate, up, limit, torch.float32) * share).to(x.dtype)
             out[t] += product(round_inputs(h) if rounding else h, w2.of(e))[0].float()
     return out.to(x.dtype)

@@ -15,6 +15,7 @@ def gate(
     bias: Tensor | None,
     table: Tensor | None,
     input_ids: Tensor,
+    position: Tensor,
 ) -> tuple[Tensor, Tensor]:
     scores = torch.nn.functional.softplus(logits).sqrt_()
     if table is not None:

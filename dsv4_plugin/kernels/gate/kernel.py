@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4_plugin.kernels.launch import require
+
 
 @triton.jit
 def _score(logit):
@@ -25,6 +27,7 @@ def route(
     bias,
     table,
     input_ids,
+    position,
     ids_out,
     weight_out,
     stride,
@@ -60,6 +63,7 @@ def route(
             weight = tl.where(place == i, tl.sum(tl.where(chosen, score, 0.0), 0), weight)
             key = tl.where(chosen, lowest, key)
     weight = weight / tl.sum(weight, 0) * scale
+    ids = tl.where(tl.load(position + t) < 0, -1, ids)  # Padding chooses none.
     tl.store(ids_out + t * K + place, ids, mask=place < K)
     tl.store(weight_out + t * K + place, weight, mask=place < K)
 
@@ -71,13 +75,16 @@ def gate(
     bias: Tensor | None,
     table: Tensor | None,
     input_ids: Tensor,
+    position: Tensor,
 ) -> tuple[Tensor, Tensor]:
     tokens, experts = logits.shape
+    require(bias, table, input_ids, position)
+    assert logits.stride(1) == 1
     ids = torch.empty((tokens, k), dtype=torch.int64, device=logits.device)
     weight = torch.empty((tokens, k), dtype=torch.float32, device=logits.device)
     route[(tokens,)](
         logits, logits if bias is None else bias, ids if table is None else table, input_ids,
-        ids, weight, logits.stride(0), scale,
+        position, ids, weight, logits.stride(0), scale,
         E=experts, K=k, EXPERTS=triton.next_power_of_2(experts),
         PLACES=triton.next_power_of_2(k), HASH=table is not None, num_warps=1,
     )  # fmt: skip

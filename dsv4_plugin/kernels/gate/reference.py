@@ -13,6 +13,7 @@ def gate(
     bias: Tensor | None,
     table: Tensor | None,
     input_ids: Tensor,
+    position: Tensor,
 ) -> tuple[Tensor, Tensor]:
     scores = torch.nn.functional.softplus(logits).sqrt()
     if table is not None:
@@ -22,4 +23,5 @@ def gate(
         ranked = scores + bias
         ids = ranked.argsort(dim=-1, descending=True, stable=True)[:, :k].contiguous()
     weight = scores.gather(1, ids)
+    ids = ids.masked_fill(position[:, None] < 0, -1)
     return ids, weight / weight.sum(-1, keepdim=True) * scale

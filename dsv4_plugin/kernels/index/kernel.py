@@ -23,7 +23,7 @@ from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.kernels.arrival import counters, is_last
 from dsv4_plugin.kernels.bits import e2m1_codes, e4m3_codes
 from dsv4_plugin.kernels.device import BFLOAT16, FP4, FP8, alignment, row_pointers
-from dsv4_plugin.kernels.launch import pick
+from dsv4_plugin.kernels.launch import pick, require
 
 BLOCKS = (1024, 4096, 16384)
 """How many scores a program of the top-k looks at: the least that holds a row, or the most."""
@@ -372,6 +372,9 @@ def choose(
 def queries(q: Tensor, weight: Tensor, cis: Tensor, keys: RowFormat) -> tuple[Tensor, Tensor]:
     """As in `reference`, with the dims of a head in the order that `scores` reads."""
     n, heads, c = q.shape
+    require(cis)
+    assert q.stride()[1:] == (c, 1)
+    assert weight.stride(1) == 1
     out = torch.empty((n, heads, c), dtype=torch.float16, device=q.device)
     scaled = torch.empty((n, heads), dtype=torch.float32, device=q.device)
     if n:
@@ -404,6 +407,8 @@ def scores(
     if stored == RowFormat.FLOAT32:
         raise ValueError(f"indexer keys are {stored}; the Triton indexer reads bfloat16, fp8, fp4")
     t, heads, c = q.shape
+    require(q, weight, position, request)
+    assert keys.table.stride(1) == 1
     width = triton.cdiv(n, 4) * 4
     out = torch.empty((t, width), dtype=torch.float32, device=q.device)
     if t == 0:
@@ -433,6 +438,8 @@ def topk(score: Tensor, position: Tensor, ratio: int, k: int) -> Tensor:
         ValueError: scores of a row that take more than these two rounds.
     """
     t, n = score.shape
+    require(position)
+    assert score.stride(1) == 1
     block = next((b for b in BLOCKS if b >= n), BLOCKS[-1])
     parts = triton.cdiv(n, block)
     kept = parts * k if parts > 1 else 0

@@ -14,6 +14,7 @@ from dsv4_plugin.kernels.device import (
     store_kv_row,
     sum_of_squares,
 )
+from dsv4_plugin.kernels.launch import require
 
 HEADS = 4
 """Heads of q per program."""
@@ -76,7 +77,7 @@ def qkv(
     n, heads, d = q.shape
     assert q.stride()[1:] == (d, 1)
     assert kv.stride(1) == 1
-    assert cis.is_contiguous()
+    require(weight, cis, address)
     rope = cis.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     norm_rope_write[(n, 1 + triton.cdiv(heads, HEADS))](

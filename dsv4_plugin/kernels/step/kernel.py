@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_plugin.cache.paged import BlockTables
+from dsv4_plugin.kernels.launch import require
 from dsv4_plugin.kernels.step import Rows
 
 BLOCK = 128
@@ -70,6 +71,9 @@ def place(
 ) -> None:
     """As in `reference`."""
     n, requests = len(rows.position), len(seq_lens)
+    require(query_start, seq_lens, rows.position, rows.request, rows.window_write, rows.angles_at)
+    assert tables.window.stride(1) == 1
+    assert requests < 1 << SEARCH
     place_rows[(triton.cdiv(n, BLOCK),)](
         query_start, seq_lens, tables.window,
         rows.position, rows.request, rows.window_write, rows.angles_at, grains,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_plugin.kernels.arrival import counters, is_last
+from dsv4_plugin.kernels.launch import require
 from dsv4_plugin.kernels.streams import Mixer, Spread
 
 CHUNK = 256
@@ -217,6 +218,10 @@ def streams(
     out: Tensor | None, h: Tensor, by: Spread | None, mixer: Mixer
 ) -> tuple[Tensor, Tensor, Spread | None]:
     tokens, r, d = h.shape
+    require(out, h, mixer.fn, mixer.base, mixer.scale, mixer.weight)
+    assert mixer.fn.dtype == torch.float32
+    if by is not None:
+        require(by.post, by.mixing)
     chunks, head = triton.cdiv(d, CHUNK), len(mixer.fn) == r
     partial = h.new_empty((tokens, chunks, WIDTH), dtype=torch.float32)
     x = h.new_empty((tokens, d))
