@@ -62,6 +62,18 @@ class Yarn:
 
 
 @dataclass(frozen=True)
+class DSpark:
+    """The block drafter of 0731: `block_size` tokens at once, after the streams behind layers
+    `target_layer_ids`. How many stages it has, only the checkpoint's tensors say."""
+
+    block_size: int
+    noise_token_id: int
+    target_layer_ids: tuple[int, ...]
+    markov_rank: int
+    stages: int = 3
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and constants of a checkpoint, under the authors' names."""
 
@@ -104,6 +116,7 @@ class ModelConfig:
     fp8_attention: bool = True
     rounds_fp8_inputs: bool = True
     generation: Generation = "april"
+    dspark: DSpark | None = None
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> ModelConfig:
@@ -141,7 +154,7 @@ class ModelConfig:
         for name, holds, must in config._relations():
             if not holds:
                 raise ValueError(f"{name} is {getattr(config, name)}; it must {must}")
-        return config
+        return replace(config, dspark=_dspark(found, config))
 
     def _relations(self) -> Iterator[tuple[str, bool, str]]:
         """What fields ask of each other: a field, whether it holds, and what it must do."""
@@ -227,22 +240,23 @@ class ModelConfig:
         if size < 1 or size % unit:
             raise ValueError(f"{option} is {size}; it must be a multiple of {unit}")
 
-    def with_mtp_layer(self, option: str = "speculative decoding") -> ModelConfig:
-        """With the MTP layer (no compression, biased gate) as layer number num_hidden_layers.
+    @property
+    def draft_layers(self) -> int:
+        """Stages of DSpark, or the one layer of MTP."""
+        return 1 if self.dspark is None else self.dspark.stages
+
+    def with_draft_layers(self, option: str = "speculative decoding") -> ModelConfig:
+        """With the drafter's layers (no compression, biased gates) from number num_hidden_layers.
 
         Raises ValueError, which names the option, where the checkpoint has none that can be used.
         """
-        if self.generation == "0731":
-            raise ValueError(
-                "this 0731 checkpoint drafts with DSpark, which is not supported; "
-                f"MTP is what April checkpoints have: leave {option} out"
-            )
-        if self.num_nextn_predict_layers != 1:
+        if self.dspark is None and self.num_nextn_predict_layers != 1:
             raise ValueError(
                 f"num_nextn_predict_layers is {self.num_nextn_predict_layers}; "
                 f"MTP needs a checkpoint that has 1, so leave {option} out"
             )
-        return replace(self, compress_ratios=(*self.compress_ratios, SWA))
+        ratios = (*self.compress_ratios, *[SWA] * self.draft_layers)
+        return replace(self, compress_ratios=ratios)
 
     def require_expert_parallel(self, size: int, option: str = "expert parallelism") -> None:
         """Raise ValueError, which names the option, unless each of `size` ranks gets an expert."""
@@ -327,8 +341,8 @@ _KINDS = {
 _HARMLESS = (
     # Of training.
     "attention_dropout", "initializer_range", "router_aux_loss_coef", "router_jitter_noise",
-    # Of drafting. That they are there tells the generation.
-    "dspark_block_size", "dspark_markov_rank", "dspark_noise_token_id", "dspark_target_layer_ids",
+    # Stages of the drafter: its tensors say.
+    "n_mtp_layers",
     # Of images, which are not read. How many layers there are for them tells Vision-Exp.
     "vision_dim", "vision_n_heads", "vision_inter_dim", "vision_patch_size", "vision_rope_theta",
     "vision_downsample_ratio", "vision_max_n_token", "vision_min_pixels", "vision_max_wh_ratio",
@@ -370,6 +384,11 @@ FIELDS = Table(
         "expert_dtype": Only("fp4", "fp8"),
         "bos_token_id": Whole(0, 1 << 20),
         "eos_token_id": Whole(0, 1 << 20),
+        # Of the drafter.
+        "dspark_block_size": Whole(1, 16),
+        "dspark_noise_token_id": Whole(0, 1 << 20),
+        "dspark_target_layer_ids": Each(Whole(0, _LAYERS), 16),
+        "dspark_markov_rank": Whole(1, 1 << 16),
         # Nor these, and all checkpoints agree: another value is damage, which would show in nothing
         # but worse answers.
         "n_shared_experts": Only(1),
@@ -383,6 +402,10 @@ FIELDS = Table(
         # What the network is without asking: another value would be another network.
         "architectures": Each(Only(ARCHITECTURE), 1),
         "model_type": Only("deepseek_v4"),
+        "dspark_markov_head_type": Only("vanilla"),
+        "confidence_head_with_markov": Only(True),
+        "enable_confidence_head": Only(True),
+        "sample_from_anchor": Only(True),
         "scoring_func": Only("sqrtsoftplus"),
         "topk_method": Only("noaux_tc"),
         "norm_topk_prob": Only(True),
@@ -530,6 +553,27 @@ def _compress_ratios(found: Mapping[str, Any]) -> tuple[int, ...]:
             f"compress_ratios is {ratios[n:]} after the {n} main layers; draft layers have 0"
         )
     return tuple(ratios[:n])
+
+
+DSPARK_FIELDS = tuple(f"dspark_{f.name}" for f in fields(DSpark) if f.default is MISSING)
+"""What a DSpark drafter cannot do without."""
+
+
+def _dspark(found: Mapping[str, Any], config: ModelConfig) -> DSpark | None:
+    if any(name not in found for name in DSPARK_FIELDS):
+        return None
+    block, noise, targets, rank = (found[name] for name in DSPARK_FIELDS)
+    if noise >= config.vocab_size:
+        raise ValueError(
+            f"dspark_noise_token_id is {noise}; it must be below vocab_size ({config.vocab_size})"
+        )
+    last = config.num_hidden_layers - 1
+    if not targets or targets != sorted({*targets}) or targets[-1] > last:
+        raise ValueError(
+            f"dspark_target_layer_ids is {shown(targets)}; allowed are ascending layers from 0 to "
+            f"{last}, at least one"
+        )
+    return DSpark(block, noise, tuple(targets), rank)
 
 
 def _yarn(found: Mapping[str, Any]) -> Yarn:

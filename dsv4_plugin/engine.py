@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,15 +19,19 @@ from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
 from dsv4_plugin.checkpoint.load import load_weights
+from dsv4_plugin.checkpoint.names import with_drafter
 from dsv4_plugin.config import SWA, ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import StepBuilder
+from dsv4_plugin.model.dspark import DSpark
 from dsv4_plugin.model.mtp import MTP
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
 
 log = logging.getLogger("dsv4_plugin")
 
+Drafter = MTP | DSpark
+Draft = Literal["one", "block"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -45,7 +50,7 @@ def load(
         kv_dtype: 'float32', 'bfloat16', 'fp8', or 'auto' (float32 for float32 models, else
             bfloat16).
         index_dtype: of indexer keys: 'auto' (as kv_dtype), 'bfloat16', 'fp8' or 'fp4'.
-        mtp: load the MTP layer too, for `generate(num_speculative_tokens=...)`.
+        mtp: load the drafter too, MTP or DSpark, for `generate(num_speculative_tokens=...)`.
         device: 'cpu', or 'cuda' (also 'cuda:1', ...).
 
     Raises:
@@ -66,10 +71,11 @@ def load(
     with place:
         model = Transformer(config, parallel)
     load_weights(model, read_tensors(headers))
-    drafter = None
+    drafter: Drafter | None = None
     if mtp:
+        drafting = with_drafter(config, headers)
         with place:
-            drafter = MTP(config, parallel)
+            drafter = (MTP if drafting.dspark is None else DSpark)(drafting, parallel)
         load_weights(drafter, read_tensors(headers, progress=False, mtp=True))
     log.info("%s.", model.weight_bytes)
     grown = layout.growth(config.compress_ratios)
@@ -92,7 +98,9 @@ def _usable(device: str) -> torch.device:
 class LocalModel:
     """A loaded network with caches of its own for each call."""
 
-    def __init__(self, model: Transformer, layout: CacheLayout, drafter: MTP | None = None) -> None:
+    def __init__(
+        self, model: Transformer, layout: CacheLayout, drafter: Drafter | None = None
+    ) -> None:
         self.model, self.drafter = model, drafter
         self.config = model.config
         self.layout = layout
@@ -117,6 +125,7 @@ class LocalModel:
         chunk: int = 2048,
         ignore_eos: bool = False,
         num_speculative_tokens: int = 0,
+        confidence: float = 0.0,
     ) -> list[list[int]]:
         """Continue every prompt by up to max_new_tokens ids, ending with eos where it comes.
 
@@ -124,11 +133,14 @@ class LocalModel:
             temperature: 0 is greedy; else logits are divided by it and sampled.
             seed: of the sampler; None is a fresh one.
             chunk: most prompt tokens per step.
-            num_speculative_tokens: tokens that the MTP layer drafts per step; the answers are those
-                of 0, sooner where drafts are right.
+            num_speculative_tokens: tokens that the drafter adds per step; the answers are those of
+                0, sooner where drafts are right. DSpark adds 1 to 5.
+            confidence: of DSpark: drafts that are less likely to be right (0 to 1), and those
+                behind them, are not looked at.
 
         Raises:
-            ValueError: an empty prompt, an id outside the vocabulary, or drafts without a drafter.
+            ValueError: an empty prompt, an id outside the vocabulary, or drafts that no drafter
+                makes.
         """
         for i, prompt in enumerate(prompts):
             if len(prompt) == 0 or not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
@@ -140,7 +152,7 @@ class LocalModel:
             # Speculating is a way of running this engine, so it imports it.
             from dsv4_plugin.speculate import Speculator
 
-            speculator = Speculator(self, num_speculative_tokens)
+            speculator = Speculator(self, num_speculative_tokens, confidence)
             return speculator.generate(prompts, max_new_tokens, sampler, chunk, ignore_eos)
         batch = Batch(self.model, self.layout, [len(p) + max_new_tokens for p in prompts], chunk)
         token = sampler(self.model.head(batch.prefill([torch.tensor(p) for p in prompts]).float()))
@@ -198,8 +210,9 @@ class Batch:
     """Requests in flight, with block tables fixed from the start, where the model's weights are.
 
     Every request owns the pages of its final length, a ring, and as many window blocks as a step
-    can touch, used in turn; draft layers have window rows of their own. `poison` fills fresh caches
-    with NaN, so that a stray read shows.
+    can touch, used in turn; draft layers have window rows of their own, and take at most
+    `draft_rows` rows of a request at once. `poison` fills fresh caches with NaN, so that a stray
+    read shows.
     """
 
     def __init__(
@@ -210,12 +223,15 @@ class Batch:
         chunk: int,
         poison: bool = False,
         draft_layers: int = 0,
+        draft_rows: int = 1,
     ) -> None:
         self.model, self.chunk = model, chunk
         self.device = next(model.parameters()).device
         config, page_size = model.config, layout.page_size
         rows = max(chunk, len(max_lengths) * layout.ring_rows)
         self.builder = StepBuilder(config, layout, rows, self.device)
+        rows = max(rows, len(max_lengths) * draft_rows)
+        self.draft_builder = StepBuilder(config, layout.windows_only(), rows, self.device)
         n, longest = len(max_lengths), max(max_lengths)
         pages = -(-longest // page_size)
         turns = -(-(config.sliding_window - 1 + min(chunk, longest)) // layout.window_block) + 1
@@ -235,8 +251,9 @@ class Batch:
         )
         self.lengths = torch.zeros(n, dtype=torch.int64)
 
-    def step(self, requests: Tensor, counts: Tensor) -> Step:
-        """The next `counts` tokens of some requests, int64 [G] each on the CPU."""
+    def step(self, requests: Tensor, counts: Tensor, draft: Draft | None = None) -> Step:
+        """The next `counts` tokens of some requests, int64 [G] each on the CPU; draft: of layers
+        that draft, one after the other or in blocks."""
         self.lengths[requests] += counts
         t, chosen = self.tables, requests.to(self.device)
         tables = BlockTables(
@@ -246,7 +263,9 @@ class Batch:
         start, lengths = torch.nn.functional.pad(counts.cumsum(0), (1, 0)), self.lengths[requests]
         most = int(start[-1]), int(counts.max()), int(lengths.max())
         on_device = start.int().to(self.device), lengths.int().to(self.device)
-        return self.builder.build(tables, *on_device, *most)
+        if draft is None:
+            return self.builder.build(tables, *on_device, *most)
+        return self.draft_builder.build(tables, *on_device, *most, together=draft == "block")
 
     def run(self, work: Sequence[tuple[int, Tensor]]) -> Tensor:
         """One step: the next ids of some requests -> hidden states of all of them, flat."""

@@ -48,7 +48,7 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 class Layout:
     """How a model is spread: tp x pp x dp GPUs, experts by number over tp x dp where `ep`.
 
-    num_speculative_tokens: drafts of the MTP layer, which then sits on the last stage.
+    num_speculative_tokens: of the drafter, which then sits on the last stage.
     """
 
     tp: int = 1
@@ -199,7 +199,8 @@ def _size(stored: Stored, dtype: str) -> int:
 def _block_bytes(config: ModelConfig, cache: CacheLayout, layers: range, mtp: bool) -> int:
     """Of a physical block: it holds a page, a ring or window rows, of all layers of a stage."""
     compressed = [config.compress_ratios[i] for i in layers if config.compress_ratios[i] != SWA]
-    windows = len(layers) + (mtp and layers.stop == config.num_hidden_layers)
+    drafts = config.draft_layers if mtp and layers.stop == config.num_hidden_layers else 0
+    windows = len(layers) + drafts
     return max(
         sum(cache.page[r].nbytes for r in compressed),
         sum(cache.ring[r].nbytes for r in compressed),

@@ -116,13 +116,22 @@ class V41Config(VerifyAndUpdateConfig):
         raise NotImplementedError(V41_REFUSED)
 
 
+NO_DSPARK = (
+    "--speculative-config is given; this checkpoint drafts with DSpark, which vLLM has on GPUs "
+    "only (in its V2 runner) and dsv4-plugin in its local engine: "
+    "load(DIR, mtp=True).generate(..., num_speculative_tokens=5)"
+)
+
+
 class DrafterConfig(VerifyAndUpdateConfig):
     """Runs when vLLM reads the drafter's configuration, before it divides by the number of MTP
     layers."""
 
     @staticmethod
     def verify_and_update_model_config(model_config) -> None:  # type: ignore[no-untyped-def]
-        _core_config(model_config).with_mtp_layer("--speculative-config")
+        config = _core_config(model_config).with_draft_layers("--speculative-config")
+        if config.dspark is not None:
+            raise NotImplementedError(NO_DSPARK)
 
 
 def chat() -> str:
@@ -194,6 +203,9 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         name = dtype_name(vllm_config)
         raise ValueError(f"--dtype is {name!r}; allowed are float32 and bfloat16")
     speculative = vllm_config.speculative_config
+    dspark = model_config_of(vllm_config).dspark is not None
+    if speculative is not None and dspark and speculative.method in ("mtp", "dspark"):
+        raise NotImplementedError(NO_DSPARK)
     if speculative is not None and speculative.method != "mtp":
         raise NotImplementedError(
             f"--speculative-config.method is {speculative.method!r}; "

@@ -4,7 +4,7 @@ Requests that bring one token are decoded together, in groups of similar length 
 two above 2,048 tokens, so that padding never doubles the work); requests that bring more are
 prefilled one by one. With speculative decoding, requests that bring no more tokens than a ring has
 rows are decoded too: their first tokens together, then their second ones, and so on, so that the
-pooling sums after each of them are kept.
+pooling sums after each of them are kept. Rows of blocks, which see one another, are one group.
 
 A request may start from a cached page that another one fills in the same step. It reads that
 page's carry, so it comes later: spans are ordered by position, and decoded tokens that open a page
@@ -137,17 +137,34 @@ def group(
     query_start: Tensor,
     seq_lens: Tensor,
     entry_cis: dict[int, Tensor],
+    together: int = 0,
 ) -> Groups:
     """The groups of a step (see `Step`); query_start and seq_lens are int64."""
-    return _Grouping(layout, tables, entry_cis).of(query_start, seq_lens)
+    grouping = _Grouping(layout, tables, entry_cis, together)
+    find = grouping.blocks if together else grouping.of
+    return find(query_start, seq_lens)
 
 
 class _Grouping:
     def __init__(
-        self, layout: CacheLayout, tables: BlockTables, entry_cis: dict[int, Tensor]
+        self,
+        layout: CacheLayout,
+        tables: BlockTables,
+        entry_cis: dict[int, Tensor],
+        together: int,
     ) -> None:
         self.layout, self.tables, self.entry_cis = layout, tables, entry_cis
-        self.window = layout.sliding_window
+        self.window = layout.sliding_window + together
+
+    def blocks(self, query_start: Tensor, seq_lens: Tensor) -> Groups:
+        """Every row sees what the last one of its block does."""
+        assert not self.layout.page, "blocks have windows only"
+        count = query_start.diff()
+        request = torch.arange(len(count), device=count.device).repeat_interleave(count)
+        rows = torch.arange(len(request), device=count.device)
+        last = seq_lens[request] - 1
+        group = (self._group(request, rows, last, opens_page=False),) if len(rows) else ()
+        return Groups(decode=group, prefill=())
 
     def of(self, query_start: Tensor, seq_lens: Tensor) -> Groups:
         count = query_start.diff()

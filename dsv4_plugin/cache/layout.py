@@ -144,6 +144,10 @@ class CacheLayout:
         """Bytes that every further token of a request takes, over layers of these ratios."""
         return sum(self.page[r].nbytes for r in ratios if r != SWA) / self.page_size
 
+    def windows_only(self) -> CacheLayout:
+        """The same layout for layers without compression."""
+        return replace(self, page={}, ring={})
+
     def with_ring_rows(self, rows: int) -> CacheLayout:
         """The same layout for `rows` - 1 speculative tokens."""
         ring = {

@@ -34,6 +34,8 @@ class Step:
     lengths after this step. cis: by ratio, float32 [T, rope_dim], (cos, sin) pairs at the row's
     position; entry_cis: the same at the first position of the window of `ratio` tokens it is in.
     longest_query, longest: most rows, and most tokens, that a request may have (bounds; host).
+    together: 0; or of how many rows each request brings a block, which see one another and the
+    window before the first of them.
     """
 
     layout: CacheLayout
@@ -47,6 +49,7 @@ class Step:
     entry_cis: dict[int, Tensor]
     longest_query: int
     longest: int
+    together: int = 0
 
     @property
     def tiles(self) -> bool:
@@ -54,8 +57,18 @@ class Step:
         return self.longest_query >= TILED
 
     @cached_property
+    def sees(self) -> Tensor:
+        """The last position that each row sees: its own, or its block's last; int32 [T]. So a row
+        sees the window's rows and those of the block, all of which end there."""
+        if not self.together:
+            return self.position
+        last = self.seq_lens.int()[self.request] - 1
+        return last.masked_fill(self.position < 0, -1)
+
+    @cached_property
     def groups(self) -> Groups:
         """The step as CPUs work through it; found when the first layer asks."""
         return group(
-            self.layout, self.tables, self.query_start.long(), self.seq_lens.long(), self.entry_cis
-        )
+            self.layout, self.tables, self.query_start.long(), self.seq_lens.long(), self.entry_cis,
+            self.together,
+        )  # fmt: skip

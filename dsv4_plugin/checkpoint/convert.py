@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv4_plugin.checkpoint.files import MTP, check_checkpoint, read_headers, read_tensor
 from dsv4_plugin.checkpoint.formats import exported_files, format_fields, pack
 from dsv4_plugin.checkpoint.make import new_folder, plan, write_shards
-from dsv4_plugin.checkpoint.names import expected_tensors
+from dsv4_plugin.checkpoint.names import expected_tensors, with_drafter
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.json_file import read_object
 
@@ -20,12 +20,11 @@ from dsv4_plugin.json_file import read_object
 def convert_checkpoint(source: str | Path, directory: str | Path, fmt: str) -> ModelConfig:
     """Round an unquantised checkpoint into another format, shard by shard.
 
-    An MTP layer is rounded too, where there is one. Files beside the weights (tokenizer,
+    A drafter is rounded too, where there is one. Files beside the weights (tokenizer,
     generation_config.json) are copied.
 
     Raises:
-        ValueError: `source` is quantised or damaged, drafts otherwise than with MTP, or `fmt` is
-            not one of CONVERSIONS.
+        ValueError: `source` is quantised or damaged, or `fmt` is not one of CONVERSIONS.
         FileExistsError: `directory` exists and is not empty.
     """
     source = Path(source)
@@ -40,7 +39,7 @@ def convert_checkpoint(source: str | Path, directory: str | Path, fmt: str) -> M
     headers = check_checkpoint(plain, source, mtp)
     hf: dict[str, Any] = read_object(source / "config.json")
     hf |= format_fields(fmt, hf | {"num_hidden_layers": plain.num_hidden_layers})
-    config = ModelConfig.from_hf(hf)
+    config = with_drafter(ModelConfig.from_hf(hf), headers)
 
     def packed(name: str) -> dict[str, Tensor]:
         return pack(config, name, read_tensor(headers[name]))

@@ -21,6 +21,7 @@ from dsv4_plugin.checkpoint.names import (
     is_for_images,
     is_unread_scale,
     stored_tensors,
+    with_drafter,
 )
 from dsv4_plugin.checkpoint.spelling import natives
 from dsv4_plugin.config import ModelConfig
@@ -170,8 +171,9 @@ def problems_of(
     config: ModelConfig, found: Mapping[str, TensorInfo], mtp: bool = False
 ) -> Iterator[str]:
     """What does not fit config.json, a sentence per tensor: gates of another number of experts,
-    missing ones, misshapen ones and those of a wrong dtype, unexpected ones."""
-    expected = stored_tensors(config, mtp)
+    missing ones, misshapen ones and those of a wrong dtype, unexpected ones; the drafter's too,
+    where it is wanted."""
+    expected = stored_tensors(with_drafter(config, found) if mtp else config, mtp)
     yield from _other_gates(config, expected, found)
     yield from (f"{name} is missing" for name in expected if name not in found)
     for name, stored in expected.items():
@@ -191,7 +193,7 @@ def problems_of(
         f"{printable(name)} is unexpected"
         for name in found
         if name not in expected
-        and not name.startswith(MTP)
+        and (mtp or not name.startswith(MTP))
         and not is_for_images(config, name)
         and not is_unread_scale(expected, name)
     )
@@ -219,7 +221,7 @@ def _variant(config: ModelConfig) -> str:
 def read_tensors(
     headers: Mapping[str, TensorInfo], progress: bool = True, mtp: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """The main model's tensors, or the MTP layer's instead, one at a time, file by file.
+    """The main model's tensors, or the drafter's instead, one at a time, file by file.
 
     One-byte formats come as uint8.
 
@@ -234,7 +236,7 @@ def read_tensors(
         elif not mtp:
             skipped.add(name.split(".")[1])
     if skipped:
-        log.info("%d multi-token-prediction stages of the checkpoint are skipped.", len(skipped))
+        log.info("%d draft stages of the checkpoint are skipped.", len(skipped))
     total = sum(headers[name].nbytes for names in files.values() for name in names)
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not progress) as bar:
         for file, names in files.items():

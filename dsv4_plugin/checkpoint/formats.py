@@ -21,11 +21,7 @@ FP8: dict[str, Any] = {
     "scale_fmt": "ue8m0",
     "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
 }
-DSPARK: dict[str, Any] = {
-    "dspark_block_size": 5,
-    "dspark_markov_rank": 256,
-    "dspark_noise_token_id": 128799,
-}
+NOISE_TOKEN = 128799
 VISION: dict[str, Any] = {
     "num_nextn_predict_layers": 3,
     "rms_norm_eps": 1e-20,
@@ -72,13 +68,23 @@ def format_fields(fmt: str, hf: dict[str, Any]) -> dict[str, Any]:
         nvfp4 = {"moe_quant_algo": "NVFP4", "quant_algo": "MIXED_PRECISION", "group_size": 16}
         fields["quantization_config"] = FP8 | nvfp4 | {"quantized_layers": layers}
     if fmt in ("0731", "vision"):
-        n = hf["num_hidden_layers"]
-        targets = {"dspark_target_layer_ids": list(range(max(0, n - 3), n))}
-        ratios = {"compress_ratios": [*hf["compress_ratios"][:n], 0, 0, 0]}
-        fields |= DSPARK | targets | ratios | {"num_nextn_predict_layers": 1}
+        fields |= dspark_fields(hf)
     if fmt == "vision":
         fields |= VISION
     return fields
+
+
+def dspark_fields(hf: dict[str, Any]) -> dict[str, Any]:
+    """What config.json of 0731 says of its drafter, for a model of any size."""
+    n = hf["num_hidden_layers"]
+    return {
+        "compress_ratios": [*hf["compress_ratios"][:n], 0, 0, 0],
+        "dspark_block_size": 5,
+        "dspark_markov_rank": 256,
+        "dspark_noise_token_id": min(NOISE_TOKEN, hf["vocab_size"] - 1),
+        "dspark_target_layer_ids": list(range(max(0, n - 3), n)),
+        "num_nextn_predict_layers": 1,
+    }
 
 
 def compressed(fmt: str, hf: dict[str, Any]) -> dict[str, Any]:

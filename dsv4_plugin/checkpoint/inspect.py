@@ -48,7 +48,8 @@ def describe(directory: str | Path) -> list[str]:
     found = natives(config, read_headers(directory))
     kinds = Counter(KINDS[r] for r in config.compress_ratios)
     layers = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    problems = list(problems_of(config, found))
+    drafts = any(name.startswith(MTP) for name in found)
+    problems = list(problems_of(config, found, drafts))
     return [
         f"variant     {VARIANTS[config.experts]}, generation {config.generation}{_for(config)}",
         f"layers      {config.num_hidden_layers} ({layers}), {config.num_hash_layers} hash-routed",
@@ -92,7 +93,7 @@ def count_parameters(name: str, info: TensorInfo) -> int:
 
 def _problems(problems: list[str]) -> Iterator[str]:
     if not problems:
-        yield f"complete (tensors under {MTP} are not checked)"
+        yield "complete"
         return
     yield f"{len(problems)} problems:"
     yield from (f"  {problem}" for problem in problems[:SHOWN])

@@ -22,7 +22,6 @@ from dsv4_plugin.checkpoint.formats import exported_files, format_fields, pack, 
 from dsv4_plugin.checkpoint.names import (
     EXPERT,
     Shape,
-    dspark_tensors,
     expected_tensors,
     image_tensors,
     stored_as,
@@ -208,13 +207,11 @@ def new_folder(directory: str | Path) -> Iterator[Path]:
 
 
 def made_tensors(config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Shape]:
-    """Every parameter of a checkpoint to be made: the main model's and the draft stages'."""
-    if config.generation == "0731":
-        tensors = expected_tensors(config)
-        targets = len(hf["dspark_target_layer_ids"])
-        tensors |= dspark_tensors(config, targets, hf["dspark_markov_rank"])
-        return tensors | image_tensors(config, hf) if config.vision_n_layers else tensors
-    return expected_tensors(config, mtp=config.num_nextn_predict_layers > 0)
+    """Every parameter of a checkpoint to be made: the main model's, the drafter's, those for
+    images."""
+    drafts = config.dspark is not None or config.num_nextn_predict_layers > 0
+    tensors = expected_tensors(config, mtp=drafts)
+    return tensors | image_tensors(config, hf) if config.vision_n_layers else tensors
 
 
 def tokenizer_files() -> list[Path]:
@@ -290,6 +287,6 @@ def random_tensor(config: ModelConfig, name: str, shape: Shape, seed: int) -> Te
         return noise.mul_(0.1).add_(1) if leaf.endswith("_scale") else noise.mul_(0.5)
     if leaf.endswith("_fn"):
         return noise.mul_(shape[-1] ** -0.5)
-    if name == "embed.weight":
+    if name == "embed.weight" or name.endswith("markov_w1.weight"):
         return noise.to(torch.bfloat16)
     return noise.mul_(shape[-1] ** -0.5).to(torch.bfloat16)

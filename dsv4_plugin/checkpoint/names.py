@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from dsv4_plugin.config import COMPRESSED, CSA, FP8_BLOCK, SWA, Experts, ModelConfig
+from dsv4_plugin.config import (
+    COMPRESSED,
+    CSA,
+    DSPARK_FIELDS,
+    FP8_BLOCK,
+    SWA,
+    DSpark,
+    Experts,
+    ModelConfig,
+)
 
 Shape = tuple[int, ...]
 
@@ -19,9 +28,9 @@ EXPERT = re.compile(
 """(module, expert, `w1` or what belongs to it, as `w1.scale`)."""
 SCALE = re.compile(r".*\.(scale|weight_scale|weight_scale_2|weight_global_scale)")
 """A packed weight's scales."""
+_STAGE = re.compile(r"mtp\.(\d{1,3})\.")
 ACTIVATION_SCALES = ("input_scale", "input_global_scale")
 GATE = ".ffn.gate.weight"
-DSPARK_STAGES = 3
 _VISION = re.compile(r"(vision|aligner)\..+|image_(start|pad|newline|end)|.*\.ffn\.gate\.bias_vl")
 _BIAS = re.compile(r"layers\.(\d+)\.ffn\.gate\.bias")
 _HC = re.compile(r"\bhc_(attn|ffn|head)_(fn|base|scale)$")
@@ -135,7 +144,7 @@ _FLOAT32 = re.compile(r"(^|[._])(hc_\w+|ape|attn_sink|bias|bias_vl)$")
 
 
 def expected_tensors(config: ModelConfig, mtp: bool = False) -> dict[str, Shape]:
-    """Every tensor of the main model, or of the MTP layer too, and its unquantised shape."""
+    """Every tensor of the main model, or of the drafter too, and its unquantised shape."""
     c = config
     tensors: dict[str, Shape] = {
         "embed.weight": (c.vocab_size, c.hidden_size),
@@ -146,31 +155,55 @@ def expected_tensors(config: ModelConfig, mtp: bool = False) -> dict[str, Shape]
     for layer in range(c.num_hidden_layers):
         inner = _block(c, c.compress_ratios[layer], layer < c.num_hash_layers)
         tensors |= {f"layers.{layer}.{name}": shape for name, shape in inner.items()}
-    return tensors | mtp_tensors(c) if mtp else tensors
+    return tensors | draft_tensors(c) if mtp else tensors
 
 
-def mtp_tensors(config: ModelConfig) -> dict[str, Shape]:
-    """The MTP layer's. Raises ValueError where the checkpoint has none that can be used."""
-    c, d = config.with_mtp_layer(), config.hidden_size
+def with_drafter(config: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """With the drafter that a checkpoint's tensors are of: num_nextn_predict_layers is 1 in
+    checkpoints with three stages of DSpark, too.
+
+    Raises ValueError where config.json does not say what that drafter has to know.
+    """
+    if "mtp.0.e_proj.weight" in names:
+        return replace(config, dspark=None)
+    if "mtp.0.main_proj.weight" not in names:
+        return config
+    if config.dspark is None:
+        raise ValueError(
+            "mtp.0.main_proj.weight is of a DSpark drafter; config.json has to have all of "
+            f"{', '.join(DSPARK_FIELDS)}"
+        )
+    stages = {int(stage[1]) for name in names if (stage := _STAGE.match(name))}
+    return replace(config, dspark=replace(config.dspark, stages=1 + max(stages)))
+
+
+def draft_tensors(config: ModelConfig) -> dict[str, Shape]:
+    """The drafter's. Raises ValueError where the checkpoint has none that can be used."""
+    c = config.with_draft_layers()
+    return _mtp_tensors(c) if c.dspark is None else _dspark_tensors(c, c.dspark)
+
+
+def _mtp_tensors(c: ModelConfig) -> dict[str, Shape]:
+    d = c.hidden_size
     inner = _block(c, SWA, hash_routed=False) | _hyper_connection("hc_head", c.hc_mult, 1, c)
     inner |= {"e_proj.weight": (d, d), "h_proj.weight": (d, d)}
     inner |= {f"{name}.weight": (d,) for name in ("enorm", "hnorm", "norm")}
     return {f"mtp.0.{name}": shape for name, shape in inner.items()}
 
 
-def dspark_tensors(config: ModelConfig, targets: int, markov_rank: int) -> dict[str, Shape]:
-    """The draft stages `mtp.0` .. `mtp.2` of a 0731 checkpoint, which reads `targets` layers."""
-    c, d, last = config, config.hidden_size, DSPARK_STAGES - 1
+def _dspark_tensors(c: ModelConfig, dspark: DSpark) -> dict[str, Shape]:
+    d, rank, last = c.hidden_size, dspark.markov_rank, dspark.stages - 1
     tensors: dict[str, Shape] = {}
-    for stage in range(DSPARK_STAGES):
+    for stage in range(dspark.stages):
         block = _block(c, SWA, hash_routed=False)
         tensors |= {f"mtp.{stage}.{name}": shape for name, shape in block.items()}
-    tensors |= {"mtp.0.main_proj.weight": (d, targets * d), "mtp.0.main_norm.weight": (d,)}
+    read = len(dspark.target_layer_ids) * d
+    tensors |= {"mtp.0.main_proj.weight": (d, read), "mtp.0.main_norm.weight": (d,)}
     tensors |= {
         f"mtp.{last}.norm.weight": (d,),
-        f"mtp.{last}.markov_head.markov_w1.weight": (c.vocab_size, markov_rank),
-        f"mtp.{last}.markov_head.markov_w2.weight": (c.vocab_size, markov_rank),
-        f"mtp.{last}.confidence_head.proj.weight": (1, d + markov_rank),
+        f"mtp.{last}.markov_head.markov_w1.weight": (c.vocab_size, rank),
+        f"mtp.{last}.markov_head.markov_w2.weight": (c.vocab_size, rank),
+        f"mtp.{last}.confidence_head.proj.weight": (1, d + rank),
     }
     return tensors | _hyper_connection(f"mtp.{last}.hc_head", c.hc_mult, 1, c)
 
@@ -202,7 +235,7 @@ def image_tensors(config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Shape
         tensors |= {f"vision.blocks.{i}.{name}": shape for name, shape in block.items()}
     tensors |= {f"image_{which}": (d,) for which in ("start", "pad", "newline", "end")}
     scopes = [f"layers.{i}" for i in range(config.num_hidden_layers)]
-    scopes += [f"mtp.{i}" for i in range(DSPARK_STAGES)]
+    scopes += [f"mtp.{i}" for i in range(config.draft_layers)]
     tensors |= {f"{scope}.ffn.gate.bias_vl": (config.n_routed_experts,) for scope in scopes}
     hashed = scopes[: config.num_hash_layers]
     return tensors | {f"{scope}.ffn.gate.bias": (config.n_routed_experts,) for scope in hashed}

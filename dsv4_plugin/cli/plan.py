@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-dtype", default="fp8", choices=("fp8", "bfloat16", "float32"))
     parser.add_argument("--block-size", type=int, default=256, help="tokens per page")
     parser.add_argument("--chunk", type=int, default=2048, help="most tokens of a step")
-    parser.add_argument("--speculative-tokens", type=int, default=0, help="drafts of the MTP layer")
+    parser.add_argument("--speculative-tokens", type=int, default=0, help="of the drafter")
     parser.add_argument("--utilization", type=float, default=0.92, help="share of a GPU to use")
 
 
@@ -70,10 +70,12 @@ def run(args: argparse.Namespace) -> int:
 def report(found: Plan) -> str:
     """The plan as text: a line per part and stage, then what fits."""
     config, layout = found.config, found.layout
-    mtp = config.num_nextn_predict_layers == 1 and config.generation == "april"
+    dspark = config.dspark is not None
+    drafter = f"{config.draft_layers} draft stages" if dspark else "MTP layer"
+    mtp = dspark or config.num_nextn_predict_layers == 1
     lines = [
         f"checkpoint {checkpoint_bytes(config, mtp):>20,} bytes"
-        + (" with its MTP layer" if mtp else ""),
+        + (f" with its {drafter}" if mtp else ""),
         f"layout     {layout}: {layout.gpus} GPUs, {found.budget / GIB:.1f} GiB of each to use",
     ]
     for i, (stage, free) in enumerate(zip(found.stages, found.free, strict=True)):

@@ -66,6 +66,12 @@ class Attention(nn.Module):
             parts = [self.compressor, *([self.indexer.compressor] if self.ratio == CSA else [])]
             self.compressors = Compressors(self.ratio, parts, self.dtype)
 
+    def write(self, x: Tensor, step: Step, cache: LayerCache) -> None:
+        """Nothing but the window rows of x [T, D]: of a drafter, which reads the main model."""
+        nobody = x.new_empty(len(x), 0, self.dim)
+        cis, weight = step.cis[self.ratio], self.kv_norm.weight
+        qkv(nobody, self.wkv(x), weight, self.eps, cis, step.window_write, cache.window)
+
     def forward(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
         """x [T, D], normed -> [T, D]. Writes this step's rows, then reads what each token sees."""
         cis = step.cis[self.ratio]
@@ -79,7 +85,7 @@ class Attention(nn.Module):
             entries = cache.entries(step.tables)
         if self.ratio == CSA and step.longest // CSA > self.topk:
             chosen = self.indexer(x, qr, cis, step, cache)
-        window, size = cache.window_rows(step.tables), self.sliding_window
+        window, size = cache.window_rows(step.tables), self.sliding_window + step.together
         o = attention(q, self.attn_sink, cis, step, window, size, entries, self.ratio, chosen)
         o = o.to(x.dtype).view(-1, self.groups, self.heads * self.dim // self.groups)
         out: Tensor = self.wo_b(self.wo_a(o))

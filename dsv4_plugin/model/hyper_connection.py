@@ -60,9 +60,10 @@ class HyperHead(nn.Module):
         scale = self.scale.expand(len(self.base)).contiguous()
         self.scale = nn.Parameter(scale, requires_grad=False)
 
-    def mixer(self, norm: RMSNorm) -> Mixer:
-        """norm: what comes behind it."""
-        return Mixer(self.fn, self.base, self.scale, norm.weight, 0, self.eps, norm.eps)
+    def mixer(self, norm: RMSNorm, normed: bool = True) -> Mixer:
+        """norm: what comes behind it; unless `normed`, is left to the caller."""
+        weight = norm.weight if normed else None
+        return Mixer(self.fn, self.base, self.scale, weight, 0, self.eps, norm.eps)
 
 
 def _parameter(*shape: int) -> nn.Parameter:

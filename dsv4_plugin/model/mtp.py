@@ -27,7 +27,7 @@ class MTPBlock(Block):
     """A block without compression, and what joins a token's embedding to the streams."""
 
     def __init__(self, config: ModelConfig, parallel: Parallel, prefix: str) -> None:
-        super().__init__(config.with_mtp_layer(), parallel, config.num_hidden_layers, prefix)
+        super().__init__(config.with_draft_layers(), parallel, config.num_hidden_layers, prefix)
         d, eps = config.hidden_size, config.rms_norm_eps
         self.enorm, self.hnorm, self.norm = (RMSNorm(d, eps) for _ in range(3))
         self.e_proj = parallel.replicated(d, d, f"{prefix}.e_proj")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from dsv4_plugin.cache.layer import LayerCache
@@ -85,16 +86,37 @@ class Transformer(Network):
         """This stage's blocks: streams [T, R, D] -> [T, R, D]."""
         return spread(*self._blocks(h, input_ids, step, caches))
 
+    def run_read(
+        self,
+        h: Tensor,
+        input_ids: Tensor,
+        step: Step,
+        caches: Sequence[LayerCache],
+        layers: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """`run`, and the means over the streams behind some of its layers, side by side: streams
+        [T, R, D], means [T, layers * D]."""
+        means: dict[int, Tensor | None] = dict.fromkeys(layers)
+        h = spread(*self._blocks(h, input_ids, step, caches, means))
+        return h, torch.cat([mean for mean in means.values() if mean is not None], -1)
+
     def collapse(self, h: Tensor) -> Tensor:
         """The last streams [T, R, D] -> hidden states [T, D]. Last stage only."""
         return self._collapse((None, h, None))
 
     def _blocks(
-        self, h: Tensor, input_ids: Tensor, step: Step, caches: Sequence[LayerCache]
+        self,
+        h: Tensor,
+        input_ids: Tensor,
+        step: Step,
+        caches: Sequence[LayerCache],
+        means: dict[int, Tensor | None] | None = None,
     ) -> Streams:
         now: Streams = None, h, None
-        for block, cache in zip(self.layers.values(), caches, strict=True):
+        for (layer, block), cache in zip(self.layers.items(), caches, strict=True):
             now = block(now, input_ids, step, cache)
+            if means and int(layer) in means:
+                means[int(layer)] = spread(*now).float().mean(1).to(h.dtype)
         return now
 
     def _collapse(self, last: Streams) -> Tensor:

@@ -25,7 +25,7 @@ from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.cli import main
-from dsv4_plugin.config import FIELDS, V41_REFUSED, ModelConfig
+from dsv4_plugin.config import DSPARK_FIELDS, FIELDS, V41_REFUSED, ModelConfig
 from dsv4_plugin.fields import Only, Unread, Whole
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
@@ -405,8 +405,9 @@ FREE = {"quantization_config": {}, "architectures": []}
 @needs_shared
 def test_every_field_that_is_read_has_its_row():
     derived = {"yarn", "experts", "generation", "int4_block", "fp8_attention", "rounds_fp8_inputs"}
-    read = {f.name for f in dataclasses.fields(ModelConfig)} - derived
-    assert read | {"rope_scaling", "quantization_config", "expert_dtype"} <= set(FIELDS.fields)
+    read = {f.name for f in dataclasses.fields(ModelConfig)} - derived - {"dspark"}
+    read |= {"rope_scaling", "quantization_config", "expert_dtype", *DSPARK_FIELDS}
+    assert read <= set(FIELDS.fields)
 
 
 def test_what_transformers_saves_is_the_same(broken):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dsv4_plugin import load
 from dsv4_plugin.checkpoint.make import make_checkpoint
-from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.engine import Batch, LocalModel, Sampler
 from dsv4_plugin.speculate import Speculator
 from lab.paths import SHARED, needs_shared
@@ -42,13 +41,13 @@ class Oracle(Speculator):
         super().__init__(model, n)
         self.truth, self.wrong = truth, wrong
 
-    def draft(self, batch: Batch, running: Tensor, h: Tensor) -> Tensor:
-        super().draft(batch, running, h)
+    def draft(self, batch: Batch, running: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        _, count = super().draft(batch, running, last)
         rows = []
         for b, length in zip(running.tolist(), batch.lengths[running].tolist(), strict=True):
             after = (self.truth[b][length + 1 :] + [0] * self.n)[: self.n]
             rows.append([(t + self.wrong) % batch.model.config.vocab_size for t in after])
-        return torch.tensor(rows)
+        return torch.tensor(rows), count
 
 
 def greedy(speculator: Speculator, prompts: list[list[int]], new: int = NEW) -> list[list[int]]:
@@ -138,12 +137,10 @@ def test_generate_with_drafts(model):
     assert len(model.generate(prompts, 9, 0.8, seed=1, num_speculative_tokens=2)[0]) <= 9
 
 
-def test_refusals(small, drafting, tmp_path):
+def test_refusals(small, drafting):
     with pytest.raises(ValueError, match="num_nextn_predict_layers is 0; MTP needs a checkpoint"):
         load(small, mtp=True)
     with pytest.raises(ValueError, match="load the model with mtp=True"):
         load(drafting).generate([[1]], 1, num_speculative_tokens=1)
-    config = ModelConfig.from_pretrained(drafting)
-    object.__setattr__(config, "generation", "0731")
-    with pytest.raises(ValueError, match="this 0731 checkpoint drafts with DSpark"):
-        config.with_mtp_layer()
+    with pytest.raises(ValueError, match="drafts with MTP, which does not say how sure it is"):
+        load(drafting, mtp=True).generate([[1]], 1, num_speculative_tokens=1, confidence=0.5)

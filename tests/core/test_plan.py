@@ -62,6 +62,9 @@ def test_the_command(capsys):
     out = capsys.readouterr().out
     assert "159,609,485,896 bytes with its MTP layer" in out
     assert "8 requests of 32,768 tokens fit" in out
+    late = path_of("Flash-0731").with_suffix("").with_suffix(".config.reconstructed.json")
+    main(["plan", str(late), *flash[1:], "--tp", "4"])
+    assert "bytes with its 3 draft stages" in capsys.readouterr().out
     assert main(["plan", *flash]) == 1
     assert "does not fit: " in capsys.readouterr().out
     assert main(["plan", *flash, "--tp", "3"]) == 2

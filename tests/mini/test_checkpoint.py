@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from dsv4_plugin.checkpoint.convert import CONVERSIONS, convert_checkpoint
 from dsv4_plugin.checkpoint.mini import COMPACT, UNUSED, VOCABULARY, WEIGHTS, expand, make_mini
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.engine import Batch, load
+from dsv4_plugin.engine import load
 from dsv4_plugin.speculate import Speculator
 from tests.conftest import random_ids
 from tests.tolerances import LOGITS_STD
@@ -81,11 +81,11 @@ def test_an_exported_run_computes_what_was_trained(tmp_path, monkeypatch):
     known = torch.tensor(vocabulary.ids)
     close(engine.logits(ids)[:, known], expected)
     speculator = Speculator(engine, 1)
-    batch = Batch(engine.model, speculator.layout, [len(ids)], len(ids), draft_layers=1)
+    batch = speculator.batch([len(ids)], len(ids))
     with torch.inference_mode():
         step = batch.step(torch.tensor([0]), torch.tensor([len(ids) - 1]))
-        h = speculator._main(batch, step, ids[:-1])
-        h = speculator._draft(batch, step, h, ids[1:])
+        h, means = speculator._main(batch, step, ids[:-1])
+        h = speculator.drafts.follow(batch, step, h, means, ids[1:])
         found = engine.model.head(engine.drafter.collapse(h).float())
     close(found[:, known], drafted)
 

@@ -40,7 +40,9 @@ STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX, SWIGLU = 
         "swiglu",
     ]
 )
-BLOCK = "dsv4_plugin/model/block.py"
+BLOCK, TRANSFORMER, DSPARK = (
+    f"dsv4_plugin/model/{name}.py" for name in ("block", "transformer", "dspark")
+)
 GROUPS, CPU_ATTENTION = "dsv4_plugin/cache/groups.py", "dsv4_plugin/kernels/attention/cpu.py"
 FILES, SPECULATE = "dsv4_plugin/checkpoint/files.py", "dsv4_plugin/speculate.py"
 RENDER, ENCODER = "dsv4_plugin/chat/render.py", "dsv4_plugin/chat/encoder.py"
@@ -130,7 +132,24 @@ MUTANTS = [
     Mutant("a page goes on with its own carry", GROUPS, "position[paging] // size - 1)", "position[paging] // size)", "core/test_exact", "chunks and 1"),
     Mutant("the window of a span is a row short", GROUPS, "max(0, p0 - self.window + 1), total", "max(0, p0 - self.window + 2), total", "core/test_exact", "chunks and 64"),
     Mutant("the sink is left out on CPUs", CPU_ATTENTION, "[..., -1] = sink", "[..., -1] = -1e30", "core/test_ops"),
-    Mutant("rejected drafts stay", SPECULATE, "batch.lengths[running] -= self.n - kept.cpu()", "pass", "core/test_mtp", "wrong"),
+    Mutant("rejected drafts stay", SPECULATE, "batch.lengths[running] -= count - kept.cpu()", "pass", "core/test_mtp", "wrong"),
+    # DSpark
+    Mutant("a block is seeded a position early", SPECULATE, 'step = batch.step(running, torch.full_like(running, ids.shape[1]), "block")', 'batch.lengths[running] -= 1\n        step = batch.step(running, torch.full_like(running, ids.shape[1]), "block")', "core/test_dspark", "a_block"),
+    Mutant("streams are normed before their mean", TRANSFORMER, "spread(*now).float().mean(1)", "torch.nn.functional.rms_norm(spread(*now).float(), h.shape[-1:]).mean(1)", "core/test_dspark", "a_block"),
+    Mutant("streams are read before the layer", TRANSFORMER, "            now = block(now, input_ids, step, cache)\n            if means", "            before, now = now, block(now, input_ids, step, cache)\n            if means and int(layer) in means:\n                means[int(layer)] = spread(*before).float().mean(1).to(h.dtype)\n            elif means", "core/test_dspark", "a_block"),
+    Mutant("the collapsed state is read, not the mean", TRANSFORMER, "spread(*now).float().mean(1).to(h.dtype)", "streams(*now, block.hc_attn.mixer(block.attn_norm))[1]", "core/test_dspark", "a_block"),
+    Mutant("rows of a block see those before them only", GROUPS, "last = seq_lens[request] - 1", "last = seq_lens[request] - count[request] + rows - query_start[request]", "core/test_dspark", "see_one_another"),
+    Mutant("a block sees a row less of the window", GROUPS, "self.window = layout.sliding_window + together", "self.window = layout.sliding_window + max(0, together - 1)", "core/test_dspark", "visible"),
+    Mutant("noise takes the anchor's place", DSPARK, "torch.cat([anchor[:, None], noise], 1)", "torch.cat([noise, anchor[:, None]], 1)", "core/test_dspark", "a_block"),
+    Mutant("the anchor corrects nothing", DSPARK, "corrected = base[:, i] + last.markov_head.logits(e)", "corrected = base[:, i] + (i > 0) * last.markov_head.logits(e)", "core/test_dspark", "a_block"),
+    Mutant("confidence knows its own draft", DSPARK, "last.confidence_head(y[:, i], e)", "last.confidence_head(y[:, i], last.markov_head.embed(before))", "core/test_dspark", "test_confidence"),
+    Mutant("a block goes on behind a doubt", SPECULATE, "sure.long().cumprod(1).sum(1).cpu()", "sure.long().sum(1).cpu()", "core/test_dspark", "first_doubt"),
+    Mutant("drafts narrow the block", DSPARK, "self.dspark.block_size - 1)", "self.dspark.block_size - 2)", "core/test_dspark", "a_block"),
+    Mutant("window layers turn as compressed ones do", "dsv4_plugin/kernels/step/__init__.py", "kinds = [SWA] + [CSA]", "kinds = [CSA] + [CSA]", "core/test_dspark", "a_block"),
+    Mutant("stages are always three", "dsv4_plugin/checkpoint/names.py", "stages=1 + max(stages)", "stages=3", "core/test_dspark", "how_many"),
+    Mutant("a stage's tensor too many is passed over", FILES, "(mtp or not name.startswith(MTP))", "not name.startswith(MTP)", "core/test_dspark", "too_many"),
+    Mutant("kernels see a block as a text", ATTENTION, "q, sink, step.sees,", "q, sink, step.position,", "triton/test_attention", "blocks"),
+    Mutant("the drafter's head is normed", STREAMS, "NORM=not plain", "NORM=True", "triton/test_streams", "plain"),
     Mutant("a file's end is not checked", FILES, "if size != end:", "if size < first:", "core/test_bad_input"),
     # The bench
     Mutant("chunks are counted as tokens", BENCH_CLIENT, "self.arrivals.append((now, tokens))", "self.arrivals.append((now, len(self.arrivals) + 1))", "core/test_bench", "tokens"),

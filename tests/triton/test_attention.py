@@ -111,6 +111,19 @@ def test_prefill(gpu, positions, heads, kind, ratio):
     assert error(found, reference(**case)) < ATTENTION_BF16
 
 
+@pytest.mark.parametrize("kind", ["fp8", interpreted_first("bfloat16")])
+def test_blocks_whose_rows_see_one_another(gpu, kind):
+    """A block of a draft at the start of a text, one behind a window, and padding."""
+    case = world([range(2, 7), range(200, 205), [None] * 2], 8, kind, span=SPAN + 5)
+    lengths = torch.tensor([7, 205, 0], dtype=torch.int32, device=mode.DEVICE)
+    block = replace(case["step"], seq_lens=lengths, together=5)
+    expected = reference(**case | {"step": block})
+    assert error(attention(**case | {"step": block}), expected) < ATTENTION_BF16
+    alone = reference(**case | {"sliding_window": SPAN})
+    assert error(alone[[4, 9]], expected[[4, 9]]) < 0.5  # the last row sees much the same
+    assert error(alone[:4], expected[:4]) > 0.05
+
+
 @pytest.mark.skipif(mode.INTERPRET, reason="numpy sums in another order for other shapes")
 def test_the_same_bits_alone_in_company_in_tiles_and_in_pieces(gpu, monkeypatch):
     """Split over programs or not, one query or a tile of two: every row comes out the same."""

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4_plugin.checkpoint.make import make_checkpoint
+from dsv4_plugin.checkpoint.formats import dspark_fields
+from dsv4_plugin.checkpoint.make import make_checkpoint, preset_fields
 from tests.conftest import SMALL
 from tests.vllm.engine import (
     NEW,
@@ -132,7 +133,11 @@ def test_drafts_that_are_always_right_or_wrong(llm, small, reference, prompts, o
     ("change", "method", "sentence"),
     [
         ({"num_nextn_predict_layers": 0}, "mtp", "MTP needs a checkpoint that has 1"),
-        ({"dspark_block_size": 5}, "mtp", "drafts with DSpark, which is not supported"),
+        (
+            dspark_fields(preset_fields("tiny") | SMALL),
+            "mtp",
+            "this checkpoint drafts with DSpark, which vLLM",
+        ),
         ({}, "ngram", "--speculative-config.method is 'ngram'; dsv4-plugin drafts with 'mtp'"),
     ],
 )
@@ -140,6 +145,16 @@ def test_refusals(drafting, change, method, sentence):
     speculative = {"method": method, "num_speculative_tokens": 1}
     with pytest.raises((ValueError, NotImplementedError), match=sentence):
         configure(drafting, speculative_config=speculative, hf_overrides=change)
+
+
+@pytest.mark.parametrize("method", ["mtp", "dspark"])
+def test_a_block_drafter_is_refused(method, tmp_path):
+    """vLLM has one on GPUs only; the sentence names who has it here."""
+    make_checkpoint(tmp_path / "0731", "tiny", 1, SMALL, tokenizer=False, fmt="0731")
+    speculative = {"method": method, "num_speculative_tokens": 5}
+    sentence = "--speculative-config is given; this checkpoint drafts with DSpark, which vLLM has"
+    with pytest.raises((ValueError, NotImplementedError), match=sentence):
+        configure(tmp_path / "0731", speculative_config=speculative)
 
 
 def test_stages_and_drafts_are_refused_together(drafting):

@@ -32,7 +32,7 @@ def attention(
     Args:
         sink: float32 [H].
         cis: float32 [T, rope_dim], (cos, sin) pairs.
-        sliding_window: positions a query sees of its window, itself included.
+        sliding_window: positions a query sees of its window, `step.sees` the last of them.
         entries: compressed rows, of which a query at position p may see (p + 1) // ratio.
         chosen: int32 [T, k], the entries each query attends to, -1 for none; all where None.
     """

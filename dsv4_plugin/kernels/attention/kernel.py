@@ -444,9 +444,9 @@ def attention(
     dealt = min(pieces, triton.cdiv(launch.split, n * head_blocks)) if split else 1
     grid = (triton.cdiv(n, tile), head_blocks, dealt)
     attend[grid](
-        q, sink, step.position, step.request, cis,
+        q, sink, step.sees, step.request, cis,
         *_arguments(window), *_arguments(entries_or_window),
-        chosen if chosen is not None else step.position, choices,
+        chosen if chosen is not None else step.sees, choices,
         out, part_m, part_l, part_acc, counters("attention", q.device, n * head_blocks * split),
         d**-0.5 * LOG2E, n, pieces, q.stride(0),
         heads, NOPE=d - rope, ROPE=rope, P=max(MIN_DOT, triton.next_power_of_2((d - rope) // 4)),

@@ -22,7 +22,7 @@ def attention(
     chosen: Tensor | None = None,
 ) -> Tensor:
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    for t, p in enumerate(step.position.tolist()):
+    for t, p in enumerate(step.sees.tolist()):
         if p < 0:
             continue
         keys = []

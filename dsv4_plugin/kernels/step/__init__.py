@@ -67,6 +67,7 @@ class StepBuilder:
         rows: int,
         longest_query: int,
         longest: int,
+        together: bool = False,
     ) -> Step:
         """
         Args:
@@ -76,6 +77,7 @@ class StepBuilder:
                 rows.
             rows: rows of the batch, padding included.
             longest_query, longest: most rows and most tokens that a request may have.
+            together: requests bring blocks of longest_query rows, which see one another.
         """
         if rows > self.rows:
             raise ValueError(f"a step has {rows} rows; room is for {self.rows}")
@@ -106,4 +108,5 @@ class StepBuilder:
             entry_cis=dict(zip(self.ratios, cis[2:], strict=True)),
             longest_query=longest_query,
             longest=longest,
+            together=longest_query if together else 0,
         )

@@ -18,12 +18,12 @@ from dsv4_plugin.kernels.dispatch import implementation
 @dataclass(frozen=True)
 class Mixer:
     """The weights of one collapse: fn [N, R * D], base [N], scale [N], float32, and the norm of
-    the sublayer behind it, weight float32 [D]."""
+    the sublayer behind it, weight float32 [D]; None: what is collapsed stays as it is."""
 
     fn: Tensor
     base: Tensor
     scale: Tensor
-    weight: Tensor
+    weight: Tensor | None
     iters: int
     eps: float
     norm_eps: float

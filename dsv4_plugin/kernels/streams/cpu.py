@@ -25,7 +25,8 @@ def streams(
     m = torch.addcmul(mixer.base, m, mixer.scale)
     gates = m[:, : 2 * r].sigmoid()
     x = _weighted_sum(gates[:, :r, None] + mixer.eps, h32).to(dtype)
-    x = rms_norm(x, mixer.weight, mixer.norm_eps)
+    if mixer.weight is not None:
+        x = rms_norm(x, mixer.weight, mixer.norm_eps)
     if len(mixer.fn) == r:
         return h32, x, None
     mixing = sinkhorn(m[:, 2 * r :].unflatten(-1, (r, r)), mixer.iters, mixer.eps)

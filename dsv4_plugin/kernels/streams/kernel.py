@@ -49,7 +49,9 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _collapse(h, norm, x_out, pre, t, D, eps, R: tl.constexpr, COLUMNS: tl.constexpr):
+def _collapse(
+    h, norm, x_out, pre, t, D, eps, NORM: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr
+):
     """The next sublayer's input of token t: its streams by their weights pre [R], normed."""
     r = tl.arange(0, R)
     d = tl.arange(0, COLUMNS)
@@ -59,8 +61,9 @@ def _collapse(h, norm, x_out, pre, t, D, eps, R: tl.constexpr, COLUMNS: tl.const
         stream = tl.load(h + at, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
         y += tl.sum(tl.where(r == k, pre, 0.0), 0) * stream
     y = y.to(h.dtype.element_ty).to(tl.float32)
-    y = y * tl.rsqrt(tl.sum(y * y, 0) / D + eps)
-    y = y * tl.load(norm + d, mask=d < D, other=0.0)
+    if NORM:
+        y = y * tl.rsqrt(tl.sum(y * y, 0) / D + eps)
+        y = y * tl.load(norm + d, mask=d < D, other=0.0)
     tl.store(x_out + t * D + d, y, mask=d < D)
 
 
@@ -94,6 +97,7 @@ def _finish(
     iters,
     eps,
     norm_eps,
+    NORM: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -123,7 +127,7 @@ def _finish(
         for i in tl.range(0, tl.minimum(GROUP, end - begin), disable_licm=True):
             mine = tl.sum(tl.where((g == i)[:, None], pre, 0.0), 0)
             token = tl.sum(tl.where(g == i, t, 0), 0)
-            _collapse(h, norm, x_out, mine, token, D, norm_eps, R, COLUMNS)
+            _collapse(h, norm, x_out, mine, token, D, norm_eps, NORM, R, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "rows"])
@@ -149,6 +153,7 @@ def mix(
     iters,
     eps,
     norm_eps,
+    NORM: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
     SPREAD: tl.constexpr,
@@ -210,7 +215,7 @@ def mix(
     if is_last(counter + tl.program_id(0), chunks):
         _finish(
             h_out, x_out, post_out, mixing_out, partial, base, scale, norm, first, end, D,
-            chunks, iters, eps, norm_eps, R, N, WIDTH, CHUNKS, COLUMNS, GROUP,
+            chunks, iters, eps, norm_eps, NORM, R, N, WIDTH, CHUNKS, COLUMNS, GROUP,
         )  # fmt: skip
 
 
@@ -225,7 +230,7 @@ def streams(
     chunks, head = triton.cdiv(d, CHUNK), len(mixer.fn) == r
     partial = h.new_empty((tokens, chunks, WIDTH), dtype=torch.float32)
     x = h.new_empty((tokens, d))
-    spreading = out is not None and by is not None
+    spreading, plain = out is not None and by is not None, mixer.weight is None
     h_out = torch.empty_like(h) if spreading else h
     post = partial if head else h.new_empty((tokens, r), dtype=torch.float32)
     mixing = partial if head else h.new_empty((tokens, r, r), dtype=torch.float32)
@@ -233,10 +238,11 @@ def streams(
     tiles = triton.cdiv(tokens, rows)
     mix[(tiles, chunks)](
         out if spreading else h, h, by.post if by else partial, by.mixing if by else partial,
-        mixer.fn, mixer.base, mixer.scale, mixer.weight, h_out, x, post, mixing,
+        mixer.fn, mixer.base, mixer.scale, mixer.base if plain else mixer.weight,
+        h_out, x, post, mixing,
         partial, counters("streams", h.device, tiles),
         tokens, rows, d, chunks, mixer.iters, mixer.eps, mixer.norm_eps,
-        R=r, N=len(mixer.fn), SPREAD=spreading, TILE=16 if tokens <= FEW else 32,
+        NORM=not plain, R=r, N=len(mixer.fn), SPREAD=spreading, TILE=16 if tokens <= FEW else 32,
         CHUNK=CHUNK, BLOCK=32, WIDTH=WIDTH, CHUNKS=triton.next_power_of_2(chunks),
         COLUMNS=triton.next_power_of_2(d), GROUP=GROUP, num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -28,7 +28,8 @@ def collapse(h: Tensor, mixer: Mixer) -> tuple[Tensor, Spread | None]:
     m = x @ mixer.fn.t() * rms * mixer.scale + mixer.base
     pre = m[:, :r].sigmoid() + mixer.eps
     y = (pre[..., None] * h.float()).sum(1).to(h.dtype)
-    y = exact.rms_norm(y, mixer.weight, mixer.norm_eps)
+    if mixer.weight is not None:
+        y = exact.rms_norm(y, mixer.weight, mixer.norm_eps)
     if len(mixer.fn) == r:
         return y, None
     mixing = sinkhorn(m[:, 2 * r :].view(t, r, r), mixer.iters, mixer.eps)
