@@ -16,8 +16,8 @@ from typing import Any, Literal
 from dsv4_plugin.fields import Each, Only, Table, Unread, Whole, check_fields
 from dsv4_plugin.json_file import as_object, read_object, shown
 
-Generation = Literal["april", "0731"]
-"""Of a checkpoint: they were trained with different effort texts."""
+Generation = Literal["april", "0731", "v4.1"]
+"""Of a checkpoint: they were trained with different prompts (V4.1's network is not served)."""
 
 Experts = Literal["plain", "fp4", "fp8", "nvfp4", "ct-nvfp4", "w4a16"]
 """How a checkpoint stores its routed experts; of compressed-tensors: ct-nvfp4 and w4a16. Where they
@@ -470,6 +470,8 @@ FIELDS = Table(
 
 def generation_of(hf: Mapping[str, Any]) -> Generation:
     """The generation by config.json: 0731 brought the `dspark_*` fields."""
+    if hf.get("model_type") == V41:
+        return "v4.1"
     return "0731" if any(key.startswith("dspark_") for key in hf) else "april"
 
 

@@ -7,7 +7,7 @@ from typing import get_args
 from dsv4_plugin import env
 from dsv4_plugin.config import Generation
 
-from .tokens import ABSOLUTE_EFFORT, BEYOND_EFFORT
+from .tokens import ABSOLUTE_EFFORT, BEYOND_EFFORT, NUMBERED_EFFORT
 
 EFFORTS = env.EFFORT.allowed
 
@@ -15,6 +15,15 @@ _TEXTS: dict[Generation, dict[str, str]] = {
     "april": dict.fromkeys(("xhigh", "max", "ultra"), ABSOLUTE_EFFORT),
     "0731": dict.fromkeys(("medium", "high"), ABSOLUTE_EFFORT)
     | dict.fromkeys(("xhigh", "max", "ultra"), BEYOND_EFFORT),
+    "v4.1": {
+        effort: NUMBERED_EFFORT.format(number)
+        for number, efforts in {
+            50: ("minimal", "low"),
+            75: ("medium", "high", "xhigh"),
+            100: ("max", "ultra"),
+        }.items()
+        for effort in efforts
+    },
 }
 
 

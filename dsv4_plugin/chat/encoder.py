@@ -15,8 +15,8 @@ from dsv4_plugin.config import generation_of
 from dsv4_plugin.json_file import read_object
 
 from .effort import check_effort, check_generation, effort_text
-from .render import Rendered, render
-from .tokens import Control, Part
+from .render import FORMS, V4, Rendered, render
+from .tokens import SYSTEM, Control, Part
 
 CACHED_CHARACTERS = 4_000_000
 """Bound of the cache of tokenized text parts: about a million ids, 40 MB."""
@@ -70,7 +70,8 @@ class Encoder:
 
     `tokenizer` is a `tokenizers.Tokenizer`, a `transformers` fast tokenizer, or the path of a
     tokenizer.json or of the directory that holds it. `generation` chooses the texts for
-    reasoning effort; `effort` is the effort of requests that name none (`env.EFFORT`).
+    reasoning effort, and V4.1's form; `effort` is the effort of requests that name none
+    (`env.EFFORT`).
     """
 
     def __init__(
@@ -115,7 +116,8 @@ class Encoder:
         effort = check_effort(effort or self.effort)
         text = effort_text(self.generation, effort)
         thinking = thinking and effort != "none"
-        return render(messages, tools, thinking=thinking, effort=text, **options)
+        form = FORMS.get(self.generation, V4)
+        return render(messages, tools, thinking=thinking, effort=text, form=form, **options)
 
     def ids(self, parts: Iterable[Part]) -> list[int]:
         """Token ids of `parts`: control tokens by id, text without added tokens."""
@@ -134,7 +136,10 @@ class Encoder:
         if token_id is None:
             token_id = self.tokenizer.token_to_id(token)
             if token_id is None:
-                raise ValueError(f"tokenizer: has no token {str(token)!r}; is it DeepSeek-V4's?")
+                name = "V4.1" if token == SYSTEM else "V4"
+                raise ValueError(
+                    f"tokenizer: has no token {str(token)!r}; is it DeepSeek-{name}'s?"
+                )
             self._controls[token] = token_id
         return token_id
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .tokens import (
+    CALLS,
     DSML,
     END_THINK,
     EOS,
@@ -25,19 +26,20 @@ MAX_TAG = 1024
 """Longest tag, in characters; anything longer is text."""
 
 _CONTROLS = (THINK, END_THINK, EOS)
-_NAMES = dict.fromkeys((TOOL_CALLS, *WRAPPER_SLIPS), TOOL_CALLS)
+_NAMES = dict.fromkeys((TOOL_CALLS, CALLS, *WRAPPER_SLIPS), TOOL_CALLS)
 _NAMES |= {INVOKE: INVOKE, PARAMETER: PARAMETER}
 _HEADS = {
-    f"{start}{DSML}{spelled}": (name, start == "</")
+    f"{start}{DSML}{space}{spelled}": (name, start == "</")
     for start in ("<", "</")
+    for space in ("", " ")
     for spelled, name in _NAMES.items()
 }
-"""How a tag begins: its name and whether it closes."""
+"""How a tag begins, in V4's spelling or V4.1's: its name and whether it closes."""
 _PREFIXES = frozenset(tag[:end] for tag in (*_CONTROLS, *_HEADS) for end in range(1, len(tag) + 1))
 
 _CANDIDATE = re.compile(r"<(?:[/｜t]|\Z)")
 _CONTROL = re.compile("|".join(map(re.escape, _CONTROLS)))
-_HEAD = re.compile(rf"</?{DSML}(?:{'|'.join(_NAMES)})(?=[\s/<>]|\Z)")
+_HEAD = re.compile(rf"</?{DSML} ?(?:{'|'.join(_NAMES)})(?=[\s/<>]|\Z)")
 _ATTRIBUTE = re.compile(r"""([\w-]+)\s*=\s*(?:"([^"\n]*)"?|'([^'\n]*)'?|([^\s>]+))""")
 
 _PLAIN = r"""[^"'<>\n]*"""

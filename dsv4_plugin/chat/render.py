@@ -7,7 +7,7 @@ opens with `</think>`. docs/chat.md tells where public encoders disagree and wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -17,12 +17,17 @@ from .messages import Call, Turn, format_text, read_message
 from .tokens import (
     ASSISTANT,
     BOS,
+    CALLS,
     DSML,
     END_THINK,
     EOS,
     INVOKE,
+    JSON_FORMAT,
+    JSON_SCHEMA,
     LATEST_REMINDER,
     PARAMETER,
+    SCHEMA_FORMAT,
+    SYSTEM,
     TASKS,
     THINK,
     TOOL_CALLS,
@@ -34,7 +39,40 @@ from .tokens import (
 )
 from .tools import schema_lines
 
-_USER_ROLES = ("user", "developer", "tool")
+_USER_ROLES = ("user", "developer", "tool", "system")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What V4 and V4.1 write differently. system: its token, in front of every system text, which
+    stay where they are; block, space: the tag of a block of calls, and what follows DSML in tags;
+    any_json: what is said where the answer has to be any JSON object; joins_empty: user texts that
+    are empty are joined like others, and a call without parameters has an empty line."""
+
+    system: Control | None = None
+    block: str = TOOL_CALLS
+    space: str = ""
+    any_json: str = JSON_FORMAT
+    joins_empty: bool = False
+
+    def introduction(self) -> Iterator[Part]:
+        """To the tools, with this form's tags."""
+        before: Part = ""
+        for part in TOOLS_INTRODUCTION:
+            if before == DSML:
+                part = self.space + part.replace(TOOL_CALLS, self.block, 1)
+            yield part
+            before = part
+
+    def said(self, response_format: str) -> str:
+        return self.any_json if response_format == JSON_FORMAT else response_format
+
+
+V4 = Form()
+FORMS = {
+    "v4.1": Form(SYSTEM, CALLS, " ", SCHEMA_FORMAT.replace("{schema}", JSON_SCHEMA), True),
+}
+"""By the generation, of those that are not V4's."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +97,9 @@ def render(
     continue_final_message: bool = False,
     add_generation_prompt: bool = True,
     drop_reasoning: bool = True,
+    form: Form = V4,
 ) -> Rendered:
-    """Render OpenAI-style `messages`; `effort` is the text to put after bos in thinking mode.
+    """Render OpenAI-style `messages`; `effort` is the text to put in front in thinking mode.
 
     Raises ValueError naming the message index and field for anything the format cannot hold.
     """
@@ -69,18 +108,25 @@ def render(
     turns = [read_message(message, index) for index, message in enumerate(messages)]
     _check_order(turns, continue_final_message)
     system = [turn for turn in turns if turn.role == "system"]
-    turns = [turn for turn in turns if turn.role != "system"]
+    if form.system:  # the others stay where they are, empty ones are left out
+        turns = [turn for turn in turns if turn.role != "system" or _says_something(turn)]
+        system = [turn for turn in turns[:1] if turn.role == "system"]
+        turns = turns[len(system) :]
+    else:
+        turns = [turn for turn in turns if turn.role != "system"]
     offered = schema_lines(tools) + [tool for turn in system for tool in turn.tools]
     formats = [format_text(response_format, "response_format")]
     formats += [turn.response_format for turn in system]
 
-    writer = _Writer()
+    writer = _Writer(form)
     writer.control(BOS)
+    if form.system and (system or offered or any(formats) or (thinking and effort)):
+        writer.control(form.system)
     if thinking:
         writer.text(effort)
     writer.text("\n\n".join(turn.content for turn in system if turn.content))
     writer.tools(offered)
-    writer.text("".join(formats))
+    writer.text("".join(map(form.said, formats)))
 
     has_tools = bool(offered) or any(turn.tools for turn in turns)
     is_open = bool(turns) and (continue_final_message or turns[-1].prefix)
@@ -92,6 +138,10 @@ def render(
         writer.control(ASSISTANT, THINK if thinking else END_THINK)
         in_reasoning = thinking
     return Rendered(writer.joined(), in_reasoning)
+
+
+def _says_something(turn: Turn) -> bool:
+    return bool(turn.content or turn.tools or turn.response_format)
 
 
 def _check_order(turns: Sequence[Turn], continue_final_message: bool) -> None:
@@ -130,7 +180,8 @@ def _first_kept(turns: Sequence[Turn], keep_all: bool, is_open: bool, opens: boo
 class _Writer:
     """Collects parts; adjacent text is joined, since a tokenizer must see it in one piece."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: Form) -> None:
+        self._form = form
         self._parts: list[Part] = []
 
     def control(self, *tokens: Control) -> None:
@@ -151,7 +202,7 @@ class _Writer:
 
     def tools(self, lines: Sequence[str]) -> None:
         if lines:
-            self._parts.extend(TOOLS_INTRODUCTION)
+            self._parts.extend(self._form.introduction())
             self.text("\n".join(lines) + TOOLS_CONCLUSION)
 
     def turns(self, turns: Sequence[Turn], thinking: bool, first_kept: int, is_open: bool) -> bool:
@@ -171,6 +222,12 @@ class _Writer:
                 in_reasoning = self._assistant(
                     turn, start >= first_kept, opened, thinking, leave_open
                 )
+            elif turn.role == "system":
+                assert self._form.system is not None
+                self.control(self._form.system)
+                self.text(turn.content)
+                self.tools(turn.tools)
+                self.text(self._form.said(turn.response_format))
             elif turn.role == "latest_reminder":
                 self.control(LATEST_REMINDER)
                 self.text(turn.content)
@@ -187,11 +244,12 @@ class _Writer:
         results.sort(key=lambda turn: order.get(turn.call_id, len(order)))
         texts = [f"<tool_result>{turn.content}</tool_result>" for turn in results]
         if users := run[len(results) :]:
-            texts.append("\n\n".join(turn.content for turn in users if turn.content))
+            empty = self._form.joins_empty
+            texts.append("\n\n".join(turn.content for turn in users if turn.content or empty))
         self.control(USER)
         self.text("\n\n".join(texts))
         self.tools(run[-1].tools)
-        self.text(run[-1].response_format)
+        self.text(self._form.said(run[-1].response_format))
 
     def _assistant(
         self, turn: Turn, keep: bool, opened: bool, thinking: bool, leave_open: bool
@@ -215,7 +273,7 @@ class _Writer:
         if not calls:
             return
         self.text("\n\n")
-        self._tag(f"{TOOL_CALLS}>\n")
+        self._tag(f"{self._form.block}>\n")
         for call in calls:
             self._tag(f'{INVOKE} name="{call.name}">\n')
             for name, value in call.arguments.items():
@@ -223,13 +281,15 @@ class _Writer:
                 self._tag(f'{PARAMETER} name="{name}" string="{str(is_text).lower()}">')
                 self.text(value if is_text else json_text.encode(value, "arguments"))
                 self._tag(f"{PARAMETER}>\n", "</")
+            if self._form.joins_empty and not call.arguments:
+                self.text("\n")
             self._tag(f"{INVOKE}>\n", "</")
-        self._tag(f"{TOOL_CALLS}>", "</")
+        self._tag(f"{self._form.block}>", "</")
 
     def _tag(self, rest: str, opening: str = "<") -> None:
         self.text(opening)
         self.control(DSML)
-        self.text(rest)
+        self.text(self._form.space + rest)
 
     def _task(self, task: Control | None, thinking: bool) -> None:
         assert task is not None

@@ -22,6 +22,8 @@ ASSISTANT = Control("<｜Assistant｜>")
 THINK = Control("<think>")
 END_THINK = Control("</think>")
 DSML = Control("｜DSML｜")
+SYSTEM = Control("<｜System｜>")
+"""V4.1's only."""
 LATEST_REMINDER = Control("<｜latest_reminder｜>")
 TASKS = {
     task: Control(f"<｜{task}｜>")
@@ -29,6 +31,8 @@ TASKS = {
 }
 
 TOOL_CALLS, INVOKE, PARAMETER = "tool_calls", "invoke", "parameter"
+CALLS = "calls"
+"""V4.1's name of the block, whose tags have a space after DSML."""
 WRAPPER_SLIPS = ("function_calls", "toolcalls", "tool_call", "tool")
 """Other names models give the block of calls: V3.2's and misspellings seen in the field."""
 
@@ -49,6 +53,10 @@ BEYOND_EFFORT = (
     "Do not stop reasoning until you have independently verified the solution from multiple "
     "angles and are certain that no assumption remains unchecked and no error remains "
     "undiscovered.\n\n"
+)
+
+NUMBERED_EFFORT = (
+    "Reasoning Effort: {} (range 1-100, the higher the value, the more thorough the reasoning)\n\n"
 )
 
 TOOLS_INTRODUCTION: tuple[Part, ...] = (
@@ -95,3 +103,5 @@ JSON_FORMAT = (
     "\n\nYou are a helpful assistant designed to output JSON.\n"
     "## Response Format:\n\nReply with JSON object ONLY."
 )
+JSON_SCHEMA = '{"type": "json_object"}'
+"""What V4.1's prompts have for a schema where any JSON object will do."""

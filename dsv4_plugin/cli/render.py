@@ -8,11 +8,13 @@ import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 from dsv4_plugin.chat import Encoder
 from dsv4_plugin.chat.effort import EFFORTS
 from dsv4_plugin.chat.tokens import Control, Part
 from dsv4_plugin.cli.arguments import checkpoint_path, json_of
+from dsv4_plugin.config import Generation
 
 _COLOUR, _PLAIN = "\x1b[1;36m", "\x1b[0m"
 
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON: a list of messages, or a request with messages, tools, ... (default: stdin)",
     )
     add_tokenizer_argument(parser)
-    parser.add_argument("--generation", choices=("april", "0731"), help="default: from --model")
+    parser.add_argument("--generation", choices=get_args(Generation), help="default: from --model")
     parser.add_argument("--chat", action="store_true", help="chat mode: no thinking")
     parser.add_argument("--effort", choices=EFFORTS, help="default: the request's")
     parser.add_argument(

@@ -22,6 +22,12 @@ def conversation(request: dict[str, Any]) -> recipe.Conversation:
     return recipe.ChatCompletionRequest(body).convert(recipe.ConversionOptions()).conversation
 
 
+def text_of_v41(request: dict[str, Any]) -> str:
+    """The text of a request to V4.1; raises ConversionError where it is refused."""
+    converted = conversation(request | {"model": "DeepSeek-V4.1-Flash"})
+    return recipe.DeepseekV41Encoding().render_conversation(converted).prompt
+
+
 def encode(request: dict[str, Any]) -> tuple[list[int], str]:
     """The ids and the text of a Chat Completions request."""
     converted = conversation(request)

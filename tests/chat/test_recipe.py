@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import deepseek_recipe
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from dsv4_plugin.chat import Encoder, StreamParser, collect
+from dsv4_plugin.chat.tokens import DSML
+
 from . import recipe
-from .data import call, encoder, tool
+from .data import call, encoder, tokenizer_file, tool
 from .strategies import conversations
 
 
@@ -48,7 +52,87 @@ def test_ids_of_many_equal_recipes(request: dict[str, Any]) -> None:
     assert ours(request) == recipe.encode(request)
 
 
+@cache
+def encoder_of_v41() -> Encoder:
+    return Encoder(tokenizer_file(), "v4.1")
+
+
+def text_of_v41(request: dict[str, Any]) -> str:
+    rendered = encoder_of_v41().render(
+        request["messages"],
+        request.get("tools"),
+        thinks(request),
+        request.get("reasoning_effort"),
+        response_format=request.get("response_format"),
+    )
+    return rendered.text
+
+
+@given(conversations())
+@examples(max_examples=300)
+def test_texts_of_v41_equal_recipes(request: dict[str, Any]) -> None:
+    """Its tokenizer is not at hand: `<｜System｜>` is a token there. Of reminders that follow each
+    other the authors' code writes the first only (here none is lost), and it does not reason about
+    what no user has asked for."""
+    roles = [m["role"] for m in request["messages"] if m["role"] != "system" or m["content"]]
+    if ("latest_reminder", "latest_reminder") in pairwise(roles) or "user" not in roles:
+        return
+    try:
+        expected = recipe.text_of_v41(request)
+    except deepseek_recipe.ConversionError:
+        return
+    assert text_of_v41(request) == expected
+
+
 USER = {"role": "user", "content": "hi"}
+SYSTEM = {"role": "system", "content": "As JSON."}
+ANSWER = {"role": "assistant", "content": "a", "reasoning_content": "r"}
+V41_REQUESTS: list[dict[str, Any]] = [
+    {"messages": messages, **rest}
+    for messages in (
+        [USER],
+        [SYSTEM, USER],
+        [SYSTEM, SYSTEM, USER],
+        [USER, ANSWER, SYSTEM, USER],
+        [USER, ANSWER, SYSTEM],
+        [SYSTEM, USER, ANSWER, SYSTEM, USER, ANSWER, USER],
+    )
+    for rest in (
+        {},
+        {"thinking": {"type": "disabled"}},
+        {"tools": [tool("f", a={"type": "string"})]},
+        {"tools": [tool("f", a={"type": "string"})], "thinking": {"type": "disabled"}},
+        *({"reasoning_effort": e} for e in ("minimal", "low", "medium", "high", "xhigh", "max")),
+    )
+]
+JSON_REQUEST = {"messages": [SYSTEM, USER], "response_format": {"type": "json_object"}}
+
+
+@pytest.mark.parametrize("request_", [*V41_REQUESTS, JSON_REQUEST])
+def test_system_texts_and_efforts_of_v41(request_: dict[str, Any]) -> None:
+    assert text_of_v41(request_) == recipe.text_of_v41(request_)
+
+
+def test_v41_needs_its_own_tokenizer() -> None:
+    with pytest.raises(ValueError, match=r"has no token '<｜System｜>'; is it DeepSeek-V4.1's\?"):
+        encoder_of_v41().encode([USER])
+
+
+@pytest.mark.parametrize("cut", range(1, 40))
+def test_v41_s_tags_are_read(cut: int) -> None:
+    """In any pieces, to the same message as V4's."""
+    own = (
+        f'so\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">\n<{DSML}parameter name="a" '
+        f'string="true">x</{DSML}parameter>\n</{DSML}invoke>\n</{DSML}tool_calls>'
+    )
+    theirs = own.replace(DSML, f"{DSML} ").replace("tool_calls", "calls")
+    tools = [tool("f", a={"type": "string"})]
+    parser = StreamParser(False, tools, call_id=lambda: "1")
+    pieces = [theirs[i : i + cut] for i in range(0, len(theirs), cut)]
+    found = collect([e for p in pieces for e in parser.feed(p)] + parser.finish("stop"))
+    whole = StreamParser(False, tools, call_id=lambda: "1")
+    assert found == collect([*whole.feed(own), *whole.finish("stop")])
+    assert [c.name for c in found.tool_calls] == ["f"]
 
 
 def calling(arguments: str) -> list[dict[str, Any]]:
