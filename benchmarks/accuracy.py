@@ -17,9 +17,9 @@ from pathlib import Path
 from shutil import rmtree
 
 from dsv4_plugin.chat import Encoder, Message, StreamParser, TokenBytes, collect
-from dsv4_plugin.checkpoint.convert import convert_checkpoint
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.conversations import SKILLS, Conversation, accepts, held_out, remembered
+from dsv4_plugin.tools.conversations import SKILLS, Conversation, accepts, held_out, remembered
+from dsv4_plugin.tools.convert import convert_checkpoint
 from lab.engines import Answers, Setting, ask
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 from benchmarks import demo
-from dsv4_plugin.bench import page
-from dsv4_plugin.bench.report import Run, code, machine, path_of, runs_in
-from dsv4_plugin.bench.server import Facts
-from dsv4_plugin.cli import main as dsv4
+from dsv4_plugin.tools.bench import page
+from dsv4_plugin.tools.bench.report import Run, code, machine, path_of, runs_in
+from dsv4_plugin.tools.bench.server import Facts
+from dsv4_plugin.tools.cli import main as dsv4
 from lab.server import MODEL
 
 RESULTS = Path(__file__).parent / "results" / "bench-serve"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin import load
+from dsv4_plugin.batch import Batch
 from dsv4_plugin.cache.layout import CacheLayout
-from dsv4_plugin.engine import Batch
 from dsv4_plugin.model.transformer import Transformer
 
 FORMATS = (("bfloat16", "auto"), ("fp8", "auto"), ("fp8", "fp4"))

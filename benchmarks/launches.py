@@ -19,13 +19,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4_plugin import load
+from dsv4_plugin.batch import allocate
 from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.cache.paged import BlockTables
-from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.config import CSA, HCA, SWA
-from dsv4_plugin.engine import allocate
 from dsv4_plugin.kernels import arrival, dispatch
 from dsv4_plugin.kernels.step import StepBuilder
+from dsv4_plugin.tools.make import make_checkpoint
 from lab.kit.gpu import EmulatedGPU
 
 KINDS = {"SWA": SWA, "CSA": CSA, "HCA": HCA}

@@ -145,7 +145,7 @@ def _local(checkpoint: Path, dtype: str) -> Runner:
     import torch
 
     from dsv4_plugin import load
-    from dsv4_plugin.engine import Batch
+    from dsv4_plugin.batch import Batch
 
     local = load(checkpoint, dtype=dtype)
 

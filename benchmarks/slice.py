@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from dsv4_plugin import load
-from dsv4_plugin.engine import Batch, LocalModel
+from dsv4_plugin.batch import Batch
+from dsv4_plugin.engine import LocalModel
 from dsv4_plugin.model import block as block_module
 from dsv4_plugin.model.attention import Attention
 from dsv4_plugin.model.compressor import Compressors

@@ -18,13 +18,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dsv4_plugin.batch import Batch, Sampler
+from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.cache.step import Step
-from dsv4_plugin.engine import Batch, Drafter, LocalModel, Sampler
 from dsv4_plugin.model.dspark import DSpark, Proposal
 from dsv4_plugin.model.mtp import MTP
 from dsv4_plugin.model.transformer import Transformer
 
 log = logging.getLogger("dsv4_plugin")
+
+Drafter = MTP | DSpark
 
 
 class Drafts(Protocol):
@@ -132,6 +135,14 @@ def drafts_of(model: Transformer, drafter: Drafter, n: int, confidence: float) -
     return MTPDrafts(model, drafter, n)
 
 
+class Loaded(Protocol):
+    """A model and the drafter of its checkpoint."""
+
+    model: Transformer
+    drafter: Drafter | None
+    layout: CacheLayout
+
+
 class Speculator:
     """Generates with up to N drafts per step; `steps`, `drafted` and `accepted` count.
 
@@ -139,7 +150,7 @@ class Speculator:
         ValueError: the model was loaded without its drafter, or that cannot do what is asked.
     """
 
-    def __init__(self, model: LocalModel, n: int, confidence: float = 0.0) -> None:
+    def __init__(self, model: Loaded, n: int, confidence: float = 0.0) -> None:
         if model.drafter is None:
             raise ValueError(
                 f"num_speculative_tokens is {n}; load the model with mtp=True to have a drafter"

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_plugin.batch import allocate
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.cache.paged import BlockTables
-from dsv4_plugin.engine import allocate
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.block import Block

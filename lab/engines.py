@@ -127,7 +127,7 @@ def _local(checkpoint: str, setting: Setting, prompts: list[list[int]], most: in
     import torch
 
     from dsv4_plugin import load
-    from dsv4_plugin.engine import Sampler
+    from dsv4_plugin.batch import Sampler
     from dsv4_plugin.speculate import Speculator
 
     mtp = setting.drafts > 0

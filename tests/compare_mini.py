@@ -16,7 +16,7 @@ import time
 from itertools import zip_longest
 from pathlib import Path
 
-from dsv4_plugin.conversations import SKILLS, held_out
+from dsv4_plugin.tools.conversations import SKILLS, held_out
 from lab.engines import EOS, Setting, ask
 from tests.sglang.reference import Reference
 from tests.sglang.server import Output

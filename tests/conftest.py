@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4_plugin.checkpoint.make import make_checkpoint
-from dsv4_plugin.checkpoint.mini import make_mini
 from dsv4_plugin.kernels import dispatch
+from dsv4_plugin.tools.make import make_checkpoint
+from dsv4_plugin.tools.mini import make_mini
 
 os.environ["DSV4_MODEL"] = "plugin"
 """On machines where `auto` would leave the model to the engine too, as on CPUs with AMX."""

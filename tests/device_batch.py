@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import torch
 
-from dsv4_plugin.engine import Batch
+from dsv4_plugin.batch import Batch
 from dsv4_plugin.kernels.step import StepBuilder
 
 PADDING = 3

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from dsv4_plugin import load
-from dsv4_plugin.checkpoint.mini import make_mini
-from dsv4_plugin.conversations import SKILLS, held_out
+from dsv4_plugin.tools.conversations import SKILLS, held_out
+from dsv4_plugin.tools.mini import make_mini
 from lab.paths import ROOT
 from training.data import Renderer
 
@@ -74,7 +74,7 @@ def run(quick: bool, out: str) -> list[dict[str, Any]]:
     step("kernels' tests", [python, "-m", "pytest", "-q", *some], DSV4_TEST_GPU="device")
     check = step(
         "gpu-check",
-        [python, "-c", "import sys; from dsv4_plugin.cli import main; sys.exit(main())",
+        [python, "-c", "import sys; from dsv4_plugin.tools.cli import main; sys.exit(main())",
          "gpu-check", *["--quick"] * quick],
     )  # fmt: skip
     if (ROOT / "gpu-check.json").exists():

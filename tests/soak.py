@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from dsv4_plugin.conversations import held_out
+from dsv4_plugin.tools.conversations import held_out
 from lab.server import Server
 from tests.mini.asking import body
 

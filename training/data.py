@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv4_plugin import conversations
 from dsv4_plugin.chat import Encoder
 from dsv4_plugin.chat.tokens import ASSISTANT, EOS
-from dsv4_plugin.cli.render import tokenizer_path
-from dsv4_plugin.conversations import SKILLS, Conversation, Writer
+from dsv4_plugin.tools import conversations
+from dsv4_plugin.tools.cli.render import tokenizer_path
+from dsv4_plugin.tools.conversations import SKILLS, Conversation, Writer
 
 PROMPT_WEIGHT = 0.05
 """Loss weight of tokens the model reads but need not write: they teach copying."""

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv4_plugin.checkpoint.mini import COMPACT, CONFIG, UNUSED, VOCABULARY, WEIGHTS
+from dsv4_plugin.tools.mini import COMPACT, CONFIG, UNUSED, VOCABULARY, WEIGHTS
 from training.data import Vocabulary
 from training.indexer import FILE as INDEXER_FILE
 from training.mtp import FILE as MTP_FILE

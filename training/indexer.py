@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_pos_emb
 
-from dsv4_plugin.conversations import Writer
+from dsv4_plugin.tools.conversations import Writer
 from training.network import Attend, attend, hidden_states, queries_and_keys
 from training.train import FIRST_STEP, Batch, Data, Finished, descend, optimizers, short_run
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
-from dsv4_plugin.checkpoint.mini import COMPACT, CONFIG
+from dsv4_plugin.tools.mini import COMPACT, CONFIG
 from training.network import hidden_states, initialise, make_cheaper
 from training.train import (
     FIRST_STEP,

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
-from dsv4_plugin.checkpoint.mini import COMPACT, CONFIG, hash_table
+from dsv4_plugin.tools.mini import COMPACT, CONFIG, hash_table
 from training.data import Vocabulary
 
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from dsv4_plugin.conversations import SKILLS, Writer, held_out
+from dsv4_plugin.tools.conversations import SKILLS, Writer, held_out
 from training.data import Renderer, Row, Vocabulary, batch
 from training.muon import Muon
 from training.network import build, hidden_states, leave_out_indexer

@@ -19,7 +19,7 @@ from dsv4_plugin.checkpoint.names import stored_tensors
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.transformer import Transformer
-from dsv4_plugin.plan import GIB, workspace_bytes
+from dsv4_plugin.tools.plan import GIB, workspace_bytes
 from dsv4_plugin.warmup import nothing, warm_up
 from vllm_ext.cache import GroupMetadata, PagedCaches
 from vllm_ext.config import SERVED_TYPE, cache_layout, model_config_of

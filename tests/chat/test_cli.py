@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dsv4_plugin.cli import parse, render
+from dsv4_plugin.tools.cli import parse, render
 
 from .data import TOOLS, call, encoder
 from .outputs import output_of

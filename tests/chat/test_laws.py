@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_plugin.chat import StreamParser, TokenBytes, collect
-from dsv4_plugin.conversations import SKILLS, held_out
 from dsv4_plugin.engine import load
+from dsv4_plugin.tools.conversations import SKILLS, held_out
 
 from . import fuzz, laws, outputs
 from .data import TOOLS, encoder

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv4_plugin import load
-from dsv4_plugin.checkpoint.convert import convert_checkpoint
 from dsv4_plugin.checkpoint.files import (
     INDEX,
     check_checkpoint,
@@ -22,13 +21,14 @@ from dsv4_plugin.checkpoint.files import (
     read_tensors,
 )
 from dsv4_plugin.checkpoint.load import load_weights
-from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.checkpoint.names import stored_tensors
-from dsv4_plugin.cli import main
 from dsv4_plugin.config import DSPARK_FIELDS, FIELDS, V41_REFUSED, ModelConfig
 from dsv4_plugin.fields import Only, Unread, Whole
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
+from dsv4_plugin.tools.cli import main
+from dsv4_plugin.tools.convert import convert_checkpoint
+from dsv4_plugin.tools.make import make_checkpoint
 from lab.paths import SHARED, needs_shared
 from tests.conftest import A_LAYER_OF_EACH, SMALL, v41_fields
 

@@ -14,9 +14,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from dsv4_plugin.bench import charts, page
-from dsv4_plugin.bench.client import Answer, Client, Load, Options, Sent, Unusable, Watch, send_all
-from dsv4_plugin.bench.datasets import (
+from dsv4_plugin.chat import Encoder
+from dsv4_plugin.tools.bench import charts, page
+from dsv4_plugin.tools.bench.client import (
+    Answer,
+    Client,
+    Load,
+    Options,
+    Sent,
+    Unusable,
+    Watch,
+    send_all,
+)
+from dsv4_plugin.tools.bench.datasets import (
     SHORTEST_LONG,
     STEP,
     TURNS,
@@ -25,13 +35,12 @@ from dsv4_plugin.bench.datasets import (
     default_requests,
     make_dataset,
 )
-from dsv4_plugin.bench.measures import Level, Spread, gaps, measure, percentile
-from dsv4_plugin.bench.report import MEASURES, Run, compare, row, runs_in
-from dsv4_plugin.bench.run import Plan, bench
-from dsv4_plugin.bench.server import Counted, Facts, counted
-from dsv4_plugin.chat import Encoder
-from dsv4_plugin.cli import main
-from dsv4_plugin.cli.render import tokenizer_path
+from dsv4_plugin.tools.bench.measures import Level, Spread, gaps, measure, percentile
+from dsv4_plugin.tools.bench.report import MEASURES, Run, compare, row, runs_in
+from dsv4_plugin.tools.bench.run import Plan, bench
+from dsv4_plugin.tools.bench.server import Counted, Facts, counted
+from dsv4_plugin.tools.cli import main
+from dsv4_plugin.tools.cli.render import tokenizer_path
 from tests.core.fake_server import Clock, Fake
 
 IDLE = Load(0.1, (0.0001,))
@@ -512,7 +521,7 @@ def test_what_is_no_server_and_no_run(tmp_path, monkeypatch, capsys, arguments, 
 
 
 def test_a_missing_library_is_named(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("dsv4_plugin.cli.bench.find_spec", lambda name: None)
+    monkeypatch.setattr("dsv4_plugin.tools.cli.bench.find_spec", lambda name: None)
     assert main(["bench", "localhost:9", "--out", str(tmp_path)]) == 2
     assert "pip install 'dsv4-plugin[bench]'" in capsys.readouterr().err
 

@@ -11,9 +11,9 @@ from importlib.metadata import version
 import pytest
 
 from dsv4_plugin.chat import ContentDelta
-from dsv4_plugin.cli import COMMANDS, main
-from dsv4_plugin.cli import chat as chat_command
-from dsv4_plugin.plan import GPUS, gpu_memory
+from dsv4_plugin.tools.cli import COMMANDS, main
+from dsv4_plugin.tools.cli import chat as chat_command
+from dsv4_plugin.tools.plan import GPUS, gpu_memory
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def refused(capsys, *arguments):
 
 def test_help_imports_no_torch():
     code = (
-        "import sys\nfrom dsv4_plugin.cli import main\n"
+        "import sys\nfrom dsv4_plugin.tools.cli import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'matplotlib', 'aiohttp'} & set(sys.modules)"
     )
@@ -45,9 +45,12 @@ def test_help_imports_no_torch():
     assert all(name in _help([]) for name in COMMANDS)
 
 
+MAIN = "from dsv4_plugin.tools.cli import main; main()"
+
+
 def _help(arguments):
     done = subprocess.run(
-        [sys.executable, "-c", "from dsv4_plugin.cli import main; main()", *arguments, "--help"],
+        [sys.executable, "-c", MAIN, *arguments, "--help"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return done.stdout
@@ -177,6 +180,6 @@ def test_an_interrupted_command_ends_quietly(monkeypatch, capsys, config):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dsv4_plugin.cli.plan.plan", interrupted)
+    monkeypatch.setattr("dsv4_plugin.tools.cli.plan.plan", interrupted)
     assert main(["plan", config, "--gpu", "H100"]) == 130
     assert capsys.readouterr().err == ""

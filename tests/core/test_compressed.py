@@ -13,11 +13,11 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
 
 from dsv4_plugin import load
-from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.config import INT4_BLOCKS, ModelConfig
 from dsv4_plugin.kernels.packed import Int4Matrix, NVFP4Matrix, product
 from dsv4_plugin.quant.e2m1 import decode_nvfp4
 from dsv4_plugin.quant.int4 import decode_int4, quantise_int4
+from dsv4_plugin.tools.make import make_checkpoint
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
 from tests.tolerances import BF16_SUM, LOGITS_STD, OP_FP32
 

@@ -6,12 +6,12 @@ import argparse
 import re
 
 from dsv4_plugin import env
-from dsv4_plugin.bench.datasets import GENERATED, INPUT
-from dsv4_plugin.bench.measures import BUSY, LATE
-from dsv4_plugin.checkpoint.convert import CONVERSIONS
-from dsv4_plugin.checkpoint.formats import FORMATS
-from dsv4_plugin.cli import COMMANDS, bench
-from dsv4_plugin.plan import GPUS
+from dsv4_plugin.tools.bench.datasets import GENERATED, INPUT
+from dsv4_plugin.tools.bench.measures import BUSY, LATE
+from dsv4_plugin.tools.cli import COMMANDS, bench
+from dsv4_plugin.tools.convert import CONVERSIONS
+from dsv4_plugin.tools.formats import FORMATS
+from dsv4_plugin.tools.plan import GPUS
 from lab.paths import ROOT
 
 

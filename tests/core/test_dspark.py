@@ -12,16 +12,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsv4_plugin import load
+from dsv4_plugin.batch import Batch, Sampler
 from dsv4_plugin.cache.paged import Paged
-from dsv4_plugin.checkpoint.convert import convert_checkpoint
 from dsv4_plugin.checkpoint.files import read_headers, read_tensors
-from dsv4_plugin.checkpoint.formats import dspark_fields
-from dsv4_plugin.checkpoint.make import make_checkpoint, preset_fields
 from dsv4_plugin.checkpoint.names import parameter_name
 from dsv4_plugin.config import SWA, ModelConfig
-from dsv4_plugin.engine import Batch, LocalModel, Sampler
+from dsv4_plugin.engine import LocalModel
 from dsv4_plugin.kernels.streams import spread
 from dsv4_plugin.speculate import Speculator
+from dsv4_plugin.tools.convert import convert_checkpoint
+from dsv4_plugin.tools.formats import dspark_fields
+from dsv4_plugin.tools.make import make_checkpoint, preset_fields
 from tests.conftest import random_ids
 from tests.core.dspark_oracle import Oracle
 from tests.tolerances import OP_FP32

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dsv4_plugin import load
-from dsv4_plugin.engine import Batch
+from dsv4_plugin.batch import Batch
 from lab.paths import SHARED, needs_shared
 from tests.conftest import random_ids
 from tests.tolerances import LOGITS_STD

@@ -12,11 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv4_plugin import load
-from dsv4_plugin.checkpoint.convert import CONVERSIONS, convert_checkpoint
 from dsv4_plugin.checkpoint.files import INDEX, read_headers
-from dsv4_plugin.checkpoint.formats import FORMATS, VISION, format_fields
-from dsv4_plugin.checkpoint.inspect import VARIANTS
-from dsv4_plugin.checkpoint.make import PRESETS, made_tensors, make_checkpoint
 from dsv4_plugin.checkpoint.names import (
     EXPERT,
     image_tensors,
@@ -24,7 +20,6 @@ from dsv4_plugin.checkpoint.names import (
     stored_as,
     stored_tensors,
 )
-from dsv4_plugin.cli import main
 from dsv4_plugin.config import HF_QUANT, ModelConfig
 from dsv4_plugin.kernels.experts import packed_experts
 from dsv4_plugin.kernels.experts.reference import experts as experts_reference
@@ -33,6 +28,11 @@ from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, NVFP4Matrix, produc
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
 from dsv4_plugin.quant.e4m3 import e4m3_values
 from dsv4_plugin.quant.int4 import decode_int4
+from dsv4_plugin.tools.cli import main
+from dsv4_plugin.tools.convert import CONVERSIONS, convert_checkpoint
+from dsv4_plugin.tools.formats import FORMATS, VISION, format_fields
+from dsv4_plugin.tools.inspect import VARIANTS
+from dsv4_plugin.tools.make import PRESETS, made_tensors, make_checkpoint
 from lab.paths import SHARED, needs_shared
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
 from tests.tolerances import BF16_SUM, LOGITS_STD, OP_FP32

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from dsv4_plugin import load
-from dsv4_plugin.checkpoint import make
 from dsv4_plugin.checkpoint.files import read_headers
 from dsv4_plugin.config import FIELDS
+from dsv4_plugin.tools import make
 from tests.conftest import A_LAYER_OF_EACH, random_ids
 from tests.core.damage import KINDS, damaged
 

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dsv4_plugin import load
-from dsv4_plugin.checkpoint.make import make_checkpoint
-from dsv4_plugin.engine import Batch, LocalModel, Sampler
+from dsv4_plugin.batch import Batch, Sampler
+from dsv4_plugin.engine import LocalModel
 from dsv4_plugin.speculate import Speculator
+from dsv4_plugin.tools.make import make_checkpoint
 from lab.paths import SHARED, needs_shared
 from tests.conftest import SMALL, random_ids
 from tests.tolerances import LOGITS_STD
@@ -135,6 +136,12 @@ def test_generate_with_drafts(model):
     prompts = [random_ids(50, seed=1).tolist()]
     assert model.generate(prompts, 9, num_speculative_tokens=2) == model.generate(prompts, 9)
     assert len(model.generate(prompts, 9, 0.8, seed=1, num_speculative_tokens=2)[0]) <= 9
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_no_tokens_asked_for(model, drafts):
+    prompts = [random_ids(5, seed=1).tolist()] * 2
+    assert model.generate(prompts, 0, num_speculative_tokens=drafts) == [[], []]
 
 
 def test_refusals(small, drafting):

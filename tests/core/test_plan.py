@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dsv4_plugin.cli import main
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.plan import GIB, Layout, checkpoint_bytes, plan, split
+from dsv4_plugin.tools.cli import main
+from dsv4_plugin.tools.plan import GIB, Layout, checkpoint_bytes, plan, split
 from lab.paths import SHARED, needs_shared
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "parallel.md"

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from dsv4_plugin import load
-from dsv4_plugin.engine import Batch
+from dsv4_plugin.batch import Batch
 from dsv4_plugin.kernels.streams import spread
 from dsv4_plugin.model import indexer
 from lab.paths import SHARED, needs_shared

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
 
 from dsv4_plugin import load
-from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.checkpoint.names import expected_tensors
 from dsv4_plugin.checkpoint.spelling import native
 from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.tools.make import make_checkpoint
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
 
 IDS = random_ids(140, seed=1)

@@ -18,7 +18,7 @@ import pytest
 from openai import OpenAI
 
 from dsv4_plugin.chat.tokens import DSML, END_THINK, THINK
-from dsv4_plugin.conversations import Conversation, accepts, held_out
+from dsv4_plugin.tools.conversations import Conversation, accepts, held_out
 from lab.server import MODEL
 
 ASKED, RIGHT = 10, 9

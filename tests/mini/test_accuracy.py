@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.accuracy import Judge, drawn, table
-from dsv4_plugin.conversations import SKILLS, accepts, held_out
+from dsv4_plugin.tools.conversations import SKILLS, accepts, held_out
 from lab.engines import Answers
 from training.data import Renderer
 

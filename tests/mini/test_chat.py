@@ -7,7 +7,7 @@ from threading import Thread
 
 import pytest
 
-from dsv4_plugin.cli import main
+from dsv4_plugin.tools.cli import main
 
 
 def say(monkeypatch, capsys, target, *lines, options=()):

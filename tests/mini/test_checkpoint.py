@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsv4_plugin.checkpoint.convert import CONVERSIONS, convert_checkpoint
-from dsv4_plugin.checkpoint.mini import COMPACT, UNUSED, VOCABULARY, WEIGHTS, expand, make_mini
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.engine import load
 from dsv4_plugin.speculate import Speculator
+from dsv4_plugin.tools.convert import CONVERSIONS, convert_checkpoint
+from dsv4_plugin.tools.mini import COMPACT, UNUSED, VOCABULARY, WEIGHTS, expand, make_mini
 from tests.conftest import random_ids
 from tests.tolerances import LOGITS_STD
 from training import export

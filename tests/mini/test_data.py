@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from dsv4_plugin.chat import StreamParser, collect
-from dsv4_plugin.checkpoint.mini import COMPACT, VOCABULARY
-from dsv4_plugin.conversations import SKILLS, Writer, held_out, is_held_out, remembered
+from dsv4_plugin.tools.conversations import SKILLS, Writer, held_out, is_held_out, remembered
+from dsv4_plugin.tools.mini import COMPACT, VOCABULARY
 from training.data import Renderer, Vocabulary
 
 

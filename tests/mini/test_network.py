@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
 
-from dsv4_plugin.checkpoint.mini import COMPACT
-from dsv4_plugin.conversations import SKILLS, held_out
 from dsv4_plugin.engine import load
+from dsv4_plugin.tools.conversations import SKILLS, held_out
+from dsv4_plugin.tools.mini import COMPACT
 from tests.conftest import random_ids
 from training.data import Renderer, Vocabulary
 from training.indexer import Watch

@@ -51,7 +51,7 @@ VLLM_CACHE, VLLM_ACTIVE = "vllm_ext/cache.py", "vllm_ext/active.py"
 PARALLEL, VLLM_PARALLEL = "dsv4_plugin/model/parallel.py", "vllm_ext/parallel.py"
 SGLANG_ACTIVE = "sglang_ext/active.py"
 BENCH_CLIENT, MEASURES, DATASETS = (
-    f"dsv4_plugin/bench/{name}.py" for name in ("client", "measures", "datasets")
+    f"dsv4_plugin/tools/bench/{name}.py" for name in ("client", "measures", "datasets")
 )
 
 MUTANTS = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.engine import load
+from dsv4_plugin.tools.make import make_checkpoint
 from tests.conftest import SMALL, random_ids
 from tests.parallel.ranks import Ranks
 from tests.parallel.test_ranks import logits

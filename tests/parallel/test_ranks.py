@@ -10,14 +10,15 @@ import torch
 from vllm.forward_context import override_forward_context
 
 import vllm_ext.parallel
+from dsv4_plugin.batch import Batch
 from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
 from dsv4_plugin.checkpoint.load import load_weights
-from dsv4_plugin.checkpoint.make import make_checkpoint, preset_fields
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.engine import Batch, load
+from dsv4_plugin.engine import load
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
+from dsv4_plugin.tools.make import make_checkpoint, preset_fields
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
 from tests.parallel.ranks import DataGroup, DataParallel, Ranks
 from tests.tolerances import LOGITS_STD

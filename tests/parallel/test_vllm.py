@@ -13,7 +13,8 @@ import psutil
 import pytest
 import torch
 
-from dsv4_plugin.engine import Batch, LocalModel, load
+from dsv4_plugin.batch import Batch
+from dsv4_plugin.engine import LocalModel, load
 from tests.tolerances import LOGPROB, TIE
 from tests.vllm_chat.server import Server
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsv4_plugin import load
-from dsv4_plugin.checkpoint.make import make_checkpoint
+from dsv4_plugin.tools.make import make_checkpoint
 from tests.conftest import A_LAYER_OF_EACH, random_ids
 from tests.tolerances import clear_choices
 

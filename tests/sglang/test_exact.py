@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv4_plugin.checkpoint.make import make_checkpoint
+from dsv4_plugin.tools.make import make_checkpoint
 
 from .reference import Reference
 from .server import FLOAT32, Output, Server

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.engine import load
+from dsv4_plugin.tools.make import make_checkpoint
 from tests.tolerances import BF16
 
 from .reference import Reference

@@ -12,9 +12,9 @@ from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseCo
 
 from dsv4_plugin import load
 from dsv4_plugin.cache.layout import CacheLayout
-from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.kernels import dispatch
 from dsv4_plugin.kernels.step import StepBuilder
+from dsv4_plugin.tools.make import make_checkpoint
 from dsv4_plugin.warmup import compiled
 from lab.kit import mode
 from lab.kit.gpu import EmulatedGPU

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dsv4_plugin.cli import gpu_check, gpu_model, gpu_work, main
 from dsv4_plugin.kernels.norm import kernel
+from dsv4_plugin.tools.cli import gpu_check, gpu_model, gpu_work, main
 from lab.kit import mode
 from lab.kit.graphs import recorded
 

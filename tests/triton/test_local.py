@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dsv4_plugin import load
-from dsv4_plugin.checkpoint.make import make_checkpoint
-from dsv4_plugin.engine import Batch
+from dsv4_plugin.batch import Batch
+from dsv4_plugin.tools.make import make_checkpoint
 from lab.kit import mode
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
 from tests.tolerances import clear_choices

@@ -9,10 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from dsv4_plugin import load
+from dsv4_plugin.batch import Batch
 from dsv4_plugin.cache.layout import CacheLayout
-from dsv4_plugin.checkpoint.make import make_checkpoint
-from dsv4_plugin.engine import Batch
 from dsv4_plugin.kernels.experts import kernel as experts_kernel
+from dsv4_plugin.tools.make import make_checkpoint
 from lab.kit import mode
 from lab.kit.gpu import EmulatedGPU
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from dsv4_plugin import load
+from dsv4_plugin.batch import allocate
 from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
 from dsv4_plugin.checkpoint.load import load_weights
-from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.checkpoint.names import stored_tensors
-from dsv4_plugin.engine import allocate
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
+from dsv4_plugin.tools.make import make_checkpoint
 from lab.kit import mode
 from lab.kit.graphs import RecordedGraph, recorded
 from tests.conftest import A_LAYER_OF_EACH, SMALL

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from dsv4_plugin import load
-from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.model.attention import Attention
+from dsv4_plugin.tools.make import make_checkpoint
 from dsv4_plugin.warmup import compiled
 from lab.kit import mode
 from lab.kit.graphs import RecordedGraph, recorded

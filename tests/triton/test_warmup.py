@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dsv4_plugin import warmup
-from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.kernels.norm import kernel
+from dsv4_plugin.tools.make import make_checkpoint
 from lab.kit import mode
 from lab.kit.targets import FakeGPU
 from lab.paths import ROOT

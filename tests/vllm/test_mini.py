@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from dsv4_plugin.conversations import SKILLS, held_out
 from dsv4_plugin.engine import load
+from dsv4_plugin.tools.conversations import SKILLS, held_out
 from training.data import Renderer
 
 NEW = 64

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4_plugin.checkpoint.formats import dspark_fields
-from dsv4_plugin.checkpoint.make import make_checkpoint, preset_fields
+from dsv4_plugin.tools.formats import dspark_fields
+from dsv4_plugin.tools.make import make_checkpoint, preset_fields
 from tests.conftest import SMALL
 from tests.vllm.engine import (
     NEW,

@@ -18,7 +18,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 import vllm_ext
 from dsv4_plugin.cache.rows import BFloat16Rows, Float32Rows, FP8KVRows
-from dsv4_plugin.checkpoint.make import make_checkpoint
+from dsv4_plugin.tools.make import make_checkpoint
 from lab.paths import ROOT
 from tests.conftest import SMALL
 from tests.refusals import named

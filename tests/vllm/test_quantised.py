@@ -13,8 +13,8 @@ from vllm.config.attention import AttentionConfig
 import vllm_ext
 from dsv4_plugin import load
 from dsv4_plugin.cache.rows import BFloat16Rows, FP4IndexRows, FP8IndexRows, FP8KVRows
-from dsv4_plugin.checkpoint.make import make_checkpoint
 from dsv4_plugin.config import CSA, V41_REFUSED
+from dsv4_plugin.tools.make import make_checkpoint
 from tests.conftest import SMALL, random_ids, v41_fields
 from tests.tolerances import LOGPROB
 from tests.vllm.test_options import configure

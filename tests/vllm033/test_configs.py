@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv4_plugin.checkpoint.formats import format_fields
-from dsv4_plugin.checkpoint.make import preset_fields, tokenizer_files
+from dsv4_plugin.tools.formats import format_fields
+from dsv4_plugin.tools.make import preset_fields, tokenizer_files
 from lab.paths import ROOT
 from tests.vllm033.get import PIN, SITE
 

@@ -14,7 +14,7 @@ from anthropic import Anthropic
 from openai import OpenAI
 
 from dsv4_plugin.chat.tokens import END_THINK
-from dsv4_plugin.conversations import SKILLS, Conversation, accepts, held_out
+from dsv4_plugin.tools.conversations import SKILLS, Conversation, accepts, held_out
 from lab.paths import ROOT
 from lab.server import MODEL
 from tests.mini.asking import (

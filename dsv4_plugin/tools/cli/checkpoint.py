@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from dsv4_plugin.checkpoint.convert import CONVERSIONS, convert_checkpoint
-from dsv4_plugin.checkpoint.formats import FORMATS
-from dsv4_plugin.checkpoint.inspect import describe
-from dsv4_plugin.checkpoint.make import PRESETS, make_checkpoint
-from dsv4_plugin.checkpoint.mini import make_mini
-from dsv4_plugin.cli.arguments import check_numbers, checkpoint_path
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.fields import Whole
+from dsv4_plugin.tools.cli.arguments import check_numbers, checkpoint_path
+from dsv4_plugin.tools.convert import CONVERSIONS, convert_checkpoint
+from dsv4_plugin.tools.formats import FORMATS
+from dsv4_plugin.tools.inspect import describe
+from dsv4_plugin.tools.make import PRESETS, make_checkpoint
+from dsv4_plugin.tools.mini import make_mini
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

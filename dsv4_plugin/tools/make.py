@@ -18,7 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsv4_plugin.checkpoint.files import DTYPES, INDEX
-from dsv4_plugin.checkpoint.formats import exported_files, format_fields, pack, random_expert
 from dsv4_plugin.checkpoint.names import (
     EXPERT,
     Shape,
@@ -27,6 +26,7 @@ from dsv4_plugin.checkpoint.names import (
     stored_as,
 )
 from dsv4_plugin.config import ARCHITECTURE, ModelConfig
+from dsv4_plugin.tools.formats import exported_files, format_fields, pack, random_expert
 
 SHARD_BYTES = 1 << 30
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

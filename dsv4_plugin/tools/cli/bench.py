@@ -17,15 +17,15 @@ from random import SystemRandom
 from typing import TYPE_CHECKING, Any
 
 from dsv4_plugin.chat import Encoder
-from dsv4_plugin.cli.arguments import check_numbers
-from dsv4_plugin.cli.chat import server_url
-from dsv4_plugin.cli.render import tokenizer_path
 from dsv4_plugin.fields import Number, Whole
+from dsv4_plugin.tools.cli.arguments import check_numbers
+from dsv4_plugin.tools.cli.chat import server_url
+from dsv4_plugin.tools.cli.render import tokenizer_path
 
 if TYPE_CHECKING:  # these import aiohttp
-    from dsv4_plugin.bench.datasets import Tokens
-    from dsv4_plugin.bench.measures import Level
-    from dsv4_plugin.bench.run import Plan
+    from dsv4_plugin.tools.bench.datasets import Tokens
+    from dsv4_plugin.tools.bench.measures import Level
+    from dsv4_plugin.tools.bench.run import Plan
 
 LIMITS: dict[str, Whole | Number] = {
     "input_len": Whole(1, 1 << 24),
@@ -112,7 +112,7 @@ def levels(text: str) -> tuple[int, ...]:
 
 
 def _compare(files: list[str]) -> int:
-    from dsv4_plugin.bench.report import Run, compare
+    from dsv4_plugin.tools.bench.report import Run, compare
 
     if len(files) != 2:
         raise ValueError(f"compare takes two files of runs; {len(files)} are given")
@@ -121,9 +121,9 @@ def _compare(files: list[str]) -> int:
 
 
 def _measure(args: argparse.Namespace, url: str, concurrency: tuple[int, ...]) -> int:
-    from dsv4_plugin.bench import page
-    from dsv4_plugin.bench.report import heading, row, runs_in
-    from dsv4_plugin.bench.run import bench
+    from dsv4_plugin.tools.bench import page
+    from dsv4_plugin.tools.bench.report import heading, row, runs_in
+    from dsv4_plugin.tools.bench.run import bench
 
     plan = _plan(args, url, concurrency)
     runs_in(args.out)  # what cannot be read is said before hours of measuring
@@ -148,8 +148,8 @@ def _measure(args: argparse.Namespace, url: str, concurrency: tuple[int, ...]) -
 
 def _plan(args: argparse.Namespace, url: str, concurrency: tuple[int, ...]) -> Plan:
     """What is asked for, and its folder made. Raises ValueError for a label that is no use."""
-    from dsv4_plugin.bench.report import LABEL, path_of
-    from dsv4_plugin.bench.run import Plan
+    from dsv4_plugin.tools.bench.report import LABEL, path_of
+    from dsv4_plugin.tools.bench.run import Plan
 
     label = args.label or time.strftime("run %Y-%m-%d %H.%M.%S")
     if not LABEL.fullmatch(label):

@@ -28,10 +28,10 @@ from dsv4_plugin.chat import (
     collect,
 )
 from dsv4_plugin.chat.effort import EFFORTS
-from dsv4_plugin.cli import sentence
-from dsv4_plugin.cli.arguments import check_numbers
 from dsv4_plugin.fields import Number, Whole
 from dsv4_plugin.json_file import as_object, parse_json, shown
+from dsv4_plugin.tools.cli import sentence
+from dsv4_plugin.tools.cli.arguments import check_numbers
 
 LIMITS: dict[str, Whole | Number] = {"max_tokens": Whole(1, 1 << 20), "temperature": Number(0, 100)}
 

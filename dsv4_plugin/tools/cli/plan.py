@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from dsv4_plugin.cli.arguments import check_numbers, checkpoint_path
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.fields import Number, Whole
 from dsv4_plugin.json_file import read_object
-from dsv4_plugin.plan import GIB, GPUS, Layout, Plan, checkpoint_bytes, gpu_memory, plan
+from dsv4_plugin.tools.cli.arguments import check_numbers, checkpoint_path
+from dsv4_plugin.tools.plan import GIB, GPUS, Layout, Plan, checkpoint_bytes, gpu_memory, plan
 
 LIMITS: dict[str, Whole | Number] = {
     "tp": Whole(1, 1024),

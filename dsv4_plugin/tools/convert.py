@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from dsv4_plugin.checkpoint.files import MTP, check_checkpoint, read_headers, read_tensor
-from dsv4_plugin.checkpoint.formats import exported_files, format_fields, pack
-from dsv4_plugin.checkpoint.make import new_folder, plan, write_shards
 from dsv4_plugin.checkpoint.names import expected_tensors, with_drafter
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.json_file import read_object
+from dsv4_plugin.tools.formats import exported_files, format_fields, pack
+from dsv4_plugin.tools.make import new_folder, plan, write_shards
 
 
 def convert_checkpoint(source: str | Path, directory: str | Path, fmt: str) -> ModelConfig:

@@ -17,8 +17,8 @@ from typing import Any
 
 import aiohttp
 
-from dsv4_plugin.bench.datasets import Ask, Session
 from dsv4_plugin.json_file import shown
+from dsv4_plugin.tools.bench.datasets import Ask, Session
 
 Clock = Callable[[], float]
 """Seconds from any start."""

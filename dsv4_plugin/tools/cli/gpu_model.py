@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_plugin.batch import allocate
 from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.checkpoint.files import DTYPES
-from dsv4_plugin.checkpoint.formats import format_fields
 from dsv4_plugin.checkpoint.load import load_weights
-from dsv4_plugin.checkpoint.make import preset_fields
 from dsv4_plugin.checkpoint.names import EXPERT, Stored, stored_tensors
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.engine import allocate
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.parallel import LocalParallel
 from dsv4_plugin.model.transformer import Transformer
+from dsv4_plugin.tools.formats import format_fields
+from dsv4_plugin.tools.make import preset_fields
 
 FLASH = [0, 0] + [4, 128] * 20 + [4]
 """The kinds of Flash's layers."""
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(device: torch.device, stack: Stack) -> list[dict[str, Any]]:
     """Each step as it is and as a graph: hidden states and caches have to be equal."""
-    from dsv4_plugin.cli.gpu_check import row
+    from dsv4_plugin.tools.cli.gpu_check import row
 
     @torch.inference_mode()
     def one(model: Transformer, layout: CacheLayout, n: int, length: int) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def check(device: torch.device, stack: Stack) -> list[dict[str, Any]]:
 
 def times(device: torch.device, copy_rate: float, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Steps of the asked sizes: as they are, as graphs, and what reading their weights takes."""
-    from dsv4_plugin.cli.gpu_check import median_seconds, row
+    from dsv4_plugin.tools.cli.gpu_check import median_seconds, row
 
     ratios = (FLASH * 2)[: args.layers]
     stack = Stack("slice", ratios, args.experts, args.format, [])

@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dsv4_plugin.bench import charts
-from dsv4_plugin.bench.report import MEASURES, Run
+from dsv4_plugin.tools.bench import charts
+from dsv4_plugin.tools.bench.report import MEASURES, Run
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; }

@@ -15,8 +15,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from dsv4_plugin.bench.measures import Level, Spread
-from dsv4_plugin.bench.report import Run
+from dsv4_plugin.tools.bench.measures import Level, Spread
+from dsv4_plugin.tools.bench.report import Run
 
 INCHES, DPI = (12.0, 9.6), 100
 """A picture 1,200 pixels wide."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from dsv4_plugin.bench.client import Client, Clock, send_all
-from dsv4_plugin.bench.datasets import (
+from dsv4_plugin.tools.bench.client import Client, Clock, send_all
+from dsv4_plugin.tools.bench.datasets import (
     GENERATED,
     INPUT,
     Ask,
@@ -22,9 +22,9 @@ from dsv4_plugin.bench.datasets import (
     default_requests,
     make_dataset,
 )
-from dsv4_plugin.bench.measures import Level, measure
-from dsv4_plugin.bench.report import Run, code, machine
-from dsv4_plugin.bench.server import counted, counters, facts_of, model_of
+from dsv4_plugin.tools.bench.measures import Level, measure
+from dsv4_plugin.tools.bench.report import Run, code, machine
+from dsv4_plugin.tools.bench.server import counted, counters, facts_of, model_of
 
 WARM_UP_OUTPUT = 16
 """Most tokens of an answer that warms the server up."""

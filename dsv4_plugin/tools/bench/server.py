@@ -8,8 +8,8 @@ from typing import Any
 
 import aiohttp
 
-from dsv4_plugin.bench.client import Client, Unusable
 from dsv4_plugin.json_file import parse_json, shown
+from dsv4_plugin.tools.bench.client import Client, Unusable
 
 SETTINGS = (
     "attention_backend", "chunked_prefill_size", "context_length", "device",

@@ -13,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from dsv4_plugin.bench.measures import Level, Spread
-from dsv4_plugin.bench.server import Counted, Facts
 from dsv4_plugin.json_file import read_object
+from dsv4_plugin.tools.bench.measures import Level, Spread
+from dsv4_plugin.tools.bench.server import Counted, Facts
 
 FORMAT = 1
 """Of the JSON; another one is refused."""
@@ -113,7 +113,7 @@ def _gpus() -> list[str]:
 
 def code() -> dict[str, str | None]:
     """This package's version, and the git revision of the checkout that it runs from, if any."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     revision = None
     if (root / ".git").exists():
         try:

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsv4_plugin.checkpoint.make import new_folder, tokenizer_files
 from dsv4_plugin.checkpoint.names import expected_tensors
 from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.tools.make import new_folder, tokenizer_files
 
 COMPACT = Path(__file__).parents[2] / "training" / "mini"
 """Where a source checkout keeps it."""

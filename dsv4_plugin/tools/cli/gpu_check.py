@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_plugin.cli import gpu_model
-from dsv4_plugin.cli.gpu_work import WORK, Work, World
+from dsv4_plugin.tools.cli import gpu_model
+from dsv4_plugin.tools.cli.gpu_work import WORK, Work, World
 
 Size = tuple[int, int, int]
 """Requests, tokens of each in the step, and tokens they then have."""

@@ -13,8 +13,8 @@ from typing import get_args
 from dsv4_plugin.chat import Encoder
 from dsv4_plugin.chat.effort import EFFORTS
 from dsv4_plugin.chat.tokens import Control, Part
-from dsv4_plugin.cli.arguments import checkpoint_path, json_of
 from dsv4_plugin.config import Generation
+from dsv4_plugin.tools.cli.arguments import checkpoint_path, json_of
 
 _COLOUR, _PLAIN = "\x1b[1;36m", "\x1b[0m"
 

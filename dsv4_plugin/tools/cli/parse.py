@@ -9,9 +9,9 @@ from typing import Any
 
 from dsv4_plugin.chat import StreamParser, collect
 from dsv4_plugin.chat.encoder import load_tokenizer
-from dsv4_plugin.cli.arguments import json_of, read_text
-from dsv4_plugin.cli.render import add_tokenizer_argument, tokenizer_path
 from dsv4_plugin.json_file import shown
+from dsv4_plugin.tools.cli.arguments import json_of, read_text
+from dsv4_plugin.tools.cli.render import add_tokenizer_argument, tokenizer_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

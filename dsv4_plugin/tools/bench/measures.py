@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dsv4_plugin.bench.client import Answer, Load, Sent
-from dsv4_plugin.bench.server import Counted
+from dsv4_plugin.tools.bench.client import Answer, Load, Sent
+from dsv4_plugin.tools.bench.server import Counted
 
 BUSY = 0.8
 """Share of a core from which on the client counts as the bottleneck."""

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if name in argv[:1]:
-            module = import_module(f"dsv4_plugin.cli.{name.replace('-', '_')}")
+            module = import_module(f"dsv4_plugin.tools.cli.{name.replace('-', '_')}")
             command.description = module.__doc__
             module.add_arguments(command)
             command.set_defaults(run=module.run)

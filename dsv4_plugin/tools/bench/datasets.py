@@ -1,7 +1,7 @@
 """The requests of a level. Each level has as many, of the same sizes, and none is asked twice.
 
 A session is a list of requests that are sent one after another: the turns of a conversation.
-Nothing is downloaded: token ids are drawn, conversations come from `dsv4_plugin.conversations`.
+Nothing is downloaded: token ids are drawn, conversations come from `tools.conversations`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from dsv4_plugin.conversations import TOOLS, Conversation, Writer
 from dsv4_plugin.json_file import as_object, parse_json
+from dsv4_plugin.tools.conversations import TOOLS, Conversation, Writer
 
 Messages = list[dict[str, Any]]
 Tokens = Callable[[Messages, list[dict[str, Any]] | None], int]
