@@ -129,9 +129,10 @@ class _SpanEntries:
         if self.rows is None:
             yield Keys(self._read(self.entries.kv[chosen.clamp(min=0)]), chosen < 0)
             return
+        # -1, for none, is the last column, which is cut off.
         mask = torch.ones(len(chosen), count + 1, dtype=torch.bool, device=chosen.device)
-        mask.scatter_(1, chosen + 1, False)  # -1, for none, falls into the first column
-        yield Keys(self.rows[:count], mask[:, 1:])
+        mask.scatter_(1, torch.where(chosen < 0, count, chosen), False)
+        yield Keys(self.rows[:count], mask[:, :count].contiguous())
 
     def _read(self, address: Tensor) -> Tensor:
         return self.layer._read(address)
