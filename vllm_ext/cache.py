@@ -75,7 +75,7 @@ class MetadataBuilder(AttentionMetadataBuilder[GroupMetadata]):
     ) -> AttentionCGSupport:
         """Steps of one token a request, where the device runs them: they ask the host for nothing.
         Stages take and leave their streams in vLLM's buffers, and data-parallel ranks have as many
-        rows as the graph. Steps with drafts take the ordinary path."""
+        rows as the graph. Steps with drafts are not captured so far."""
         on_device = use_triton(torch.device(vllm_config.device_config.device))
         if not on_device or vllm_config.speculative_config is not None:
             return AttentionCGSupport.NEVER

@@ -142,12 +142,12 @@ def chat() -> str:
 
 
 def _settle_graphs(vllm_config: VllmConfig) -> None:
-    """vLLM's options decide what is captured, but for the ordinary path of a step, which asks the
-    device for values: no graph can."""
+    """vLLM's options decide what is captured, but for steps in torch, which ask the device for
+    values, and steps with drafts."""
     compilation = vllm_config.compilation_config
     mode = compilation.cudagraph_mode
     drafts = vllm_config.speculative_config is not None
-    if not drafts and env.KERNELS.read() != "torch":
+    if not drafts and env.KERNELS.read() in ("auto", "triton"):
         return
     open_yet = mode is None and not current_platform.is_cpu()  # vLLM 0.33 settles it later
     eager = vllm_config.model_config.enforce_eager

@@ -136,3 +136,35 @@ def test_the_engine_gives_torch_s_tokens(gpu, tmp_path, monkeypatch):
     clear = [clear_choices(model, *pair) for pair in zip(mixed, found, strict=True)]
     assert sum(clear) >= NEW
     assert min(stops[True], stops[False]) >= 3 * len(mixed)  # the emulated engine's, and the CPU's
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
+def test_drafts_change_nothing(gpu, tmp_path, monkeypatch):
+    """MTP drafts by the kernels: the tokens are those without, from rings that go back."""
+    checkpoint = tmp_path / "three"
+    overrides = SMALL | A_LAYER_OF_EACH | {"num_nextn_predict_layers": 1}
+    make_checkpoint(checkpoint, "tiny", 2, overrides, tokenizer=False)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    mode.kernels(monkeypatch, "triton")
+    from vllm import LLM
+
+    prompts = [random_ids(n, seed=n).tolist() for n in (5, 20)]
+    found = []
+    for drafts in (None, {"method": "mtp", "num_speculative_tokens": 2}):
+        engine = LLM(
+            str(checkpoint), skip_tokenizer_init=True, dtype="bfloat16", kv_cache_dtype="fp8",
+            max_model_len=512, max_num_seqs=4, max_num_batched_tokens=128, enforce_eager=True,
+            kv_cache_memory_bytes=100 << 20, num_gpu_blocks_override=40,
+            **({} if drafts is None else {"speculative_config": drafts}),
+        )  # fmt: skip
+        try:
+            found.append(generate(engine, prompts))
+        finally:
+            engine.llm_engine.engine_core.shutdown()
+    mode.kernels(monkeypatch, "torch")
+    model = load(checkpoint, dtype="bfloat16", kv_dtype="fp8")
+    for answers in found:
+        clear = [clear_choices(model, *pair) for pair in zip(prompts, answers, strict=True)]
+        assert sum(clear) >= NEW

@@ -61,8 +61,8 @@ def test_a_captured_step_reads_vllm_s_buffers(monkeypatch):
     assert [len(found.table), len(found.query_start), len(found.seq_lens)] == [3, 4, 3]
 
 
-@pytest.mark.parametrize("kernels", ["torch", "auto"])
-def test_the_ordinary_path_is_not_captured(small, monkeypatch, kernels):
+@pytest.mark.parametrize("kernels", ["torch", "reference", "auto"])
+def test_steps_in_torch_are_not_captured(small, monkeypatch, kernels):
     """Whatever is asked for; what a GPU may do with its own is left to vLLM."""
     mode.kernels(monkeypatch, kernels)
     config = EngineArgs(
@@ -70,5 +70,5 @@ def test_the_ordinary_path_is_not_captured(small, monkeypatch, kernels):
     ).create_engine_config()  # fmt: skip
     config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE  # not vLLM's, on a CPU
     PluginConfig.verify_and_update_config(config)
-    left = CUDAGraphMode.NONE if kernels == "torch" else CUDAGraphMode.PIECEWISE
+    left = CUDAGraphMode.PIECEWISE if kernels == "auto" else CUDAGraphMode.NONE
     assert config.compilation_config.cudagraph_mode == left
