@@ -71,7 +71,7 @@ MUTANTS = [
     Mutant("rows of nobody are added", EXPERTS, "here = (id >= 0) & (id < E)", "here = id < E", "triton/test_experts", "nobody"),
     Mutant("outputs past the last", PACKED, "used = (n < N)[:, None] & (word < K // 4)[None, :]", "used = (n < N + 9)[:, None] & (word < K // 4)[None, :]", "triton/test_experts", "packed_product and fp8"),
     # Off by one
-    Mutant("the window is one too long", ATTENTION, "(i[None, :] > pos[:, None] - SLIDING_WINDOW)", "(i[None, :] >= pos[:, None] - SLIDING_WINDOW)", "triton/test_attention", "prefill or tiles"),
+    Mutant("the window is one too long", ATTENTION, "i[None, :] > pos[:, None] - SLIDING_WINDOW", "i[None, :] >= pos[:, None] - SLIDING_WINDOW", "triton/test_attention", "prefill or tiles"),
     Mutant("an entry closes a token late", COMPRESS, "(begin + R <= end)", "(begin + R < end)", "triton/test_compress", "csa"),
     Mutant("early windows are too few", COMPRESS, "early = begin + HALVES", "early = begin + HALVES - 1", "triton/test_compress", "csa"),
     Mutant("the ring's row after, not before", COMPRESS, "(first + RING_ROWS - 1) % RING_ROWS", "first % RING_ROWS", "triton/test_compress", "drafts"),
