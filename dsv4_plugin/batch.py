@@ -6,6 +6,7 @@ Requests in flight, sampling, and memory for their caches; `engine` and `specula
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -64,8 +65,7 @@ class Batch:
         config, page_size = model.config, layout.page_size
         rows = max(chunk, len(max_lengths) * layout.ring_rows)
         self.builder = StepBuilder(config, layout, rows, self.device)
-        rows = max(rows, len(max_lengths) * draft_rows)
-        self.draft_builder = StepBuilder(config, layout.windows_only(), rows, self.device)
+        self.draft_rows = max(rows, len(max_lengths) * draft_rows)
         n, longest = len(max_lengths), max(max_lengths)
         pages = -(-longest // page_size)
         turns = -(-(config.sliding_window - 1 + min(chunk, longest)) // layout.window_block) + 1
@@ -84,6 +84,12 @@ class Batch:
             ring_stride=strides[2],
         )
         self.lengths = torch.zeros(n, dtype=torch.int64)
+
+    @cached_property
+    def draft_builder(self) -> StepBuilder:
+        """Of steps of draft layers; made when the first one drafts."""
+        layout = self.builder.layout.windows_only()
+        return StepBuilder(self.model.config, layout, self.draft_rows, self.device)
 
     def step(self, requests: Tensor, counts: Tensor, draft: Draft | None = None) -> Step:
         """The next `counts` tokens of some requests, int64 [G] each on the CPU; draft: of layers

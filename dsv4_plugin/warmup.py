@@ -120,9 +120,8 @@ def nothing(
     """Caches of one block of each kind, their tables, and query_start int32 [2] of a request
     without rows: a step built of these is all padding."""
     caches, strides = allocate(model.ratios, layout, 1, 1, 1, False, device)
-    one = torch.zeros(1, 1, dtype=torch.int32, device=device)
     ends = torch.zeros(2, dtype=torch.int32, device=device)
-    return caches, BlockTables(one, one, one[0], *strides), ends
+    return caches, BlockTables.of_nothing(strides, device), ends
 
 
 @contextmanager

@@ -75,9 +75,8 @@ class Backend(AttentionBackend):
     def _warm_up(self, device: torch.device) -> None:
         """Compile what serving needs, before a graph is captured."""
         pool, parallel = self.token_to_kv_pool, self.runner.model.parallel
-        nothing = torch.zeros(1, 1, dtype=torch.int32, device=device)
         strides = pool.window.stride, pool.page.stride, pool.ring.stride
-        tables = BlockTables(nothing, nothing, nothing[0], *strides)
+        tables = BlockTables.of_nothing(strides, device)
         limits = self.steps.rows, self.requests, self.longest
         share = parallel.rank, parallel.size
         warm_up(self.runner.model.model, self.steps, pool.layers, tables, *limits, share=share)

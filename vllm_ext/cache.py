@@ -285,8 +285,7 @@ class PagedCaches:
 
     def nothing(self, device: torch.device) -> BlockTables:
         """Tables of a request without rows, with the strides of all others."""
-        one = torch.zeros(1, 1, dtype=torch.int32, device=device)
-        return BlockTables(one, one, one[0], *self.strides)
+        return BlockTables.of_nothing(self.strides, device)
 
     def tables(self, metadata: dict[str, GroupMetadata]) -> BlockTables:
         """The step's block tables, from vLLM's metadata by cache entry."""

@@ -24,6 +24,12 @@ class BlockTables:
     page_stride: int
     ring_stride: int
 
+    @classmethod
+    def of_nothing(cls, strides: tuple[int, int, int], device: torch.device) -> BlockTables:
+        """Of a request without rows, with the strides of all others."""
+        one = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        return cls(one, one, one[0], *strides)
+
 
 @dataclass(frozen=True)
 class Paged:

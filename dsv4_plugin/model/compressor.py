@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from dsv4_plugin.cache.layer import LayerCache
-from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import CSA, ModelConfig
-from dsv4_plugin.kernels.compress import State, Target, compress
+from dsv4_plugin.kernels.compress import compress, of_cache
 from dsv4_plugin.model.norm import RMSNorm
 from dsv4_plugin.model.parallel import Linear
 
@@ -69,17 +68,6 @@ class Compressors(nn.Module):
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache) -> None:
         """Pool the normed x [T, D] and write whatever became complete."""
-        assert cache.kv is not None
-        assert cache.sums is not None
-        parts = cache.layout.page[self.ratio].parts
-        weights = [norm.weight for norm in self.norms]
-        targets = [Target(cache.kv, parts["kv"].offset, weights[0])]
-        carry = 0
-        if cache.key is not None:
-            # Under a Hadamard transform, which decides how quantised keys round.
-            quantised = cache.key.codec.format in (RowFormat.FP8, RowFormat.FP4)
-            targets.append(Target(cache.key, parts["key"].offset, weights[1], quantised))
-            carry = parts["carry"].offset
-        state = State(cache.sums, cache.layout.ring_rows, cache.carry, carry)
+        targets, state = of_cache(cache, [norm.weight for norm in self.norms])
         y = self.project(x.float()).view(-1, 2, self.halves, self.channels)
         compress(y, self.ape, self.eps, step, self.ratio, targets, state, self.dtype)

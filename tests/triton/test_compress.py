@@ -9,9 +9,8 @@ import torch
 
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import CacheLayout
-from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.config import CSA, HCA
-from dsv4_plugin.kernels.compress import State, Target, kernel, reference
+from dsv4_plugin.kernels.compress import kernel, of_cache, reference
 from lab.kernels.inputs import Caches, step_of, untouched
 from lab.kernels.sizes import flash
 from lab.kit.mode import interpreted_first
@@ -52,13 +51,7 @@ class Layer:
     def run(self, op, y, counts, before, rows=None):
         c = self.caches
         cache = LayerCache.bind(self.layout, self.ratio, c.window, c.page, c.ring)
-        parts = self.layout.page[self.ratio].parts
-        targets = [Target(cache.kv, parts["kv"].offset, self.weights[0])]
-        if self.ratio == CSA:
-            quantised = cache.key.codec.format in (RowFormat.FP8, RowFormat.FP4)
-            targets.append(Target(cache.key, parts["key"].offset, self.weights[1], quantised))
-        carry = parts["carry"].offset if self.ratio == CSA else 0
-        state = State(cache.sums, self.layout.ring_rows, cache.carry, carry)
+        targets, state = of_cache(cache, self.weights)
         step = step_of(counts, before, c, rows)
         op(y, self.ape, EPS, step, self.ratio, targets, state, self.dtype)
 

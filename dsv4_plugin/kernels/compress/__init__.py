@@ -13,12 +13,14 @@ Shapes: T rows, S segments (a window's tokens in this step), h halves, C channel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dsv4_plugin.cache.rows import RowPool
+from dsv4_plugin.cache.layer import LayerCache
+from dsv4_plugin.cache.rows import RowFormat, RowPool
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.kernels.dispatch import implementation
 
@@ -46,6 +48,20 @@ class State:
     rows: int
     carry: RowPool | None
     carry_offset: int
+
+
+def of_cache(cache: LayerCache, weights: Sequence[Tensor]) -> tuple[list[Target], State]:
+    """A layer's compressors and what they keep; weights: of the norms of entries and of keys."""
+    assert cache.kv is not None
+    assert cache.sums is not None
+    parts = cache.layout.page[cache.ratio].parts
+    targets, carry = [Target(cache.kv, parts["kv"].offset, weights[0])], 0
+    if cache.key is not None:
+        # Under a Hadamard transform, which decides how quantised keys round.
+        quantised = cache.key.codec.format in (RowFormat.FP8, RowFormat.FP4)
+        targets.append(Target(cache.key, parts["key"].offset, weights[1], quantised))
+        carry = parts["carry"].offset
+    return targets, State(cache.sums, cache.layout.ring_rows, cache.carry, carry)
 
 
 def compress(

@@ -18,7 +18,7 @@ from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.cache.rows import RowFormat, RowPool
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
-from dsv4_plugin.kernels.compress import State, Target
+from dsv4_plugin.kernels.compress import of_cache
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix
 from dsv4_plugin.kernels.step import Rows
 from dsv4_plugin.kernels.streams import Mixer, Spread
@@ -233,7 +233,6 @@ def compressor(world: World, ratio: int) -> Work:
     s, cache = world.step(ratio), world.cache(ratio)
     assert cache.kv is not None
     assert cache.sums is not None
-    parts = world.layout.page[ratio].parts
     halves, channels = (2, D + INDEX_D) if ratio == CSA else (1, D)
     y = world.random(world.rows, 2, halves, channels)
     ape = world.random(ratio, halves, channels)
@@ -243,13 +242,7 @@ def compressor(world: World, ratio: int) -> Work:
     def on(op: Callable[..., None], to: LayerCache) -> Outputs:
         assert to.kv is not None
         assert to.sums is not None
-        targets = [Target(to.kv, parts["kv"].offset, weights[0])]
-        carry = 0
-        if ratio == CSA:
-            assert to.key is not None
-            targets.append(Target(to.key, parts["key"].offset, weights[1], rotate=True))
-            carry = parts["carry"].offset
-        state = State(to.sums, world.layout.ring_rows, to.carry, carry)
+        targets, state = of_cache(to, weights)
         op(y, ape, EPS, s, ratio, targets, state, torch.bfloat16)
         return [to.kv.storage, to.sums.storage]
 
