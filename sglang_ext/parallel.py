@@ -38,10 +38,10 @@ class SplitEmbedding(nn.Module):
         super().__init__()
         weight = torch.empty(config.vocab_size // size, config.hidden_size, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.rank, self.size, self.first = rank, size, rank * len(weight)
+        self.rank, self.first = rank, rank * len(weight)
 
     def take(self, name: str, tensor: Tensor) -> bool:
-        return give_below(self, name, shard(tensor, 0, self.rank, self.size))
+        return give_below(self, name, shard(tensor, 0, self.rank, len(self.weight)))
 
     def forward(self, ids: Tensor) -> Tensor:
         place = ids - self.first

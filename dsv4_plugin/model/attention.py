@@ -55,7 +55,7 @@ class Attention(nn.Module):
     def take(self, name: str, tensor: Tensor) -> bool:
         """A full tensor of the layer; wo_b gets its columns for a rank's parts of groups."""
         if name == "attn_sink":
-            tensor = shard(tensor, 0, self.output_groups.rank, self.output_groups.size)
+            tensor = shard(tensor, 0, self.output_groups.rank, self.heads)
         elif name.startswith("wo_b."):
             tensor = self.output_groups.wo_b(tensor)
         return give_below(self, name, tensor)

@@ -36,7 +36,6 @@ def give_below(module: nn.Module, name: str, tensor: Tensor) -> bool:
     return True
 
 
-def shard(tensor: Tensor, dim: int, rank: int, size: int) -> Tensor:
-    """A rank's part of a full tensor that `size` ranks share along `dim`."""
-    n = tensor.shape[dim] // size
+def shard(tensor: Tensor, dim: int, rank: int, n: int) -> Tensor:
+    """A rank's part of a full tensor that ranks share along `dim`: n each."""
     return tensor.narrow(dim, rank * n, n)

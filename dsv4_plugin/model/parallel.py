@@ -118,17 +118,16 @@ class Linear(nn.Module):
         dtype: torch.dtype,
         split: int | None = None,
         rank: int = 0,
-        size: int = 1,
     ) -> None:
         super().__init__()
-        self.split, self.rank, self.size = split, rank, size
+        self.split, self.rank = split, rank
         self.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=dtype), requires_grad=False)
         self.product: Product | None = None
 
     def take(self, name: str, tensor: Tensor) -> bool:
         """The full weight [out, in]."""
         if self.split is not None:
-            tensor = shard(tensor, self.split, self.rank, self.size)
+            tensor = shard(tensor, self.split, self.rank, self.weight.shape[self.split])
         return give_below(self, name, tensor)
 
     def finalize_weights(self) -> None:
@@ -150,8 +149,7 @@ class Head(Linear):
 
     def take(self, name: str, tensor: Tensor) -> bool:
         """The full weight [vocab, in]."""
-        n = len(self.weight)
-        self.weight.data = tensor.narrow(0, self.rank * n, n).clone()
+        self.weight.data = shard(tensor, 0, self.rank, len(self.weight)).clone()
         return True
 
     def finalize_weights(self) -> None:
@@ -231,7 +229,7 @@ class SplitExperts(nn.Module):
             "w2": self.w2[expert],
         }[matrix]
         split = 1 if matrix == "w2" else 0
-        target.copy_(tensor.narrow(split, self.rank * width, width).t())
+        target.copy_(shard(tensor, split, self.rank, width).t())
         return True
 
 
@@ -338,10 +336,10 @@ class RankParallel(LocalParallel):
         self.expert_parallel = expert_parallel
 
     def column(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
-        return Linear(n_in, n_out // self.size, self.dtype, 0, self.rank, self.size)
+        return Linear(n_in, n_out // self.size, self.dtype, 0, self.rank)
 
     def row(self, n_in: int, n_out: int, prefix: str, reduce: bool = True) -> nn.Module:
-        layer = Linear(n_in // self.size, n_out, self.dtype, 1, self.rank, self.size)
+        layer = Linear(n_in // self.size, n_out, self.dtype, 1, self.rank)
         if reduce:
             layer.register_forward_hook(lambda module, inputs, out: self.all_reduce(out))
         return layer

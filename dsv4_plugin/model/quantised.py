@@ -25,7 +25,7 @@ from dsv4_plugin.kernels.packed import (
     product,
     round_inputs,
 )
-from dsv4_plugin.model.loading import give_below
+from dsv4_plugin.model.loading import give_below, shard
 from dsv4_plugin.model.parallel import GroupedLinear, MakeExperts, OutputGroups, Parallel
 from dsv4_plugin.quant.e4m3 import decode_ue8m0
 
@@ -138,8 +138,8 @@ class QuantisedLinear(nn.Module):
     def take(self, name: str, tensor: Tensor) -> bool:
         """The full weight [out, in], or its scales."""
         if self.split is not None:
-            size = self.get_parameter(name).shape[self.split]
-            tensor = tensor.narrow(self.split, self.rank * size, size)
+            own = self.get_parameter(name).shape[self.split]
+            tensor = shard(tensor, self.split, self.rank, own)
         return give_below(self, name, raw(tensor) if name == "weight" else fp8_scale(tensor))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class QuantisedExperts(nn.Module):
         param = self.get_parameter(f"{matrix}_{part}")[int(expert)]
         if param.dim():
             split = 1 if matrix == "w2" else 0
-            tensor = tensor.narrow(split, self.rank * param.shape[split], param.shape[split])
+            tensor = shard(tensor, split, self.rank, param.shape[split])
         else:
             tensor = tensor.reshape(())
         if param.dtype != torch.bfloat16:

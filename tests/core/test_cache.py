@@ -18,10 +18,10 @@ from dsv4_plugin.cache.rows import (
     RowPool,
 )
 from dsv4_plugin.config import CSA, HCA, SWA
-from dsv4_plugin.kernels import dispatch
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, quantise_mxfp4
 from lab.kernels.sizes import flash
+from lab.kit import mode
 from tests.conftest import random_ids
 from tests.tolerances import BF16, FP8_KV
 
@@ -131,8 +131,7 @@ def test_formats_that_kernels_do_not_have_are_refused(monkeypatch):
     wide = replace(flash([CSA]), index_head_dim=256)
     with pytest.raises(ValueError, match="index_head_dim is 256; fp4 keys have 32, 64 or 128"):
         CacheLayout.of(wide, "fp8", index_dtype="fp4")
-    monkeypatch.setenv("DSV4_KERNELS", "triton")
-    dispatch.choose_again()
+    mode.kernels(monkeypatch, "triton")
     config = flash([SWA])
     with pytest.raises(ValueError, match="KV rows are float32, which Triton's kernels do not read"):
         StepBuilder(config, CacheLayout.of(config, "float32"), 1, "cpu")
