@@ -23,7 +23,7 @@ from dsv4_plugin.kernels.qkv.kernel import qkv
 from dsv4_plugin.kernels.step import Rows
 from dsv4_plugin.kernels.step.kernel import place
 from dsv4_plugin.kernels.streams import Mixer, Spread
-from dsv4_plugin.kernels.streams.kernel import streams
+from dsv4_plugin.kernels.streams.kernel import spread, streams
 from dsv4_plugin.kernels.swiglu.kernel import swiglu
 from lab.kernels.sizes import flash
 
@@ -79,6 +79,11 @@ def _streams(rows: int, d: int, n: int) -> None:
     streams(meta(rows, d, dtype=BF16), meta(rows, 4, d, dtype=BF16), by, mixer)
 
 
+def _spread(rows: int, d: int) -> None:
+    h, by = meta(rows, 4, d, dtype=BF16), Spread(meta(rows, 4), meta(rows, 4, 4))
+    spread(meta(rows, d, dtype=BF16), h, by)
+
+
 def _gate(rows: int, experts: int, hashed: bool) -> None:
     table = meta(129_280, 6, dtype=LONG) if hashed else None
     bias = None if hashed else meta(experts)
@@ -110,6 +115,7 @@ CASES: dict[str, Callable[[], None]] = {
     "streams, Flash, decode": partial(_streams, 1, 4096, 24),
     "streams, Pro, prefill": partial(_streams, 8192, 7168, 24),
     "streams, Pro, head": partial(_streams, 64, 7168, 4),
+    "streams between stages": partial(_spread, 64, 4096),
     "router, Flash": partial(_gate, 1024, 256, False),
     "router, Pro": partial(_gate, 8192, 384, False),
     "router by hash": partial(_gate, 1, 256, True),
