@@ -31,6 +31,10 @@ from dsv4_plugin.model.transformer import Transformer
 
 log = logging.getLogger("dsv4_plugin")
 
+COMPANIES = (4, 80)
+"""Rows of decoding batches between the smallest and the largest, for which kernels are launched in
+another way than for both: more pairs than experts split (`experts.kernel.Launch`), more tokens than
+mHC takes as few (`streams.kernel.Launch`)."""
 OFTEN = 5.0
 """Seconds between two lines about progress."""
 
@@ -43,7 +47,8 @@ def shapes(rows: int, requests: int, longest: int) -> list[tuple[int, int, int]]
     few = (1, 256)  # no compressed rows; some, but not more than are chosen
     lengths = sorted({min(n, longest) for n in (*few, *(4 * b for b in BLOCKS))} | {longest})
     batches = sorted({(1, 1), (requests, 1), (rows, rows)})
-    return [(n, query, length) for length in lengths for n, query in batches]
+    companies = [(n, 1, lengths[0]) for n in COMPANIES if n < requests]
+    return companies + [(n, query, length) for length in lengths for n, query in batches]
 
 
 def warm_up(
