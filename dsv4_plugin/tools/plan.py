@@ -33,7 +33,17 @@ GPUS = {
 """GiB of memory."""
 _USUAL = {"a100": "a10080", "4090": "409024"}
 """What is meant where the name leaves the memory out."""
-_BYTES = {"F32": 4, "I64": 8, "I32": 4, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "U8": 1}
+_BYTES = {
+    "F32": 4,
+    "I64": 8,
+    "I32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "I8": 1,
+    "U8": 1,
+}
 _WIDE = re.compile(r"norm\.weight$|ffn\.gate\.weight$|compressor\.w(kv|gate)\.weight$|^head\.")
 """Stored in bfloat16, held in float32."""
 _EXPERT = re.compile(r"ffn\.experts\.")
