@@ -230,8 +230,7 @@ def random_expert(
     if kind in INT4:
         data = torch.randint(0, 256, (shape[0], n_in // 2), generator=generator, dtype=torch.uint8)
         spread = 0.5 + torch.rand(shape[0], n_in // config.int4_block, generator=generator)
-        scale = (n_in**-0.5 / INT4_STD * spread).bfloat16()
-        tensors = _stored_int4(kind, data, scale)
+        tensors = _stored_int4(kind, data, n_in**-0.5 / INT4_STD * spread)
         parts = zip(stored.items(), tensors, strict=True)
         return {part: as_stored(s.dtypes[0], tensor) for (part, s), tensor in parts}
     if kind == "ct-nvfp4":

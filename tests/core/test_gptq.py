@@ -18,7 +18,8 @@ from dsv4_plugin.tools.make import make_checkpoint
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
 from tests.core.gptq import decoded
 from tests.parallel.ranks import Ranks
-from tests.parallel.test_ranks import error, logits
+from tests.parallel.test_quantised_ranks import ALIGNED
+from tests.parallel.test_ranks import error, whole_logits
 from tests.tolerances import BF16_SUM, LOGITS_STD, OP_FP32
 
 IDS = random_ids(150, seed=3)
@@ -105,10 +106,29 @@ def near(found, expected):
 
 
 def test_the_network_is_that_of_the_values(made, tmp_path):
-    """Nothing else is rounded: inputs are taken as they are."""
+    """Nothing else is rounded: inputs and float16 scales are taken as they are."""
+
+    def fine_scales(tensors):
+        for module in modules(tensors):
+            tensors[f"{module}.scales"] *= 1.003
+
+    made = changed(made, tmp_path / "fine", fine_scales)
     found, plain = load(made, "float32"), load(plain_twin(made, tmp_path / "plain"), "float32")
     assert near(found.logits(IDS), plain.logits(IDS))
     assert found.model.weight_bytes.packed > 0.9 * plain.model.weight_bytes.plain / 8 * 0.5
+
+
+def test_scales_of_either_sign(made, tmp_path):
+    """AutoRound turns a block round where its largest value is positive."""
+
+    def turn(tensors):
+        for module in modules(tensors):
+            tensors[f"{module}.scales"][0] *= -1
+
+    copy = changed(made, tmp_path / "copy", turn)
+    plain = load(plain_twin(copy, tmp_path / "plain"), "float32").logits(IDS)
+    assert near(load(copy, "float32").logits(IDS), plain)
+    assert not near(load(made, "float32").logits(IDS), plain)
 
 
 LEFT_ALONE = ("attn.wq_b", "attn.wo_a", "layers.2.ffn.shared_experts")
@@ -139,10 +159,9 @@ def test_small_products_may_be_packed(tmp_path, size):
     plain = changed(packed, tmp_path / "plain", lambda t: unpack(t, *names))
     ids = random_ids(500, seed=5)
     ranks = Ranks(size)
-    models = ranks.load(packed)
-    found = ranks.run(lambda rank: logits(models[rank], ids))
+    found = whole_logits(ranks, ranks.load(packed), ids)
     expected = load(plain, "float32").logits(ids)
-    assert all(near(f, expected) for f in found)
+    assert near(found, expected)
     assert not near(load(made, "float32").logits(ids), expected)
 
 
@@ -157,8 +176,13 @@ def test_other_scales_zeros_and_orders(made, tmp_path):
             tensors[f"{module}.qzeros"] = torch.full((groups, n_out // 8), EIGHTS).int()
             tensors[f"{module}.g_idx"] = torch.arange(n_in).int() // (n_in // groups)
 
+    def round_scales(tensors):
+        for module in modules(tensors):
+            tensors[f"{module}.scales"] = tensors[f"{module}.scales"].bfloat16().half()
+
     copy = changed(made, tmp_path / "copy", rewrite, quant_method="gptq", desc_act=False)
-    assert near(load(copy, "float32").logits(IDS), load(made, "float32").logits(IDS))
+    expected = load(changed(made, tmp_path / "rounded", round_scales), "float32").logits(IDS)
+    assert near(load(copy, "float32").logits(IDS), expected)
 
 
 def test_draft_layers(made, tmp_path):
@@ -181,15 +205,22 @@ def test_draft_layers(made, tmp_path):
 @pytest.mark.parametrize("expert_parallel", [False, True])
 def test_ranks(tmp_path, expert_parallel):
     make_checkpoint(tmp_path / "made", "tiny", 1, SHARED, tokenizer=False, fmt="gptq")
-    ranks = Ranks(2)
-    models = ranks.load(tmp_path / "made", expert_parallel)
-    found = ranks.run(lambda rank: logits(models[rank], random_ids(500, seed=5)))
-    expected = load(tmp_path / "made", "float32").logits(random_ids(500, seed=5))
-    assert all(near(f, expected) for f in found)
+    ranks, ids = Ranks(2), random_ids(500, seed=5)
+    found = whole_logits(ranks, ranks.load(tmp_path / "made", expert_parallel), ids)
+    assert near(found, load(tmp_path / "made", "float32").logits(ids))
     with pytest.raises(
         ValueError, match=r"4 tensor-parallel ranks cannot share .* evenly: it has 128 values"
     ):
         Ranks(4).load(tmp_path / "made", expert_parallel)
+
+
+def test_a_group_split_inside(tmp_path):
+    """Four heads in two groups over four ranks: wo_a's columns are cut, wo_b's are repeated."""
+    wide = ALIGNED | {"moe_intermediate_size": 512}
+    make_checkpoint(tmp_path / "wide", "tiny", 6, wide, tokenizer=False, fmt="gptq")
+    ranks, ids = Ranks(4), random_ids(320, seed=3)
+    found = whole_logits(ranks, ranks.load(tmp_path / "wide"), ids)
+    assert near(found, load(tmp_path / "wide", "float32").logits(ids))
 
 
 def test_scales_of_two_dtypes_are_refused(made, tmp_path):
