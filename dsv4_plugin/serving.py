@@ -63,11 +63,11 @@ def config_json(
 def int4_modules(model: str, revision: str | None = None) -> frozenset[str] | None:
     """`names.int4_modules` of a checkpoint folder or hub name, which is asked for its index only;
     None where it has none, as one without weights."""
-    from transformers.utils.hub import cached_file
-
     if Path(model).is_dir():
         weights = any(Path(model).glob("*.safetensors"))
         return found_int4(read_headers(model)) if weights else None
+    from transformers.utils.hub import cached_file
+
     optional = {
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_connection_errors": False,

@@ -231,7 +231,7 @@ def _stage(
     last = layers.stop == config.num_hidden_layers
     experts = dense = 0
     for name, stored in tensors.items():
-        if not _on_stage(name, layers, last, mtp):
+        if not _on_stage(name, layers, last, mtp) or name.endswith(".qzeros"):
             continue
         dtype = "F32" if _WIDE.search(name) else stored.dtypes[0]
         size = _size(stored, dtype)

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import xgrammar
+from openai import OpenAI
+from tokenizers import Tokenizer
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.parser import ParserManager
 from vllm.renderers.deepseek_v4 import DeepseekV4Renderer
@@ -19,8 +21,10 @@ from xgrammar import testing
 
 import vllm_ext
 from dsv4_plugin.chat import Encoder
+from dsv4_plugin.tools.make import make_checkpoint
 from tests.chat import recipe
 from tests.conftest import v41_fields
+from tests.vllm_chat.server import FLAGS, MODEL, Server, scripted
 from vllm_ext.active import MODE, MODE_V41
 
 SYSTEM_ID = 128799
@@ -53,9 +57,15 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://localhost/a.png"}}
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """V4.1's config.json and its tokenizer, whose token 128799 V4 has a placeholder for."""
+    """V4.1's config.json and its tokenizer."""
     folder = tmp_path_factory.mktemp("v41")
     (folder / "config.json").write_text(json.dumps(v41_fields()))
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder):
+    """V4's, but for token 128799, which is a placeholder there."""
     package = recipe.tokenizer_file().parent
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (package / name).read_text()
@@ -64,7 +74,6 @@ def checkpoint(tmp_path_factory):
             placeholder = next(t["content"] for t in tokens if t["id"] == SYSTEM_ID)
             text = text.replace(placeholder, "<｜System｜>")
         (folder / name).write_text(text)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +232,35 @@ def test_grammars_have_this_spelling(registered, tokenizer):
     assert accepts(MODE, tokenizer, own)
     assert not accepts(MODE, tokenizer, theirs)
     assert not accepts(MODE_V41, tokenizer, theirs.replace('name="x"', 'name="y"'))
+
+
+@pytest.mark.thorough
+def test_a_server(tmp_path):
+    """Prompts, a whole answer and a stream; the model is V4's, which is what runs here."""
+    make_checkpoint(tmp_path / "tiny", "tiny", tokenizer=False)
+    write_tokenizer(tmp_path / "tiny")
+    encoder = Encoder(tmp_path / "tiny", "v4.1")
+    backend = Tokenizer.from_file(str(tmp_path / "tiny" / "tokenizer.json"))
+    words = scripted([*backend.encode(CALL, add_special_tokens=False).ids, 1])
+    body = {"messages": MESSAGES, "tools": TOOLS, "max_tokens": 80, **words}
+    flags = FLAGS.replace(MODE, MODE_V41)
+    with Server(tmp_path / "tiny", tmp_path / "log", flags) as server:
+        whole = server.post("/v1/chat/completions", body | {"return_token_ids": True})
+        effort = {"chat_template_kwargs": {"reasoning_effort": 62}, "max_tokens": 1}
+        numbered = server.post("/v1/chat/completions", body | effort | {"return_token_ids": True})
+        with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            stream = client.chat.completions.create(
+                model=MODEL, messages=MESSAGES, tools=TOOLS, max_tokens=80, stream=True,
+                extra_body=words,
+            )  # fmt: skip
+            deltas = [chunk.choices[0].delta for chunk in stream if chunk.choices]
+    assert whole["prompt_token_ids"] == encoder.encode(MESSAGES, TOOLS).ids
+    assert numbered["prompt_token_ids"] == encoder.encode(MESSAGES, TOOLS, effort=62).ids
+    choice = whole["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["reasoning"] == "so"
+    (call,) = choice["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"x": "v"}
+    calls = [call for delta in deltas for call in delta.tool_calls or ()]
+    assert json.loads("".join(call.function.arguments or "" for call in calls)) == {"x": "v"}
+    assert "".join(delta.model_extra.get("reasoning") or "" for delta in deltas) == "so"
