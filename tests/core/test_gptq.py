@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsv4_plugin import load
-from dsv4_plugin.config import INT4_BLOCKS
+from dsv4_plugin import load, serving
+from dsv4_plugin.checkpoint.files import read_headers
+from dsv4_plugin.config import INT4_BLOCKS, ModelConfig
 from dsv4_plugin.kernels.packed import Int4Matrix, product
 from dsv4_plugin.quant.int4 import decode_int4, from_gptq, quantise_int4, to_gptq
 from dsv4_plugin.tools.make import make_checkpoint
@@ -294,3 +295,23 @@ def test_configs_that_do_not_fit_are_refused(made, tmp_path, fields, pattern):
     with pytest.raises(ValueError, match=rf"quantization_config\.?.*{pattern}") as info:
         load(copy)
     assert "\n" not in str(info.value)
+
+
+def test_what_is_int4_is_known_by_the_index(made, tmp_path, monkeypatch):
+    """Of a hub name, before anything is downloaded; of a folder, by its headers; nothing of one
+    without weights."""
+    known = serving.int4_modules(str(made))
+    assert {"layers.0.attn.wo_a", "layers.2.ffn.shared_experts.w2"} < known
+    assert len(known) == 3 * 8
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(read_headers(made), "x")}))
+    monkeypatch.setattr("transformers.utils.hub.cached_file", lambda *_, **__: str(index))
+    assert serving.int4_modules("somebody/int4") == known
+    monkeypatch.setattr("transformers.utils.hub.cached_file", lambda *_, **__: None)
+    assert serving.int4_modules("somebody/else") is None
+    (tmp_path / "empty").mkdir()
+    assert serving.int4_modules(str(tmp_path / "empty")) is None
+    config = ModelConfig.from_pretrained(made)
+    assert serving.with_int4(config, str(made)).int4_modules == known
+    without = str(tmp_path / "empty")
+    assert serving.with_int4(config, without).is_int4("layers.0.attn.wo_a")
