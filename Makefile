@@ -50,9 +50,10 @@ $(CHECKPOINTS)/%: $(STAMP)
 	$(VLLM)/bin/dsv4 checkpoint make --preset $* --out $@
 
 # Made anew when the trained weights change.
-$(CHECKPOINTS)/mini: training/mini/compact.safetensors training/mini/config.json | $(STAMP)
+$(CHECKPOINTS)/mini-dspark: training/mini/dspark.safetensors
+$(CHECKPOINTS)/mini $(CHECKPOINTS)/mini-dspark: training/mini/compact.safetensors training/mini/config.json | $(STAMP)
 	rm -rf $@
-	$(VLLM)/bin/dsv4 checkpoint make --preset mini --out $@
+	$(VLLM)/bin/dsv4 checkpoint make --preset $(@F) --out $@
 
 demo: $(CHECKPOINTS)/mini
 	$(VLLM)/bin/python -m benchmarks.demo $<
@@ -94,7 +95,7 @@ bench-kv: $(CHECKPOINTS)/bench
 	$(VLLM)/bin/python -m benchmarks.kv_formats $<
 
 # dsv4-mini: accuracy per skill, engine and format; training (goes on where it stopped).
-eval: $(CHECKPOINTS)/mini $(SGLANG_STAMP)
+eval: $(CHECKPOINTS)/mini $(CHECKPOINTS)/mini-dspark $(SGLANG_STAMP)
 	$(VLLM)/bin/python -m benchmarks.accuracy $< --sglang $(SGLANG)/bin/python
 
 train-mini: $(STAMP)
