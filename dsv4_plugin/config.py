@@ -226,8 +226,8 @@ class ModelConfig:
         self, size: int, option: str = "the number of tensor-parallel ranks"
     ) -> None:
         """Raise ValueError, which names the option that asked for it, unless `size` ranks can share
-        the heads and expert widths evenly."""
-        for name in ("num_attention_heads", "moe_intermediate_size"):
+        heads, expert widths and vocabulary evenly."""
+        for name in ("num_attention_heads", "moe_intermediate_size", "vocab_size"):
             if getattr(self, name) % size:
                 raise ValueError(
                     f"{option} is {size}; it must divide {name} ({getattr(self, name)})"

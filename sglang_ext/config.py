@@ -84,10 +84,6 @@ def server_defaults(server_args: ServerArgs, hf_config: Any) -> dict[str, Any]:
         require_driver()
     config = ModelConfig.from_hf(hf_config.dsv4_json)
     config.require_tensor_parallel(server_args.tp_size, "--tp-size")
-    if config.vocab_size % server_args.tp_size:
-        raise ValueError(
-            f"--tp-size is {server_args.tp_size}; it must divide vocab_size ({config.vocab_size})"
-        )
     if server_args.ep_size not in (1, server_args.tp_size):
         raise NotImplementedError(
             f"--ep-size is {server_args.ep_size}; dsv4-plugin supports 1 and --tp-size "

@@ -104,7 +104,6 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
         model = vllm_config.model_config
         model.model_arch_config.is_deepseek_mla = False
         model.hf_config.model_type = SERVED_TYPE
-        model.hf_config.head_dtype = "float32"
         log.info("DeepSeek-V4 is served by dsv4-plugin: %s; %s.", choose().reason, chat())
 
 

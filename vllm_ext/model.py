@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context, override_forward_context
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.sequence import IntermediateTensors
 
 from dsv4_plugin.checkpoint.files import MTP
@@ -65,7 +64,6 @@ class DeepseekV4ForCausalLM(nn.Module):
         self.drafting = vllm_config.speculative_config is not None
         self.steps = StepBuilder(config, self.layout, rows, self.device)
         self.begin = eager_break_during_capture(self._begin)
-        self.logits_processor = LogitsProcessor(config.vocab_size)
         self.caches.allocated = self._allocated
         self.caches.taken = self.parallel.running.forget
         self.cache_config = vllm_config.cache_config
@@ -177,12 +175,5 @@ class DeepseekV4ForCausalLM(nn.Module):
             given = tables, group.query_start, group.seq_lens, n_tokens, *lengths
         self.parallel.running.begin(self.steps.build(*given), caches)
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        hidden_states = float32_logits(hidden_states)
-        logits: Tensor | None = self.logits_processor(self.model.head, hidden_states)
-        return logits
-
-
-def float32_logits(hidden_states: Tensor) -> Tensor:
-    """On CPUs the packed head takes float32."""
-    return hidden_states.float() if hidden_states.device.type == "cpu" else hidden_states
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        return self.parallel.gather_logits(self.model.head(hidden_states))

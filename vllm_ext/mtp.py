@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.paged import BlockTables
@@ -27,7 +26,6 @@ from dsv4_plugin.model.mtp import MTP
 from dsv4_plugin.warmup import nothing
 from vllm_ext.cache import CacheBlocks, GroupMetadata
 from vllm_ext.config import cache_layout, model_config_of
-from vllm_ext.model import float32_logits
 from vllm_ext.parallel import VllmParallel
 
 if TYPE_CHECKING:
@@ -59,7 +57,6 @@ class DeepseekV4MTP(nn.Module):
         self.device = torch.device(vllm_config.device_config.device)
         rows = vllm_config.scheduler_config.max_num_batched_tokens
         self.steps = StepBuilder(config, self.layout, rows, self.device)
-        self.logits_processor = LogitsProcessor(config.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Raises ValueError where the checkpoint lacks a tensor."""
@@ -98,8 +95,6 @@ class DeepseekV4MTP(nn.Module):
         step = self.steps.build(tables, group.query_start, group.seq_lens, *lengths)
         return step, LayerCache.bind(self.layout, SWA, self.cache.storage, None, None)
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
         streams = hidden_states.unflatten(1, (self.config.hc_mult, -1))
-        hidden = float32_logits(self.model.network.collapse(streams))
-        logits: Tensor | None = self.logits_processor(self.lm_head, hidden)
-        return logits
+        return self.parallel.gather_logits(self.lm_head(self.model.network.collapse(streams)))

@@ -88,7 +88,7 @@ def test_an_exported_run_computes_what_was_trained(tmp_path, monkeypatch):
         step = batch.step(torch.tensor([0]), torch.tensor([len(ids) - 1]))
         h, means = speculator._main(batch, step, ids[:-1])
         h = speculator.drafts.follow(batch, step, h, means, ids[1:])
-        found = engine.model.head(engine.drafter.collapse(h).float())
+        found = engine.model.head(engine.drafter.collapse(h))
     close(found[:, known], drafted)
 
 

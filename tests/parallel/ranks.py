@@ -78,7 +78,6 @@ class DataParallel(LocalParallel):
     ranks."""
 
     expert_parallel = True
-    _plain_experts = LocalParallel.plain_experts
 
     def experts(self, prefix: str, make: MakeExperts | None = None) -> nn.Module:
         from vllm_ext.parallel import VllmParallel
