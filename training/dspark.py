@@ -36,6 +36,10 @@ FADE = 0.8
 """Weight of a draft beside the one before it."""
 
 
+Rope = tuple[Tensor, Tensor]
+"""cos and sin [A, S, channels / 2]."""
+
+
 class Stage(nn.Module):
     """A sliding-window block whose rows see a window of the network's, and one another."""
 
@@ -46,26 +50,23 @@ class Stage(nn.Module):
         for module in (self.block.attn_hc, self.block.ffn_hc):
             nn.init.ones_(module.scale)
 
-    def keys(self, x: Tensor) -> Tensor:
-        """x [..., D] -> rows without RoPE [..., head_dim]."""
+    def keys(self, x: Tensor, rope: Rope) -> Tensor:
+        """x [B, S, D] -> window rows [B, S, head_dim], in the dtype of products."""
         attention = self.block.self_attn
-        out: Tensor = attention.kv_norm(attention.kv_proj(x))
-        return out
+        kv = attention.kv_proj(x)
+        rows = v4.apply_rotary_pos_emb(attention.kv_norm(kv)[:, None], *rope)
+        return rows[:, 0].to(kv.dtype)
 
 
 def attention_of_blocks(
-    self: v4.DeepseekV4Attention, x: Tensor, context: Tensor, mask: Tensor, cos: Tensor, sin: Tensor
+    self: v4.DeepseekV4Attention, x: Tensor, context: Tensor, mask: Tensor, rope: Rope
 ) -> tuple[Tensor, None]:
-    """x [A, B, D] of A blocks, context [A, W, head_dim] without RoPE, mask [A, W]; cos and sin
-    [W + B, channels / 2]: positions count from the window's first, of which attention only feels
-    the differences.
-    """
-    rows, width = x.shape[1], context.shape[1]
+    """x [A, B, D] of A blocks, context [A, W, head_dim], mask [A, W], rope of the blocks' rows."""
     q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))).view(*x.shape[:2], -1, self.head_dim)
-    kv = torch.cat([context, self.kv_norm(self.kv_proj(x)).to(context.dtype)], 1)
-    kv = v4.apply_rotary_pos_emb(kv[:, None], cos[None], sin[None])[:, 0]
-    mask = F.pad(mask, (0, rows))[:, None].expand(-1, rows, -1)
-    return attend(self, q, kv.to(q.dtype), mask, cos[width:], sin[width:])
+    own = v4.apply_rotary_pos_emb(self.kv_norm(self.kv_proj(x))[:, None], *rope)[:, 0]
+    kv = torch.cat([context, own.to(context.dtype)], 1)
+    mask = F.pad(mask, (0, x.shape[1]))[:, None].expand(-1, x.shape[1], -1)
+    return attend(self, q, kv, mask, *rope)
 
 
 class Drafter(nn.Module):
@@ -110,12 +111,13 @@ class Drafter(nn.Module):
         at = p[:, None] + torch.arange(1 - width, 1)
         mask = torch.zeros(at.shape).masked_fill(at < 0, float("-inf"))
         at = at.clamp(min=0) + row[:, None] * means.shape[1]
-        cos, sin = rope(x, torch.arange(width + self.rows)[None], layer_type="main")
+        everywhere = rope(x, torch.arange(means.shape[1])[None], layer_type="main")
+        of_block = rope(x, p[:, None] + 1 + torch.arange(self.rows), layer_type="main")
         now = torch.cat([x[:, None], self.noise.expand(len(x), self.rows - 1, -1)], 1)
         now = now[:, :, None].repeat(1, 1, self.config.hc_mult, 1).float()
         for stage in self.stages:
-            context = F.embedding(at, stage.keys(main).flatten(0, 1))
-            now = stage.block(now, None, context=context, mask=mask, cos=cos[0], sin=sin[0])
+            context = F.embedding(at, stage.keys(main, everywhere).flatten(0, 1))
+            now = stage.block(now, None, context=context, mask=mask, rope=of_block)
         y: Tensor = self.hc_head(now)
         return y
 
@@ -235,9 +237,9 @@ def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
 def train(
     model: nn.Module, drafter: Drafter, data: Data, steps: int, lr: float, seconds: float = 1e9
 ) -> None:
-    """At most so many steps, and seconds of a core: the learning rate falls with the nearer."""
+    """At most so many steps, and seconds: the learning rate falls with the nearer."""
     both, generator = optimizers(drafter, lr), torch.Generator().manual_seed(0)
-    began, step, at = time.process_time(), 0, 0
+    began, step, at = time.monotonic(), 0, 0
     while at < steps:
         batches = list(data.step(FIRST_STEP + step))
         total = sum(float(b.weights.sum()) for b in batches)
@@ -252,7 +254,7 @@ def train(
             mean = 1 + float(torch.cat(found).float().mean())
             print(f"step {step}, {at}: loss {value:.3f}, {mean:.2f} tokens a step", flush=True)
         step += 1
-        at = max(step, int(steps * (time.process_time() - began) / seconds))
+        at = max(step, int(steps * (time.monotonic() - began) / seconds))
         if step % 100 == 0:
             save(drafter)
 
@@ -275,7 +277,7 @@ def save(drafter: Drafter) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--minutes", type=float, default=40, help="of a core, at most")
+    parser.add_argument("--minutes", type=float, default=40, help="at most")
     parser.add_argument("--lr", type=float, default=0.02)
     args = parser.parse_args()
     torch.set_num_threads(1)
