@@ -247,7 +247,8 @@ def train(
         for b in batches:
             with torch.autocast("cpu", torch.bfloat16):
                 loss, right = loss_of(model, drafter, b, generator)
-            (loss / total).backward()
+            if len(right):
+                (loss / total).backward()
             value, found = value + loss.item() / total, [*found, right]
         descend(both, short_run(at, steps))
         if step % 20 == 0:
@@ -255,7 +256,7 @@ def train(
             print(f"step {step}, {at}: loss {value:.3f}, {mean:.2f} tokens a step", flush=True)
         step += 1
         at = max(step, int(steps * (time.monotonic() - began) / seconds))
-        if step % 100 == 0:
+        if step % 50 == 0:
             save(drafter)
 
 
