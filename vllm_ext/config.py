@@ -230,6 +230,10 @@ def _check_drafts(config: ModelConfig, vllm_config: VllmConfig) -> None:
             f"--speculative-config.num_speculative_tokens is {n}; this checkpoint's drafter "
             f"proposes {dspark.block_size} tokens at once, so allowed are 1 to {dspark.block_size}"
         )
+    if dspark is not None:
+        # What it keeps of a token is known as soon as the token is computed: the last page of a
+        # prefix that the cache has is good for it, too.
+        speculative.disable_eagle_block_drop = True
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:

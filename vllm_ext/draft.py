@@ -112,10 +112,7 @@ class DraftModel(nn.Module):
             lengths = n_tokens, group.longest_query, group.longest
             given = tables, group.query_start, group.seq_lens, *lengths
         step = self.steps.build(*given, together=together)
-        self.parallel.running.begin(self.placed(step), caches)
-
-    def placed(self, step: Step) -> Step:
-        return step
+        self.parallel.running.begin(step, caches)
 
     def _tables(self, window: Tensor) -> BlockTables:
         return BlockTables(window, window, window[:, 0], self.cache.stride, 0, 0)

@@ -9,13 +9,11 @@ looks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.model.dspark import DSpark
 from dsv4_plugin.warmup import Shape
@@ -68,24 +66,14 @@ class DeepseekV4DSpark(DraftModel):
     def forward(
         self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None
     ) -> Tensor:
-        """Rows of blocks: ids [T] -> y [T, D], not normed. Positions follow from lengths."""
-        self._positions = positions
+        """Rows of blocks: ids [T] -> y [T, D], not normed. Positions follow from lengths; at the end
+        of the longest text vLLM cuts a block's, and the last drafts are bad ones."""
         self.begin(len(input_ids))
         running, ids = self.parallel.running, input_ids.int()
         assert running.step is not None
         embedding = self.embed_input_ids(ids)
         out: Tensor = self.network(embedding, ids, running.step, running.caches)
         return out
-
-    def placed(self, step: Step) -> Step:
-        """At the end of the longest text vLLM cuts a block's length, which moves its rows over the
-        window's: there a block writes none, and drafts badly."""
-        moved = step.position != self._positions[: len(step.position)]
-        if not step.together:
-            return step
-        first = step.query_start[:-1].long().clamp(max=len(moved) - 1)
-        late = moved[first][step.request.long()]
-        return replace(step, window_write=step.window_write.masked_fill(late, -1))
 
     def compute_draft_logits(self, y: Tensor) -> Tensor:
         """y [T, D] -> float32 [T, V], to be corrected."""

@@ -138,7 +138,7 @@ def test_drafts_that_are_always_right_or_wrong(llm, small, reference, prompts, o
             "mtp",
             "this checkpoint drafts with DSpark, which vLLM",
         ),
-        ({}, "ngram", "--speculative-config.method is 'ngram'; dsv4-plugin drafts with 'mtp'"),
+        ({}, "ngram", "--speculative-config.method is 'ngram'; dsv4-plugin drafts with 'mtp' and"),
     ],
 )
 def test_refusals(drafting, change, method, sentence):
