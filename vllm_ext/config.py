@@ -141,19 +141,18 @@ def chat() -> str:
 
 def _settle_graphs(vllm_config: VllmConfig) -> None:
     """vLLM's options decide what is captured, but for steps in torch, which ask the device for
-    values, and steps with drafts."""
+    values."""
     compilation = vllm_config.compilation_config
     mode = compilation.cudagraph_mode
-    drafts = vllm_config.speculative_config is not None
-    if not drafts and env.KERNELS.read() in ("auto", "triton"):
+    if env.KERNELS.read() in ("auto", "triton"):
         return
     open_yet = mode is None and not current_platform.is_cpu()  # vLLM 0.33 settles it later
     eager = vllm_config.model_config.enforce_eager
     if mode not in (None, CUDAGraphMode.NONE) or (open_yet and not eager):
         log.warning(
-            "CUDA graphs: none (cudagraph_mode was %s), because steps %s are not captured.",
+            "CUDA graphs: none (cudagraph_mode was %s), because steps in torch's kernels are not "
+            "captured.",
             mode.name if mode else "vLLM's default",
-            "with drafts" if drafts else "in torch's kernels",
         )
     compilation.cudagraph_mode = CUDAGraphMode.NONE
 

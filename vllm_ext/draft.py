@@ -1,5 +1,5 @@
-"""What vLLM's drafters of both kinds have in common: window layers of their own, in one cache entry,
-and steps over them."""
+"""What vLLM's drafters of both kinds have in common: window layers of their own in one cache
+entry, and steps over them."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ class DeepseekV4DSpark(DraftModel):
     def forward(
         self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None
     ) -> Tensor:
-        """Rows of blocks: ids [T] -> y [T, D], not normed. Positions follow from lengths; at the end
-        of the longest text vLLM cuts a block's, and the last drafts are bad ones."""
+        """Rows of blocks: ids [T] -> y [T, D], not normed. Positions follow from lengths, which
+        vLLM cuts at the longest text's end: the last drafts are bad ones."""
         self.begin(len(input_ids))
         running, ids = self.parallel.running, input_ids.int()
         assert running.step is not None

@@ -26,6 +26,10 @@ def start() -> None:
     interpreter.apply()
     driver = SimpleNamespace(is_active=lambda: True)
     backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+    from vllm.triton_utils import HAS_TRITON
+
+    assert HAS_TRITON
+    del backends["cpu"]
 
 
 start()

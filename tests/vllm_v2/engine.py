@@ -1,4 +1,4 @@
-"""A small engine that drafts on the V2 runner, what its drafter proposes, and drafts in its place."""
+"""A small engine that drafts on the V2 runner, and a watch on what its drafter proposes."""
 
 from __future__ import annotations
 
@@ -89,9 +89,7 @@ class Watch:
         drafts = self.propose(batch, *given, **named)
         if named.get("dummy_run"):
             return drafts
-        states, _meta, _slots, _hidden, _aux, sampled, rejected = (self.runner.req_states, *given)[
-            :7
-        ]
+        states, sampled, rejected = self.runner.req_states, given[4], given[5]
         for i, slot in enumerate(batch.idx_mapping.tolist()):
             known = int(batch.seq_lens[i]) - int(rejected[i])
             if not sampled[i]:

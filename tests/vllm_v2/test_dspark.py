@@ -1,5 +1,5 @@
-"""DSpark through vLLM's own speculator: what it proposes is what the local engine proposes, whatever
-the chunks, the company and the cache; and no draft changes an answer."""
+"""DSpark through vLLM's own speculator: it proposes what the local engine proposes, whatever the
+chunks, the company and the cache; and no draft changes an answer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def torch_s_kernels(monkeypatch):
 def prompts():
     shared = random_ids(300, seed=20, vocab=512).tolist()
     alone = [random_ids(n, seed=n, vocab=512).tolist() for n in (3, 40, 127, 129, 200)]
-    return [*alone, shared + [7], shared + [9, 8]]
+    return [*alone, [*shared, 7], [*shared, 9, 8]]
 
 
 def proposals(local, text):
