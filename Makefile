@@ -74,8 +74,9 @@ lint: $(STAMP)
 	$(VLLM)/bin/mypy
 	$(VLLM)/bin/lint-imports
 
-bench: $(CHECKPOINTS)/bench $(SGLANG_STAMP)
+bench: $(CHECKPOINTS)/bench $(CHECKPOINTS)/mini $(CHECKPOINTS)/mini-dspark $(SGLANG_STAMP)
 	$(VLLM)/bin/python -m benchmarks.serving $< --sglang $(SGLANG)/bin/python
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m benchmarks.drafts $(CHECKPOINTS)/mini $(CHECKPOINTS)/mini-dspark
 
 # Both engines' servers of dsv4-mini, measured by `dsv4 bench`; NATIVE=1: the engines' own V4 too.
 bench-serve: $(CHECKPOINTS)/mini $(SGLANG_STAMP)

@@ -1,5 +1,5 @@
-"""Drafting and verifying, each one captured graph a batch size: by vLLM's own graph managers, with a
-recorder in CUDA's place and Triton's interpreter in the GPU's."""
+"""Drafting and verifying, each one captured graph a batch size: by vLLM's own graph managers, with
+a recorder in CUDA's place and Triton's interpreter in the GPU's."""
 
 from __future__ import annotations
 
