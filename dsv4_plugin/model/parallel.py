@@ -21,7 +21,14 @@ from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.experts import experts
-from dsv4_plugin.kernels.linear import Product, multiplied, pack, pack_rows, reference
+from dsv4_plugin.kernels.linear import (
+    Product,
+    multiplied,
+    on_tensor_cores,
+    pack,
+    pack_rows,
+    reference,
+)
 from dsv4_plugin.model.loading import give, give_below, shard
 
 
@@ -138,6 +145,28 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return reference(x, self.weight) if self.product is None else self.product(x)
+
+
+class Float32Linear(Linear):
+    """A float32 product of x in the model's dtype, whole on every rank."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, torch.float32)
+        self.wide = True
+
+    def finalize_weights(self) -> None:
+        """After loading: into parts for tensor cores, or as any weight."""
+        if self.product is not None:
+            return
+        self.product = on_tensor_cores(self.weight.data)
+        if self.product is None:
+            super().finalize_weights()
+        else:
+            self.wide = False
+            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float() if self.wide else x)
 
 
 class Head(Linear):

@@ -43,7 +43,7 @@ STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX, SWIGLU = 
 BLOCK, TRANSFORMER, DSPARK = (
     f"dsv4_plugin/model/{name}.py" for name in ("block", "transformer", "dspark")
 )
-PRODUCT = f"{KERNELS}/experts/product.py"
+PRODUCT, LINEAR = f"{KERNELS}/experts/product.py", f"{KERNELS}/linear/kernel.py"
 GROUPS, CPU_ATTENTION = "dsv4_plugin/cache/groups.py", "dsv4_plugin/kernels/attention/cpu.py"
 FILES, SPECULATE = "dsv4_plugin/checkpoint/files.py", "dsv4_plugin/speculate.py"
 RENDER, ENCODER = "dsv4_plugin/chat/render.py", "dsv4_plugin/chat/encoder.py"
@@ -118,6 +118,9 @@ MUTANTS = [
     Mutant("the tensor's scale is dropped", PACKED, "one *= tl.load(top) * FP4_UNIT", "one *= FP4_UNIT", "triton/test_experts", "packed_product and nvfp4"),
     Mutant("the last piece is left out", PRODUCT, "for piece in tl.static_range(1, PIECES):", "for piece in tl.static_range(1, PIECES - 1):", "triton/test_experts", "company"),
     Mutant("a piece begins a step late", PRODUCT, "_opened(i % STEPS == 0, gate_before", "_opened(i % STEPS == 1, gate_before", "triton/test_experts", "company"),
+    Mutant("a float32 weight's middle part is dropped", LINEAR, "torch.stack(found[::-1])", "torch.stack([found[-1], found[0]])", "triton/test_linear"),
+    Mutant("a piece of a float32 product is left out", LINEAR, "for piece in tl.static_range(1, PIECES):", "for piece in tl.static_range(2, PIECES):", "triton/test_linear"),
+    Mutant("a float32 product's pieces are not made apart", LINEAR, "before = tl.where(i % STEPS == 0,", "before = tl.where(i < 0,", "triton/test_linear", "company"),
     # Between programs
     Mutant("an expert's tiles share a counter", PRODUCT, "counter + tl.program_id(1) * tl.num_programs(0) + block", "counter + block", "triton/test_experts", "company"),
     Mutant("the last but one goes on", ARRIVAL, "== programs - 1", "== tl.maximum(programs - 2, 0)", "triton/test_arrival"),

@@ -97,6 +97,10 @@ LAUNCHES = {
     "hopper": Launch(
         FEW, Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 8, 3), PLAIN_FEW, PLAIN_MANY
     ),
+    # compiled: as below; 64 plain rows spill in loops
+    "consumer": Launch(
+        FEW, Tile(64, 128, 128, 8, 3, True), Tile(32, 128, 128, 8, 3, True), PLAIN_FEW, PLAIN_FEW
+    ),
     # compiled: straight tiles spill on chips with mma.sync; turned ones do outside loops, at most
     # 160 bytes; in FP8, which has sums of its own for every block, 64 rows do in loops
     "any": Launch(
