@@ -42,4 +42,4 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, input_ids: Tensor, step: Step) -> Tensor:
         """x [T, D] -> [T, D]."""
         ids, weight = self.gate(x, input_ids, step.position)
-        return self.all_reduce(self.experts(x, ids, weight) + self.shared_experts(x))
+        return self.all_reduce(self.experts(x, ids, weight, self.shared_experts(x)))

@@ -30,7 +30,7 @@ from dsv4_plugin.kernels.experts.product import (
     position,
     rounded,
 )
-from dsv4_plugin.kernels.launch import pick
+from dsv4_plugin.kernels.launch import pick, require
 from dsv4_plugin.kernels.packed import Matrix
 
 CHUNK = 1024
@@ -225,10 +225,16 @@ def add_pairs(
 
 
 def experts(
-    x: Tensor, ids: Tensor, weight: Tensor, w13: Tensor, w2: Tensor, limit: float
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    limit: float,
+    also: Tensor | None = None,
 ) -> Tensor:
     gate, up = w13.chunk(2, -1)
-    return _experts(x, ids, weight, plain(gate), plain(up), plain(w2), limit, False)
+    return _experts(x, ids, weight, plain(gate), plain(up), plain(w2), limit, False, also)
 
 
 def packed_experts(
@@ -240,8 +246,9 @@ def packed_experts(
     w2: Matrix,
     limit: float,
     rounding: bool,
+    also: Tensor | None = None,
 ) -> Tensor:
-    return _experts(x, ids, weight, operand(w1), operand(w3), operand(w2), limit, rounding)
+    return _experts(x, ids, weight, operand(w1), operand(w3), operand(w2), limit, rounding, also)
 
 
 def blocks_of(pairs: int, experts: int, rows: int) -> int:
@@ -374,14 +381,17 @@ def _experts(
     w2: Operand,
     limit: float,
     rounding: bool,
+    also: Tensor | None,
 ) -> Tensor:
     (tokens, k), d = ids.shape, x.shape[1]
     assert x.stride(1) == 1
+    require(also)
     products = Products.of(ids, weight, w1, limit, rounding)
     h = products.multiply(products.prepared(x, w1), w1, w3, k, w2)
     y = products.multiply(h, w2, w2, 1)
     out = torch.empty_like(x)
     add_pairs[(tokens, triton.cdiv(d, COLUMNS))](
-        y, products.ids, y, out, E=len(w1.data), D=d, K=k, ALSO=False, COLUMNS=COLUMNS, num_warps=4
-    )
+        y, products.ids, y if also is None else also, out,
+        E=len(w1.data), D=d, K=k, ALSO=also is not None, COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
     return out
