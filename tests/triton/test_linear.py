@@ -7,14 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from dsv4_plugin.kernels.gate.reference import gate
 from dsv4_plugin.kernels.launch import pick
 from dsv4_plugin.kernels.linear import kernel
 from lab.kernels.cases import generator
 from lab.kit import mode
 from lab.kit.mode import interpreted_first
 from lab.kit.order import seeded
+from lab.paths import SHARED, needs_shared
 
 STEP = 2.0**-24
 """Half of float32's spacing at 1."""
@@ -73,3 +76,22 @@ def test_alone_and_in_company(gpu, monkeypatch):
             assert torch.equal(kernel.product(x[row : row + 1].contiguous(), w)[0], found[row])
     monkeypatch.setattr(kernel, "LAUNCHES", {"any": replace(launch, split=2)})
     assert torch.equal(kernel.product(x, w), found)
+
+
+@needs_shared
+def test_the_router_chooses_as_recorded(gpu):
+    """The authors' choices from their inputs; from bfloat16 ones, those of float64 scores."""
+    u = load_file(SHARED / "golden" / "units" / "unit_router.safetensors")
+    x, w, bias = (u[name].to(mode.DEVICE) for name in ("x", "gate_w", "bias"))
+    recorded = u["indices_ref"].long().to(mode.DEVICE)
+    scale, nobody = float(u["route_scale"]), torch.zeros(len(x), dtype=torch.int64)
+    nobody = nobody.to(mode.DEVICE)
+
+    def chosen(logits: Tensor) -> Tensor:
+        return gate(logits, 2, scale, bias, None, nobody, nobody)[0].sort(-1).values
+
+    parts = kernel.parts(w)
+    assert torch.equal(chosen(kernel.product(x, parts)), recorded.sort(-1).values)
+    narrow = x.bfloat16()
+    exact = (narrow.double() @ w.double().t()).float()
+    assert torch.equal(chosen(kernel.product(narrow, parts)), chosen(exact))
