@@ -97,8 +97,6 @@ def operand(matrix: Matrix) -> Operand:
         raise ValueError(f"a packed weight's rows have {codes.shape[-1]} bytes; the kernels take 4")
     kind = matrix.block if isinstance(matrix, Int4Matrix) else _KINDS[type(matrix)]
     words, scale = codes.view(torch.int32), matrix.scale
-    if scale.dtype == torch.uint8 and scale.shape[-1] % 4 == 0:
-        scale = scale.view(torch.int32)
     top = matrix.top if isinstance(matrix, NVFP4Matrix) else scale
     outputs, inputs = matrix.shape
     return Operand(
@@ -167,22 +165,14 @@ def _joined(codes, KIND: tl.constexpr):
 
 @triton.jit
 def _scales(scale, n, first, used, COUNT: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr):
-    """The bytes of blocks first .. first + BLOCKS - 1 of rows n, of COUNT a row: int32 [W, BLOCKS].
-    Words of four, where `operand` found that rows consist of such."""
-    if scale.dtype.element_ty == tl.int32:
-        word = first // 4 + tl.arange(0, BLOCKS // 4)
-        at = scale + n[:, None] * (COUNT // 4) + word[None, :]
-        if WHOLE:
-            four = tl.load(at)
-        else:
-            four = tl.load(at, mask=used[:, None] & (word < COUNT // 4)[None, :], other=0)
-        four = four[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]
-        code = tl.reshape(four & 0xFF, (n.shape[0], BLOCKS))
+    """Of blocks first .. first + BLOCKS - 1 of rows n, of COUNT a row: [W, BLOCKS]."""
+    block = first + tl.arange(0, BLOCKS)
+    at = scale + n[:, None] * COUNT + block[None, :]
+    if WHOLE:
+        scales = tl.load(at)
     else:
-        block = first + tl.arange(0, BLOCKS)
-        at = scale + n[:, None] * COUNT + block[None, :]
-        code = tl.load(at, mask=used[:, None] & (block < COUNT)[None, :], other=0).to(tl.int32)
-    return code
+        scales = tl.load(at, mask=used[:, None] & (block < COUNT)[None, :], other=0)
+    return scales
 
 
 @triton.jit
@@ -193,14 +183,9 @@ def _factors(
     """Of inputs k .. k + DEPTH - 1 and outputs n, bfloat16 [W, blocks of inputs]: int4's scales;
     e2m1's times 2^62, where powers beyond 2^65 count as that."""
     if KIND >= INT4:
-        block = k // KIND + tl.arange(0, DEPTH // KIND)
-        at = scale + n[:, None] * (K // KIND) + block[None, :]
-        if WHOLE:
-            factor = tl.load(at)
-        else:
-            factor = tl.load(at, mask=used[:, None] & (block < K // KIND)[None, :], other=0.0)
+        factor = _scales(scale, n, k // KIND, used, K // KIND, DEPTH // KIND, WHOLE)
     elif KIND == MXFP4:
-        code = _scales(scale, n, k // 32, used, K // 32, DEPTH // 32, WHOLE)
+        code = _scales(scale, n, k // 32, used, K // 32, DEPTH // 32, WHOLE).to(tl.int32)
         bits = tl.minimum(code + 62, 254) << 7
         factor = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
