@@ -289,8 +289,9 @@ def _inputs(x, real, k, K: tl.constexpr, DEPTH: tl.constexpr, EACH: tl.constexpr
 
 @triton.jit
 def _opened(fresh, total, part):
-    """Where a piece begins, the one before it joins the total."""
-    return tl.where(fresh, total + part, total), tl.where(fresh, 0.0, part)
+    """Where a piece begins, the one before it joins the total. (A choice of 0 fails to compile for
+    sm_100.)"""
+    return tl.where(fresh, total + part, total), part * tl.where(fresh, 0.0, 1.0)
 
 
 @triton.jit
