@@ -11,7 +11,13 @@ from torch import Tensor
 
 from dsv4_plugin.kernels.experts.kernel import experts, packed_experts
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix
-from dsv4_plugin.kernels.packed.kernel import grouped_product, product, round_inputs
+from dsv4_plugin.kernels.packed.fp8 import (
+    arranged,
+    gated_product,
+    grouped_product,
+    product,
+    round_rows,
+)
 
 BF16, BYTE = torch.bfloat16, torch.uint8
 CHOSEN = 6
@@ -55,14 +61,20 @@ def _experts(model: Model, kind: str, rows: int, ranks: int = 1) -> None:
     packed_experts(x, ids, weight, w1, w3, w2, 10.0, kind != "nvfp4")
 
 
-def _linear(rows: int, n_in: int, n_out: int) -> None:
+def _linear(rows: int, n_in: int, n_out: int, rounded: bool = True) -> None:
     matrix = FP8Matrix(meta(n_out, n_in, dtype=BYTE), meta(n_out // 128, n_in // 128))
-    product(meta(rows, n_in, dtype=BF16), matrix)
+    x = meta(rows, n_in, dtype=BF16)
+    product(round_rows(x) if rounded else x, arranged(matrix, rounded))
+
+
+def _gated(rows: int, n_in: int, width: int) -> None:
+    matrix = FP8Matrix(meta(2 * width, n_in, dtype=BYTE), meta(width // 64, n_in // 128))
+    gated_product(round_rows(meta(rows, n_in, dtype=BF16)), arranged(matrix, True), 10.0, True)
 
 
 def _grouped(rows: int, groups: int, n_in: int, n_out: int) -> None:
     matrix = FP8Matrix(meta(groups * n_out, n_in, dtype=BYTE), meta(groups * n_out, n_in // 128), 1)
-    grouped_product(meta(rows, groups, n_in, dtype=BF16), matrix)
+    grouped_product(meta(rows, groups, n_in, dtype=BF16), arranged(matrix, False), True)
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -76,9 +88,15 @@ CASES: dict[str, Callable[[], None]] = {
     "experts, Flash, FP8, prefill": partial(_experts, FLASH, "fp8", 8192),
     "experts, Pro, MXFP4, decode on 8 ranks": partial(_experts, PRO, "fp4", 64, 8),
     "experts, Pro, MXFP4, decode of 1,024 on 8 ranks": partial(_experts, PRO, "fp4", 1024, 8),
-    "FP8 linear, decode": partial(_linear, 1, 4096, 1024),
+    "FP8 linear, decode": partial(_linear, 1, 4096, 1536),
+    "FP8 linear, decode of 64": partial(_linear, 64, 8192, 4096),
     "FP8 linear, prefill": partial(_linear, 8192, 1024, 32_768),
-    "FP8 grouped linear, decode": partial(_grouped, 64, 8, 4096, 1024),
+    "FP8 linear of inputs as they are, decode": partial(_linear, 1, 4096, 1536, False),
+    "FP8 linear of inputs as they are, prefill": partial(_linear, 8192, 1024, 32_768, False),
+    "FP8 SwiGLU, decode": partial(_gated, 1, 4096, 2048),
+    "FP8 SwiGLU, decode of 64": partial(_gated, 64, 4096, 2048),
+    "FP8 SwiGLU, prefill": partial(_gated, 8192, 4096, 2048),
+    "FP8 grouped linear, decode": partial(_grouped, 1, 8, 4096, 1024),
+    "FP8 grouped linear, decode of 64": partial(_grouped, 64, 8, 4096, 1024),
     "FP8 grouped linear, prefill": partial(_grouped, 8192, 8, 4096, 1024),
-    "rounded inputs": lambda: (round_inputs(meta(8192, 4096, dtype=BF16), 128), None)[1],
 }

