@@ -37,12 +37,14 @@ OFTEN = 5.0
 
 def shapes(rows: int, requests: int, longest: int) -> list[tuple[int, int, int]]:
     """(rows, most rows of a request, most tokens of a request) of the steps to run: decoding alone
-    and in company, prompts, at every length that changes a launch."""
+    and in company, short prompts and long ones, at every length that changes a launch."""
     from dsv4_plugin.kernels.index.kernel import BLOCKS
+    from dsv4_plugin.kernels.packed.fp8 import LINE
 
     few = (1, 256)  # no compressed rows; some, but not more than are chosen
     lengths = sorted({min(n, longest) for n in (*few, *(4 * b for b in BLOCKS))} | {longest})
-    batches = sorted({(1, 1), (requests, 1), (rows, rows)})
+    short = min(rows, LINE)
+    batches = sorted({(1, 1), (requests, 1), (short, short), (rows, rows)})
     return [(n, query, length) for length in lengths for n, query in batches]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.kernels.experts.kernel import experts, packed_experts
+from dsv4_plugin.kernels.norm.kernel import rounded_norm
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix
 from dsv4_plugin.kernels.packed.fp8 import (
     arranged,
@@ -77,6 +78,10 @@ def _grouped(rows: int, groups: int, n_in: int, n_out: int) -> None:
     grouped_product(meta(rows, groups, n_in, dtype=BF16), arranged(matrix, False), True)
 
 
+def _normed(rows: int) -> None:
+    rounded_norm(meta(rows, 1536, dtype=BF16), meta(1536), 1e-6)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "experts, Flash, bfloat16, decode": partial(_experts, FLASH, "plain", 1),
     "experts, Flash, bfloat16, prefill": partial(_experts, FLASH, "plain", 8192),
@@ -93,6 +98,7 @@ CASES: dict[str, Callable[[], None]] = {
     "FP8 linear, prefill": partial(_linear, 8192, 1024, 32_768),
     "FP8 linear of inputs as they are, decode": partial(_linear, 1, 4096, 1536, False),
     "FP8 linear of inputs as they are, prefill": partial(_linear, 8192, 1024, 32_768, False),
+    "latent norm, rounded": partial(_normed, 8192),
     "FP8 SwiGLU, decode": partial(_gated, 1, 4096, 2048),
     "FP8 SwiGLU, decode of 64": partial(_gated, 64, 4096, 2048),
     "FP8 SwiGLU, prefill": partial(_gated, 8192, 4096, 2048),
