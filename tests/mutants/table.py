@@ -96,7 +96,6 @@ MUTANTS = [
     Mutant("codes lie as in the checkpoint", FP8, "codes.view(rows, -1, 4, 32).transpose(2, 3).reshape(rows, -1)", "codes.clone()", "triton/test_packed", "every_code and bits"),
     Mutant("a row's scale is its first block's", FP8, "by = tl.load(x_scale + i)", "by = tl.load(x_scale)", "triton/test_packed", "test_product and codes"),
     Mutant("torch reads codes as they lie", "dsv4_plugin/kernels/packed/__init__.py", "if self.bits:", "if False:", "triton/test_packed", "torch_reads"),
-    Mutant("what is past the last output counts for its block", FP8, "y = tl.where(used, y.to(tl.float32), 0.0)", "y = y.to(tl.float32) + tl.where(used, 0.0, 1e3)", "triton/test_packed", "grouped"),
     Mutant("the second weight's rows are as long as the first's", FP8, "tl.where(later, N - first, first)", "first", "triton/test_packed", "two_weights"),
     Mutant("weights of the first choice", EXPERTS, "tl.load(weight + pair,", "tl.load(weight + pair // PAIRS * PAIRS,", "triton/test_experts", "plain"),
     # Arithmetic that is nearly right
