@@ -40,6 +40,7 @@ STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX, SWIGLU = 
         "swiglu",
     ]
 )
+FP8 = f"{KERNELS}/packed/fp8.py"
 BLOCK, TRANSFORMER, DSPARK = (
     f"dsv4_plugin/model/{name}.py" for name in ("block", "transformer", "dspark")
 )
@@ -70,7 +71,7 @@ MUTANTS = [
     Mutant("entries that a row does not see are chosen", INDEX, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "triton/test_index", "topk"),
     Mutant("rows of no pair are stored", EXPERTS, "tl.store(at, gate, mask=real[:, None] &", "tl.store(at, gate, mask=(pair[:, None] >= 0) &", "triton/test_experts", "nobody or one_expert"),
     Mutant("rows of nobody are added", EXPERTS, "here = (id >= 0) & (id < E)", "here = id < E", "triton/test_experts", "nobody"),
-    Mutant("outputs past the last", PACKED, "used = (n < N)[:, None] & (word < K // 4)[None, :]", "used = (n < N + 9)[:, None] & (word < K // 4)[None, :]", "triton/test_experts", "packed_product and fp8"),
+    Mutant("outputs past the last", PACKED, "used = (n < N)[:, None] & (word < K // 4)[None, :]", "used = (n < N + 9)[:, None] & (word < K // 4)[None, :]", "triton/test_experts", "packed_experts and fp8"),
     # Off by one
     Mutant("the window is one too long", ATTENTION, "i[None, :] > pos[:, None] - SLIDING_WINDOW", "i[None, :] >= pos[:, None] - SLIDING_WINDOW", "triton/test_attention", "prefill or tiles"),
     Mutant("an entry closes a token late", COMPRESS, "(begin + R <= end)", "(begin + R < end)", "triton/test_compress", "csa"),
@@ -92,7 +93,11 @@ MUTANTS = [
     Mutant("choices of another row", ATTENTION, "at = chosen + first.to(tl.int64) * choices + i", "at = chosen + i", "triton/test_attention", "decode"),
     Mutant("nibbles change places", PACKED, "even = tl.join(tl.join(k0, k4)", "even = tl.join(tl.join(k4, k0)", "triton/test_experts", "every_code"),
     Mutant("the scale of the next block", PACKED, "* (COUNT // 4) + word[None, :]", "* (COUNT // 4) + 0 * word[None, :]", "triton/test_experts", "every_code"),
-    Mutant("one scale for all rows", PACKED, "at = n // HEIGHT *", "at = n // 128 *", "triton/test_experts", "grouped"),
+    Mutant("one scale for all rows", FP8, "scale = (w_scale + row * BLOCKS)[:, None]", "scale = (w_scale + row // 128 * BLOCKS)[:, None]", "triton/test_packed", "grouped"),
+    Mutant("codes lie as in the checkpoint", FP8, "codes.view(rows, -1, 4, 32).transpose(2, 3).reshape(rows, -1)", "codes.clone()", "triton/test_packed", "every_code and bits"),
+    Mutant("a row's scale is its first block's", FP8, "by = tl.load(x_scale + i)", "by = tl.load(x_scale)", "triton/test_packed", "test_product and codes"),
+    Mutant("torch reads codes as they lie", "dsv4_plugin/kernels/packed/__init__.py", "if self.bits:", "if False:", "triton/test_packed", "torch_reads"),
+    Mutant("the second weight's rows are as long as the first's", FP8, "tl.where(later, N - first, first)", "first", "triton/test_packed", "two_weights"),
     Mutant("weights of the first choice", EXPERTS, "tl.load(weight + pair,", "tl.load(weight + pair // PAIRS * PAIRS,", "triton/test_experts", "plain"),
     # Arithmetic that is nearly right
     Mutant("a scale by multiplication", BITS, "(bits & 0x7FFFFF) > 0x600000", "(bits & 0x7FFFFF) >= 0x600000", "triton/test_kit"),
@@ -121,6 +126,9 @@ MUTANTS = [
     Mutant("pieces past a row's last are waited for", ATTENTION, "tl.minimum(pieces, step)):", "tl.minimum(places, step)):", "triton/test_attention", "order"),
     Mutant("head blocks share a counter", ATTENTION, "tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)\n            if", "tl.program_id(0)\n            if", "triton/test_attention", "decode and 64-fp8-4-512"),
     Mutant("the last program chooses among its own", INDEX, "j < parts * K", "j < K", "triton/test_index", "many_blocks"),
+    Mutant("the last piece adds the others to its own", FP8, "        one = _merged(mine, at, SIZE, PIECES)\n", "        others = _merged(mine, at, SIZE, PIECES) - tl.load(mine + piece * SIZE + at)\n        one += others\n", "triton/test_packed", "test_pieces"),
+    Mutant("output tiles share a counter", FP8, "slot = group * tl.num_programs(0) + tl.program_id(0)", "slot = group", "triton/test_packed", "company"),
+    Mutant("pieces follow from the rows", FP8, "columns = tiles_of.of(rows), triton.cdiv(n, tiles_of.few.outputs) * groups", "columns = tiles_of.of(rows), triton.cdiv(n, tiles_of.few.outputs) * groups * rows", "triton/test_packed", "company"),
     # Graphs
     Mutant("attention is captured with its metadata", BLOCK, "self.attend = parallel.breaking(self.attn.forward)", "self.attend = self.attn.forward", "triton/test_vllm", compiled=True),
     # Addresses
