@@ -13,8 +13,11 @@ from dsv4_plugin.config import ARCHITECTURE
 
 MODE, MODE_V41 = "deepseek_v4", "deepseek_v41"
 DRAFTER_ARCHITECTURE = "DeepSeekV4MTPModel"
-"""vLLM's name for the drafter of method `mtp`."""
-DRAFTER = ("vllm_ext.mtp", "DeepseekV4MTP")
+"""vLLM's name for the drafter of method `mtp`; it also reads a DSpark drafter's config by it."""
+DRAFTERS = {
+    DRAFTER_ARCHITECTURE: ("vllm_ext.mtp", "DeepseekV4MTP"),
+    "DSparkDraftModel": ("vllm_ext.dspark", "DeepseekV4DSpark"),
+}
 VISION_ARCHITECTURE = "DeepseekV4ForConditionalGeneration"
 """vLLM's name for the model of a config.json with vision_n_layers."""
 MODELS = (ARCHITECTURE, VISION_ARCHITECTURE)

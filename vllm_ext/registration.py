@@ -10,7 +10,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 from dsv4_plugin import env
 from dsv4_plugin.config import V41_ARCHITECTURE
 from vllm_ext._compat import accept_fp4_indexer_option, require_tested_version
-from vllm_ext.active import CHAT, DRAFTER, DRAFTER_ARCHITECTURE, MODEL, MODELS, registries
+from vllm_ext.active import CHAT, DRAFTER_ARCHITECTURE, DRAFTERS, MODEL, MODELS, registries
 from vllm_ext.choice import choose
 from vllm_ext.config import DrafterConfig, NativeConfig, PluginConfig, V41Config
 
@@ -24,7 +24,8 @@ def register_all() -> None:
         accept_fp4_indexer_option()
         for name in MODELS:
             ModelRegistry.register_model(name, ":".join(MODEL))
-        ModelRegistry.register_model(DRAFTER_ARCHITECTURE, ":".join(DRAFTER))
+        for name, drafter in DRAFTERS.items():
+            ModelRegistry.register_model(name, ":".join(drafter))
         MODELS_CONFIG_MAP.update(dict.fromkeys(MODELS, PluginConfig))
         MODELS_CONFIG_MAP[DRAFTER_ARCHITECTURE] = DrafterConfig
         MODELS_CONFIG_MAP[V41_ARCHITECTURE] = V41Config
