@@ -130,9 +130,11 @@ def test_the_definitions_give_the_same(unchosen, kv_dtype, monkeypatch):
 @pytest.mark.parametrize(
     "fmt",
     [
-        pytest.param("bf16", marks=pytest.mark.thorough),
         "fp8-fp4",
-        pytest.param("nvfp4", marks=pytest.mark.thorough),
+        *(
+            pytest.param(fmt, marks=pytest.mark.thorough)
+            for fmt in ("bf16", "nvfp4", "ct-nvfp4", "ct-w4a16", "gptq")
+        ),
     ],
 )
 @torch.inference_mode()
@@ -166,5 +168,5 @@ def test_a_decode_step_asks_the_device_for_nothing(gpu, fmt, tmp_path, monkeypat
     for ids in chosen:
         assert (ids[:-PADDING] >= 0).all()
         assert (ids[-PADDING:] == -1).all()
-    tolerance = BF16 if fmt == "bf16" else ROUNDED_AGAIN
+    tolerance = BF16 if fmt in ("bf16", "gptq") else ROUNDED_AGAIN
     assert (found - expected).abs().mean() / expected.std() < tolerance
