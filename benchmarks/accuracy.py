@@ -35,7 +35,11 @@ FORMATS: dict[str, tuple[Setting, str | None]] = {
     "fp8-kv": (Setting(kv_dtype="fp8"), None),
     "fp4-indexer": (Setting(kv_dtype="fp8", index_dtype="fp4"), None),
     "fp8-fp4": (Setting(kv_dtype="fp8"), "fp8-fp4"),
+    "base": (Setting(kv_dtype="fp8"), "base"),
     "nvfp4": (Setting(kv_dtype="fp8"), "nvfp4"),
+    "ct-nvfp4": (Setting(kv_dtype="fp8"), "ct-nvfp4"),
+    "ct-w4a16": (Setting(kv_dtype="fp8"), "ct-w4a16"),
+    "gptq": (Setting(kv_dtype="fp8"), "gptq"),
     "mtp": (Setting(drafts=1), None),
     "dspark": (Setting(drafts=5), "dspark"),
 }

@@ -20,7 +20,7 @@ from dsv4_plugin.checkpoint.files import check_checkpoint, read_headers
 from dsv4_plugin.checkpoint.names import with_drafter
 from dsv4_plugin.config import V41_REFUSED, ModelConfig
 from dsv4_plugin.kernels.dispatch import require_driver
-from dsv4_plugin.serving import config_json
+from dsv4_plugin.serving import config_json, with_int4
 from vllm_ext._compat import end_streams_at_shutdown
 from vllm_ext.active import check_active
 from vllm_ext.choice import choose
@@ -178,7 +178,8 @@ def model_config_of(vllm_config: VllmConfig) -> ModelConfig:
 
 def _core_config(model: Any) -> ModelConfig:
     overrides = model.hf_overrides if isinstance(model.hf_overrides, dict) else None
-    return ModelConfig.from_hf(config_json(model.model, model.revision, overrides))
+    config = ModelConfig.from_hf(config_json(model.model, model.revision, overrides))
+    return with_int4(config, model.model, model.revision)
 
 
 def cache_layout(config: ModelConfig, vllm_config: VllmConfig) -> CacheLayout:

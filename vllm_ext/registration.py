@@ -6,25 +6,11 @@ import logging
 
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
-from vllm.reasoning import ReasoningParserManager
-from vllm.renderers.registry import RENDERER_REGISTRY
-from vllm.tokenizers import TokenizerRegistry
-from vllm.tool_parsers import ToolParserManager
 
 from dsv4_plugin import env
 from dsv4_plugin.config import V41_ARCHITECTURE
 from vllm_ext._compat import accept_fp4_indexer_option, require_tested_version
-from vllm_ext.active import (
-    DRAFTER_ARCHITECTURE,
-    DRAFTERS,
-    MODE,
-    MODEL,
-    MODELS,
-    REASONING_PARSER,
-    RENDERER,
-    TOKENIZER,
-    TOOL_PARSER,
-)
+from vllm_ext.active import CHAT, DRAFTER_ARCHITECTURE, DRAFTERS, MODEL, MODELS, registries
 from vllm_ext.choice import choose
 from vllm_ext.config import DrafterConfig, NativeConfig, PluginConfig, V41Config
 
@@ -46,10 +32,9 @@ def register_all() -> None:
     else:
         MODELS_CONFIG_MAP.update(dict.fromkeys(MODELS, NativeConfig))
     if env.CHAT.read() == "plugin":
-        TokenizerRegistry.tokenizers[MODE] = TOKENIZER
-        RENDERER_REGISTRY.renderers[MODE] = RENDERER
-        ToolParserManager.register_lazy_module(MODE, *TOOL_PARSER)
-        ReasoningParserManager.register_lazy_module(MODE, *REASONING_PARSER)
+        for mode, parts in CHAT.items():
+            for what, registry in registries().items():
+                registry[mode] = parts[what]
 
 
 def _show_the_core_s_log() -> None:

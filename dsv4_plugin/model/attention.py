@@ -24,7 +24,7 @@ from dsv4_plugin.model.indexer import Indexer
 from dsv4_plugin.model.loading import give_below, shard
 from dsv4_plugin.model.norm import RMSNorm
 from dsv4_plugin.model.parallel import OutputGroups, Parallel
-from dsv4_plugin.model.quantised import grouped_linear
+from dsv4_plugin.model.quantised import by_rows, grouped_linear
 
 
 class Attention(nn.Module):
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         if name == "attn_sink":
             tensor = shard(tensor, 0, self.output_groups.rank, self.heads)
         elif name.startswith("wo_b."):
-            tensor = self.output_groups.wo_b(tensor)
+            tensor = by_rows(name, self.output_groups.wo_b, tensor)
         return give_below(self, name, tensor)
 
     def finalize_weights(self) -> None:

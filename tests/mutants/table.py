@@ -151,6 +151,15 @@ MUTANTS = [
     Mutant("kernels see a block as a text", ATTENTION, "q, sink, step.sees,", "q, sink, step.position,", "triton/test_attention", "blocks"),
     Mutant("the drafter's head is normed", STREAMS, "NORM=not plain", "NORM=True", "triton/test_streams", "plain"),
     Mutant("a file's end is not checked", FILES, "if size != end:", "if size < first:", "core/test_bad_input"),
+    # Checkpoints of others
+    Mutant("a group's second product is the first's", "dsv4_plugin/model/quantised.py", "[product(x[:, i], Int4Matrix(*part))", "[product(x[:, 0], Int4Matrix(*part))", "core/test_gptq", "values"),
+    Mutant("scales of either sign are damage", "dsv4_plugin/checkpoint/values.py", 'if not name.endswith(".scales"):', "if name:", "core/test_gptq", "sign"),
+    Mutant("any zeros will do", "dsv4_plugin/checkpoint/values.py", "(tensor == word).all()", "(tensor == tensor).all()", "core/test_gptq", "tensors_that"),
+    Mutant("float16 scales are read as bfloat16", "dsv4_plugin/model/quantised.py", "param.data = param.data.view(tensor.dtype)\n        param.data.copy_", "param.data.copy_", "core/test_gptq", "network"),
+    Mutant("wo_b's columns are not repeated in GPTQ's layout", "dsv4_plugin/model/quantised.py", "return cut(tensor.t()).t()", "return tensor", "core/test_gptq", "split_inside"),
+    Mutant("FP8 compressors lose their scales", "dsv4_plugin/checkpoint/unpack.py", "return e4m3_values(codes) * wide", "return e4m3_values(codes) * wide.sign()", "core/test_compressed", "first_uploads"),
+    Mutant("V4.1's grammar has V4's parameters", "dsv4_plugin/chat/grammar.py", '" ": "deepseek_v4_1_xml"', '" ": "deepseek_xml"', "vllm_chat/test_v41", "spelling"),
+    Mutant("V4.1's images are dropped", "vllm_ext/chat_renderer.py", "any(map(_has_images, messages))", "not messages", "vllm_chat/test_v41", "images"),
     # The bench
     Mutant("chunks are counted as tokens", BENCH_CLIENT, "self.arrivals.append((now, tokens))", "self.arrivals.append((now, len(self.arrivals) + 1))", "core/test_bench", "tokens"),
     Mutant("failed requests are dropped", MEASURES, "requests=len(sent.answers) + sent.unsent", "requests=len(good) + sent.unsent", "core/test_bench", "counted"),
