@@ -315,6 +315,21 @@ def residual_streams(world: World, head: bool = False) -> Work:
     return Work(lambda: run(kernel.streams), lambda: run(reference.streams), nbytes)
 
 
+def joined_streams(world: World) -> Work:
+    """Behind a pipeline stage's last layer."""
+    from dsv4_plugin.kernels.streams import kernel, reference
+
+    n, r, d = world.rows, world.config.hc_mult, world.config.hidden_size
+    out = world.random(n, d, dtype=torch.bfloat16)
+    h = world.random(n, r, d, dtype=torch.bfloat16)
+    by = Spread(world.random(n, r).sigmoid(), world.random(n, r, r).sigmoid())
+    return Work(
+        lambda: [kernel.spread(out, h, by)],
+        lambda: [reference.spread(out, h, by)],
+        2 * h.nbytes + out.nbytes,
+    )
+
+
 def router(world: World, hashed: bool = False) -> Work:
     from dsv4_plugin.kernels.gate import kernel, reference
 
@@ -508,6 +523,7 @@ WORK: dict[str, Callable[[World], Work]] = {
     "compressor, CSA": partial(compressor, ratio=CSA),
     "compressor, HCA": partial(compressor, ratio=HCA),
     "residual streams": residual_streams,
+    "residual streams, joined": joined_streams,
     "router": router,
     "shared expert's SwiGLU": shared_activation,
     "index queries": index_queries,
