@@ -183,6 +183,9 @@ MUTANTS = [
     Mutant("the first parameter always makes a call", TRIAL, "return not self.in_reasoning and not self.amid_line", "return True", "chat/test_parser"),
     # Adapters
     Mutant("requests with one prefix share a ring in vLLM", VLLM_CACHE, "ring=metadata[self.ring.prefix]", "ring=metadata[self.page.prefix]", "vllm/test_engine"),
+    Mutant("rows of vLLM's blocks see those before them only", "vllm_ext/dspark.py", "together = True", "together = False", "vllm_v2/test_dspark", "proposed", compiled=True),
+    Mutant("vLLM's drafter reads the streams a layer late", "vllm_ext/model.py", "tuple(layer - 1 for", "tuple(layer - 2 for", "vllm_v2/test_dspark", "proposed", compiled=True),
+    Mutant("a page of each prefix is computed again for DSpark", "vllm_ext/config.py", "disable_eagle_block_drop = True", "disable_eagle_block_drop = False", "vllm_v2/test_dspark", "proposed", compiled=True),
     Mutant("another plugin goes unnoticed in vLLM", VLLM_ACTIVE, "if found[what] != wanted:", "if not found[what]:", "vllm/test_registration"),
     Mutant("a data-parallel rank loads every expert", PARALLEL, "return 0 <= own < self.count and give(", "return give(", "parallel/test_ranks", "data_parallel"),
     Mutant("data-parallel ranks take the first one's rows", VLLM_PARALLEL, "first = group.rank_in_group * most", "first = 0", "parallel/test_ranks", "data_parallel"),
