@@ -46,15 +46,16 @@ Shape = tuple[int, int, int]
 
 
 def shapes(rows: int, requests: int, longest: int, drafts: int = 0) -> list[Shape]:
-    """Of the steps to run: decoding alone and in company, with and without drafts, prompts, at
-    every length that changes a launch."""
+    """Of the steps to run: decoding alone and in company, with and without drafts, short prompts
+    and long ones, at every length that changes a launch."""
     from dsv4_plugin.kernels.index.kernel import BLOCKS
+    from dsv4_plugin.kernels.packed.fp8 import LINE
 
     few = (1, 256)  # no compressed rows; some, but not more than are chosen
     lengths = sorted({min(n, longest) for n in (*few, *(4 * b for b in BLOCKS))} | {longest})
-    looked = 1 + drafts
+    looked, short = 1 + drafts, min(rows, LINE)
     batches = sorted({
-        (1, 1), (requests, 1), (rows, rows),
+        (1, 1), (requests, 1), (short, short), (rows, rows),
         *((min(n * looked, rows), min(looked, rows)) for n in (1, requests)),
     })  # fmt: skip
     companies = [(n, 1, lengths[0]) for n in COMPANIES if n < rows]

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.kernels.swiglu import swiglu
+from dsv4_plugin.kernels.packed import Inputs
 from dsv4_plugin.model.gate import Gate
 from dsv4_plugin.model.parallel import Parallel
+from dsv4_plugin.model.quantised import Gated, takes_rounded
 
 
 class Expert(nn.Module):
@@ -26,8 +27,14 @@ class Expert(nn.Module):
         self.w2 = parallel.row(f, d, f"{prefix}.w2", reduce=False)
         self.w3 = parallel.column(d, f, f"{prefix}.w3")
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w2(swiglu(self.w1(x), self.w3(x), self.limit, x.dtype))
+    def finalize_weights(self) -> None:
+        """After loading: w1 and w3 become one product."""
+        if not hasattr(self, "gated"):
+            self.gated = Gated(self.w1, self.w3, self.limit, takes_rounded(self.w2))
+        self.gated.arrange()
+
+    def forward(self, x: Inputs) -> Tensor:
+        out: Tensor = self.w2(self.gated.swiglu(x))
         return out
 
 

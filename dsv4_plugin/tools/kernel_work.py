@@ -21,7 +21,7 @@ from dsv4_plugin.cache.rows import RowFormat, RowPool
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import CSA, FP8_BLOCK, HCA, SWA, ModelConfig
 from dsv4_plugin.kernels.compress import of_cache
-from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix
+from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Inputs, Matrix, NVFP4Matrix, Rounded
 from dsv4_plugin.kernels.step import Rows
 from dsv4_plugin.kernels.streams import Mixer, Spread
 
@@ -244,6 +244,20 @@ def latent_norm(world: World) -> Work:
     )
 
 
+def rounded_norm(world: World) -> Work:
+    """The same, rounded to e4m3 for the FP8 linears that follow."""
+    from dsv4_plugin.kernels.norm import kernel, reference
+
+    n, eps = world.config.q_lora_rank, world.config.rms_norm_eps
+    x, weight = world.random(world.rows, n, dtype=torch.bfloat16), world.random(n)
+
+    def run(op: Callable[..., Rounded]) -> Outputs:
+        return [op(x, weight, eps).values()]
+
+    nbytes = 3 * x.nbytes // 2
+    return Work(lambda: run(kernel.rounded_norm), lambda: run(reference.rounded_norm), nbytes)
+
+
 def queries_and_window(world: World) -> Work:
     from dsv4_plugin.kernels.qkv import kernel, reference
 
@@ -410,17 +424,43 @@ def packed_experts(world: World, kind: str, rounding: bool = False) -> Work:
     )
 
 
-def fp8_linear(world: World, n_in: str, n_out: str, factor: int = 1) -> Work:
-    """By the names of the config's fields; n_out times `factor`."""
+def fp8_linear(world: World, n_in: str, n_out: str, factor: int = 1, rounded: bool = True) -> Work:
+    """By the names of the config's fields; n_out times `factor`. rounded: its inputs are."""
     from dsv4_plugin.kernels.packed import cpu, kernel
 
     inputs, outputs = getattr(world.config, n_in), factor * getattr(world.config, n_out)
     x = world.random(world.rows, inputs, dtype=torch.bfloat16)
     matrix = world.packed("fp8", outputs, inputs)
+    assert isinstance(matrix, FP8Matrix)
+    given = kernel.round_rows(x) if rounded else x
+    arranged = kernel.arranged(matrix, rounded)
     return Work(
-        lambda: [kernel.product(x, matrix)],
-        lambda: [cpu.product(x, matrix)],
+        lambda: [kernel.product(given, arranged)],
+        lambda: [cpu.product(given, matrix)],
         outputs * inputs + x.nbytes + 2 * outputs * world.rows,
+    )
+
+
+def _values(found: Inputs) -> Outputs:
+    """Of a product whose result is not rounded, so that it can be compared."""
+    assert isinstance(found, Tensor)
+    return [found]
+
+
+def gated_linear(world: World) -> Work:
+    """The shared expert's w1 and w3 side by side, and its SwiGLU."""
+    from dsv4_plugin.kernels.packed import cpu, kernel
+
+    c, d, width = world.config, world.config.hidden_size, world.config.moe_intermediate_size
+    matrix = world.packed("fp8", 2 * width, d)
+    assert isinstance(matrix, FP8Matrix)
+    x = kernel.round_rows(world.random(world.rows, d, dtype=torch.bfloat16))
+    arranged = kernel.arranged(matrix, rounded=True)
+
+    return Work(
+        lambda: _values(kernel.gated_product(x, arranged, c.swiglu_limit, False)),
+        lambda: _values(cpu.gated_product(x, matrix, c.swiglu_limit, False)),
+        matrix.codes.nbytes + x.data.nbytes + 2 * width * world.rows,
     )
 
 
@@ -434,9 +474,10 @@ def grouped_linear(world: World) -> Work:
     blocks = world.packed("fp8", groups * c.o_lora_rank, inputs)
     assert isinstance(blocks, FP8Matrix)
     matrix = FP8Matrix(blocks.codes, blocks.scale.repeat_interleave(FP8_BLOCK, 0), height=1)
+    arranged = kernel.arranged(matrix, rounded=False)
     return Work(
-        lambda: [kernel.grouped_product(x, matrix)],
-        lambda: [cpu.grouped_product(x, matrix)],
+        lambda: _values(kernel.grouped_product(x, arranged, False)),
+        lambda: _values(cpu.grouped_product(x, matrix, False)),
         matrix.codes.nbytes + x.nbytes + 2 * groups * c.o_lora_rank * world.rows,
     )
 
@@ -535,6 +576,7 @@ def attention(world: World, ratio: int) -> Work:
 WORK: dict[str, Callable[[World], Work]] = {
     "step metadata": place,
     "latent norm": latent_norm,
+    "latent norm, rounded": rounded_norm,
     "queries and window rows": queries_and_window,
     "compressor, CSA": partial(compressor, ratio=CSA),
     "compressor, HCA": partial(compressor, ratio=HCA),
@@ -558,5 +600,6 @@ WORK: dict[str, Callable[[World], Work]] = {
         fp8_linear, n_in="q_lora_rank", n_out="num_attention_heads", factor=FLASH.head_dim
     ),
     "FP8 linear, groups of heads": grouped_linear,
+    "FP8 linears with SwiGLU": gated_linear,
     "rounded inputs": rounded_inputs,
 }

@@ -24,6 +24,7 @@ from dsv4_plugin.tools.kernel_work import (
     compressor,
     float32_linear,
     fp8_linear,
+    gated_linear,
     grouped_linear,
     index,
     index_queries,
@@ -34,7 +35,7 @@ from dsv4_plugin.tools.kernel_work import (
     plain_experts,
     queries_and_window,
     residual_streams,
-    rounded_inputs,
+    rounded_norm,
     router,
     shared_activation,
 )
@@ -137,10 +138,17 @@ PRODUCTS: dict[str, Case] = {
         packed_experts, 1024, config=RANK_OF_8, kind="fp4", rounding=True
     ),
     "FP8 linear, decode": case(latent, 1),
+    "FP8 linear, decode of 64": case(queries, 64),
     "FP8 linear, prefill": case(queries, 1, CHUNK),
-    "FP8 grouped linear, decode": case(grouped_linear, 64),
+    "FP8 linear of inputs as they are, decode": case(latent, 1, rounded=False),
+    "FP8 linear of inputs as they are, prefill": case(queries, 1, CHUNK, rounded=False),
+    "latent norm, rounded": case(rounded_norm, 1, CHUNK, config=PRO),
+    "FP8 SwiGLU, decode": case(gated_linear, 1),
+    "FP8 SwiGLU, decode of 64": case(gated_linear, 64),
+    "FP8 SwiGLU, prefill": case(gated_linear, 1, CHUNK),
+    "FP8 grouped linear, decode": case(grouped_linear, 1),
+    "FP8 grouped linear, decode of 64": case(grouped_linear, 64),
     "FP8 grouped linear, prefill": case(grouped_linear, 1, CHUNK),
-    "rounded inputs": case(rounded_inputs, 1, CHUNK),
 }
 GROUPS = ("ATTENTION", "AROUND", "PRODUCTS")
 """Of cases; no two of them launch the same kernel."""

@@ -40,6 +40,7 @@ STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX, SWIGLU = 
         "swiglu",
     ]
 )
+FP8 = f"{KERNELS}/packed/fp8.py"
 BLOCK, TRANSFORMER, DSPARK = (
     f"dsv4_plugin/model/{name}.py" for name in ("block", "transformer", "dspark")
 )
@@ -71,7 +72,7 @@ MUTANTS = [
     Mutant("entries that a row does not see are chosen", INDEX, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "triton/test_index", "topk"),
     Mutant("rows of no pair are stored", PRODUCT, "gate, mask=real[:, None] &", "gate, mask=(pair[:, None] >= 0) &", "triton/test_experts", "nobody or one_expert"),
     Mutant("rows of nobody are added", EXPERTS, "here = (id >= 0) & (id < E)", "here = id < E", "triton/test_experts", "nobody"),
-    Mutant("outputs past the last", PACKED, "used = (n < N)[:, None] & (word < K // 4)[None, :]", "used = (n < N + 9)[:, None] & (word < K // 4)[None, :]", "triton/test_experts", "packed_product and fp8"),
+    Mutant("outputs past the last", PRODUCT, "inside = n < N\n", "inside = n < N + 9\n", "triton/test_experts", "packed_experts and fp8"),
     # Off by one
     Mutant("the window is one too long", ATTENTION, "i[None, :] > pos[:, None] - SLIDING_WINDOW", "i[None, :] >= pos[:, None] - SLIDING_WINDOW", "triton/test_attention", "prefill or tiles"),
     Mutant("an entry closes a token late", COMPRESS, "(begin + R <= end)", "(begin + R < end)", "triton/test_compress", "csa"),
@@ -93,7 +94,11 @@ MUTANTS = [
     Mutant("choices of another row", ATTENTION, "at = chosen + first.to(tl.int64) * choices + i", "at = chosen + i", "triton/test_attention", "decode"),
     Mutant("nibbles change places", PACKED, "even = tl.join(tl.join(k0, k4)", "even = tl.join(tl.join(k4, k0)", "triton/test_experts", "every_code"),
     Mutant("the scale of the next block", PACKED, "* (COUNT // 4) + word[None, :]", "* (COUNT // 4) + 0 * word[None, :]", "triton/test_experts", "every_code"),
-    Mutant("one scale for all rows", PACKED, "at = n // HEIGHT *", "at = n // 128 *", "triton/test_experts", "grouped"),
+    Mutant("one scale for all rows", FP8, "scale = (w_scale + row * BLOCKS)[:, None]", "scale = (w_scale + row // 128 * BLOCKS)[:, None]", "triton/test_packed", "grouped"),
+    Mutant("codes lie as in the checkpoint", FP8, "codes.view(rows, -1, 4, 32).transpose(2, 3).reshape(rows, -1)", "codes.clone()", "triton/test_packed", "every_code and bits"),
+    Mutant("a row's scale is its first block's", FP8, "by = tl.load(x_scale + i)", "by = tl.load(x_scale)", "triton/test_packed", "test_product and codes"),
+    Mutant("torch reads codes as they lie", "dsv4_plugin/kernels/packed/__init__.py", "if self.bits:", "if False:", "triton/test_packed", "torch_reads"),
+    Mutant("the second weight's rows are as long as the first's", FP8, "tl.where(later, N - first, first)", "first", "triton/test_packed", "two_weights"),
     Mutant("weights of the first choice", PRODUCT, "tl.load(weight + pair,", "tl.load(weight + pair // PAIRS * PAIRS,", "triton/test_experts", "plain"),
     Mutant("inputs in the order of another format", PRODUCT, "i % EACH * (BLOCK // EACH) + i // EACH", "i % (BLOCK // EACH) * EACH + i // (BLOCK // EACH)", "triton/test_experts", "packed_experts and fp4"),
     Mutant("a placed pair is its own forerunner", EXPERTS, "i[:, None] < i[None, :]", "i[:, None] <= i[None, :]", "triton/test_experts", "place"),
@@ -113,7 +118,7 @@ MUTANTS = [
     Mutant("a stream joins with the next one's weight", STREAMS, "mixing + tk * R + j", "mixing + tk * R + (j + 1) % R", "triton/test_streams", "2-4-72"),
     Mutant("the sink is left out", ATTENTION, "l_total = tl.full((M,), 1.0, tl.float32)", "l_total = tl.full((M,), 0.0, tl.float32)", "triton/test_attention", "prefill"),
     Mutant("the limit bounds the gate below too", PRODUCT, "gate = tl.minimum(gate.to(tl.float32), limit)", "gate = tl.maximum(tl.minimum(gate.to(tl.float32), limit), -limit)", "triton/test_experts", "plain"),
-    Mutant("the limit bounds the shared expert's gate below too", SWIGLU, "g = tl.minimum(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), limit)", "g = tl.maximum(tl.minimum(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), limit), -limit)", "triton/test_swiglu"),
+    Mutant("the limit bounds the shared expert's gate below too", SWIGLU, "gate = tl.minimum(gate, limit)", "gate = tl.maximum(tl.minimum(gate, limit), -limit)", "triton/test_swiglu"),
     Mutant("padding chooses experts", GATE, "tl.where(tl.load(position + t) < 0, -1, ids)", "tl.where(tl.load(position + t) < -9, -1, ids)", "triton/test_gate"),
     Mutant("the tensor's scale is dropped", PACKED, "one *= tl.load(top) * FP4_UNIT", "one *= FP4_UNIT", "triton/test_experts", "packed_product and nvfp4"),
     Mutant("the last piece is left out", PRODUCT, "for piece in tl.static_range(1, PIECES):", "for piece in tl.static_range(1, PIECES - 1):", "triton/test_experts", "company"),
@@ -131,6 +136,9 @@ MUTANTS = [
     Mutant("pieces past a row's last are waited for", ATTENTION, "tl.minimum(pieces, step)):", "tl.minimum(places, step)):", "triton/test_attention", "order"),
     Mutant("head blocks share a counter", ATTENTION, "tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)\n            if", "tl.program_id(0)\n            if", "triton/test_attention", "decode and 64-fp8-4-512"),
     Mutant("the last program chooses among its own", INDEX, "j < parts * K", "j < K", "triton/test_index", "many_blocks"),
+    Mutant("the last piece adds the others to its own", FP8, "        one = _merged(mine, at, SIZE, PIECES)\n", "        others = _merged(mine, at, SIZE, PIECES) - tl.load(mine + piece * SIZE + at)\n        one += others\n", "triton/test_packed", "test_pieces"),
+    Mutant("output tiles share a counter", FP8, "slot = group * tl.num_programs(0) + tl.program_id(0)", "slot = group", "triton/test_packed", "company"),
+    Mutant("pieces follow from the rows", FP8, "columns = tiles_of.of(rows), triton.cdiv(n, tiles_of.few.outputs) * groups", "columns = tiles_of.of(rows), triton.cdiv(n, tiles_of.few.outputs) * groups * rows", "triton/test_packed", "company"),
     # Graphs
     Mutant("attention is captured with its metadata", BLOCK, "self.attend = parallel.breaking(self.attn.forward)", "self.attend = self.attn.forward", "triton/test_vllm", compiled=True),
     # Addresses
@@ -185,6 +193,9 @@ MUTANTS = [
     Mutant("the first parameter always makes a call", TRIAL, "return not self.in_reasoning and not self.amid_line", "return True", "chat/test_parser"),
     # Adapters
     Mutant("requests with one prefix share a ring in vLLM", VLLM_CACHE, "ring=metadata[self.ring.prefix]", "ring=metadata[self.page.prefix]", "vllm/test_engine"),
+    Mutant("rows of vLLM's blocks see those before them only", "vllm_ext/dspark.py", "together = True", "together = False", "vllm_v2/test_dspark", "proposed", compiled=True),
+    Mutant("vLLM's drafter reads the streams a layer late", "vllm_ext/model.py", "tuple(layer - 1 for", "tuple(layer - 2 for", "vllm_v2/test_dspark", "proposed", compiled=True),
+    Mutant("a page of each prefix is computed again for DSpark", "vllm_ext/config.py", "disable_eagle_block_drop = True", "disable_eagle_block_drop = False", "vllm_v2/test_dspark", "proposed", compiled=True),
     Mutant("another plugin goes unnoticed in vLLM", VLLM_ACTIVE, "if found[what] != wanted:", "if not found[what]:", "vllm/test_registration"),
     Mutant("a data-parallel rank loads every expert", PARALLEL, "return 0 <= own < self.count and give(", "return give(", "parallel/test_ranks", "data_parallel"),
     Mutant("data-parallel ranks take the first one's rows", VLLM_PARALLEL, "first = group.rank_in_group * most", "first = 0", "parallel/test_ranks", "data_parallel"),

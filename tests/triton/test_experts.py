@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.config import INT4_BLOCKS
-from dsv4_plugin.kernels import packed
 from dsv4_plugin.kernels.experts import cpu as plain
 from dsv4_plugin.kernels.experts import kernel
 from dsv4_plugin.kernels.experts.product import operand
@@ -19,7 +18,7 @@ from dsv4_plugin.kernels.packed import cpu as packed_cpu
 from dsv4_plugin.kernels.packed import kernel as packed_kernel
 from dsv4_plugin.model.parallel import OwnExperts, SplitExperts
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
-from dsv4_plugin.quant.e4m3 import e4m3_values, round_e4m3
+from dsv4_plugin.quant.e4m3 import e4m3_values
 from dsv4_plugin.quant.int4 import decode_int4
 from dsv4_plugin.tools.kernel_work import World
 from lab.kernels.cases import generator
@@ -274,7 +273,7 @@ def test_many_rows(gpu, monkeypatch, kind, turned):
     assert (found - expected).norm() / expected.norm() < QUANTISED
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["fp4", "nvfp4", "int4"])
 @pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1, 160, 130), interpreted_first(70, 32, 96)])
 def test_packed_product(gpu, kind, rows, n_in, n_out):
     matrix = stack(kind, 1, n_out, n_in).of(0)
@@ -286,15 +285,13 @@ def test_packed_product(gpu, kind, rows, n_in, n_out):
 
 
 def test_every_code(gpu):
-    """Each e4m3 and e2m1 value comes out exactly, under scales of any size that is in use."""
+    """Each e2m1 value comes out exactly, under scales of any size that is in use."""
     byte = torch.arange(256, dtype=torch.uint8, device=mode.DEVICE)
     number = byte.where(byte & 0x7F != 0x7F, 0)  # without NaN
-    fp8 = FP8Matrix(number.view(2, 128), torch.full((1, 1), 2.0**-9, device=mode.DEVICE))
     pairs = byte.view(4, 64).repeat(16, 1)
     mx = FP4Matrix(pairs, byte.clamp(70, 190).view(64, 4))
     nv = NVFP4Matrix(pairs[:32], number.view(32, 8), torch.tensor(2.0**-7, device=mode.DEVICE))
     exact = (
-        e4m3_values(fp8.codes) * 2.0**-9,
         decode_mxfp4(mx.data, mx.scale),
         decode_nvfp4(nv.data, nv.scale, nv.top),
     )
@@ -305,27 +302,8 @@ def test_every_code(gpu):
         found = packed_kernel.product(x, int4)
         assert torch.equal(found.t(), decode_int4(int4.data, int4.scale))
         assert torch.equal(packed_kernel.product(x.bfloat16(), int4), found.bfloat16())
-    for matrix, values in zip((fp8, mx, nv), exact, strict=True):
+    for matrix, values in zip((mx, nv), exact, strict=True):
         assert torch.equal(packed_kernel.product(x, matrix).t(), values)
-
-
-def test_grouped_product(gpu):
-    """wo_a: inputs of a group from a wider row, a scale for every row of the weight."""
-    g = generator(0)
-    codes = torch.randint(0, 0x7F, (3 * 40, 160), generator=g, dtype=torch.uint8)
-    matrix = FP8Matrix(codes.to(mode.DEVICE), torch.rand(120, 2, generator=g).to(mode.DEVICE), 1)
-    x = inputs(5, 4 * 160, torch.float32).view(5, 4, 160)[:, 1:]
-    rows = matrix.rows(0, 120, torch.float32).view(3, 40, 160)
-    expected = torch.einsum("tgi,goi->tgo", x, rows).flatten(1)
-    close(packed_kernel.grouped_product(x, matrix), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("width", [96, 128, 1300])
-def test_rounded_inputs(gpu, dtype, width):
-    x = torch.cat([inputs(4, width, dtype), inputs(2, width, dtype) * 1e-4, inputs(1, width) * 0])
-    found = packed_kernel.round_inputs(x.to(dtype), packed.ROUNDED)
-    assert torch.equal(found, round_e4m3(x.to(dtype), packed.ROUNDED))
 
 
 def test_addresses_of_gigabytes(gpu):
