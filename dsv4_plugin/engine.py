@@ -13,7 +13,7 @@ from dsv4_plugin.batch import Batch, Sampler
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
 from dsv4_plugin.checkpoint.load import load_weights
-from dsv4_plugin.checkpoint.names import with_drafter
+from dsv4_plugin.checkpoint.names import with_drafter, with_int4
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.model.dspark import DSpark
@@ -59,6 +59,7 @@ def load(
     if use_triton(place):
         layout.require_kernel_rows()
     headers = check_checkpoint(config, directory, mtp)
+    config = with_int4(config, headers)
     parallel = LocalParallel(config, DTYPES[dtype])
     with place:
         model = Transformer(config, parallel)

@@ -23,7 +23,7 @@ ALIGNED = SMALL | {
 }
 
 
-@pytest.fixture(scope="module", params=["fp8-fp4", "base", "nvfp4"])
+@pytest.fixture(scope="module", params=["fp8-fp4", "base", "nvfp4", "ct-w4a16", "gptq"])
 def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks") / request.param
     make_checkpoint(folder, "tiny", 5, ALIGNED, tokenizer=False, fmt=request.param)
@@ -88,5 +88,5 @@ def test_weights_of_one_input_lie_on_top_of_each_other(tmp_path, ranks):
 
 def test_the_weights_are_bytes(checkpoint):
     layer = load(checkpoint).model.layers["0"]
-    assert layer.attn.wq_b.weight.dtype == torch.uint8
+    assert next(layer.attn.wq_b.parameters()).dtype == torch.uint8
     assert layer.ffn.experts.get_parameter("w1_weight").dtype == torch.uint8

@@ -18,7 +18,7 @@ from dsv4_plugin.kernels.packed import kernel as packed_kernel
 from dsv4_plugin.model.parallel import OwnExperts, SplitExperts
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
 from dsv4_plugin.quant.int4 import decode_int4
-from dsv4_plugin.tools.cli.gpu_work import World
+from dsv4_plugin.tools.kernel_work import World
 from lab.kernels.cases import generator
 from lab.kernels.inputs import untouched
 from lab.kit import mode
