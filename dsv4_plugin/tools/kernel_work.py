@@ -22,6 +22,7 @@ from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import CSA, FP8_BLOCK, HCA, SWA, ModelConfig
 from dsv4_plugin.kernels.compress import of_cache
 from dsv4_plugin.kernels.packed import (
+    Both,
     FP4Matrix,
     FP8Matrix,
     Inputs,
@@ -29,6 +30,7 @@ from dsv4_plugin.kernels.packed import (
     Matrix,
     NVFP4Matrix,
     Rounded,
+    plain,
 )
 from dsv4_plugin.kernels.step import Rows
 from dsv4_plugin.kernels.streams import Mixer, Spread
@@ -303,8 +305,8 @@ def compressor(world: World, ratio: int) -> Work:
     return Work(lambda: run(kernel.compress), lambda: run(reference.compress), nbytes, again)
 
 
-def residual_streams(world: World, head: bool = False) -> Work:
-    """Before a sublayer; head: the last collapse."""
+def residual_streams(world: World, head: bool = False, rounds: bool = False) -> Work:
+    """Before a sublayer; head: the last collapse; rounds: its input too, which is not compared."""
     from dsv4_plugin.kernels.streams import kernel, reference
 
     c, n, r = world.config, world.rows, world.config.hc_mult
@@ -312,14 +314,15 @@ def residual_streams(world: World, head: bool = False) -> Work:
     fn = world.random(outputs, r * d) * (r * d) ** -0.5
     base, weight = world.random(outputs), world.random(d)
     iters = 0 if head else c.hc_sinkhorn_iters
-    mixer = Mixer(fn, base, torch.ones_like(base), weight, iters, c.hc_eps, c.rms_norm_eps)
+    mixer = Mixer(fn, base, torch.ones_like(base), weight, iters, c.hc_eps, c.rms_norm_eps, rounds)
     out = world.random(n, d, dtype=torch.bfloat16)
     h = world.random(n, r, d, dtype=torch.bfloat16)
     by = Spread(world.random(n, r).sigmoid(), world.random(n, r, r).sigmoid())
 
-    def run(op: Callable[..., tuple[Tensor, Tensor, Spread | None]]) -> Outputs:
+    def run(op: Callable[..., tuple[Tensor, Tensor | Both, Spread | None]]) -> Outputs:
         streams_, x, spread = op(out, h, by, mixer)
-        return [streams_, x] if spread is None else [streams_, x, spread.post, spread.mixing]
+        found = [streams_, plain(x)]
+        return found if spread is None else [*found, spread.post, spread.mixing]
 
     nbytes = 2 * h.nbytes + 2 * out.nbytes + fn.nbytes
     return Work(lambda: run(kernel.streams), lambda: run(reference.streams), nbytes)

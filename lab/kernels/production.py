@@ -111,6 +111,7 @@ AROUND: dict[str, Case] = {
     "compressor, CSA, fp4 keys": case(compressor, 1024, index_dtype="fp4", ratio=CSA),
     "compressor, HCA": case(compressor, 1024, 8, ratio=HCA),
     "streams, Flash, decode": case(residual_streams, 1),
+    "streams, Flash, rounded": case(residual_streams, 64, rounds=True),
     "streams, Pro, prefill": case(residual_streams, 1, CHUNK, config=PRO),
     "streams, Pro, head": case(residual_streams, 64, config=PRO, head=True),
     "streams between stages": case(joined_streams, 64),

@@ -11,8 +11,10 @@ from torch import Tensor
 from dsv4_plugin.kernels import launch
 from dsv4_plugin.kernels.norm import kernel as norm
 from dsv4_plugin.kernels.norm import reference as norm_reference
-from dsv4_plugin.kernels.packed import FP8Matrix, Inputs, Rounded, fp8, reference
+from dsv4_plugin.kernels.packed import Both, FP8Matrix, Inputs, Rounded, fp8, reference
 from dsv4_plugin.kernels.packed.fp8 import EIGHT, LINE, LINEARS, Launch, Tile, Tiles, Way
+from dsv4_plugin.kernels.streams import Mixer
+from dsv4_plugin.kernels.streams import kernel as streams
 from dsv4_plugin.quant.e4m3 import e4m3_values
 from lab.kernels.cases import generator
 from lab.kit import mode, order
@@ -204,6 +206,25 @@ def test_rounded_norm(gpu, way, width):
     found = norm.rounded_norm(x, by, 1e-6)
     assert torch.equal(found.values(), reference.round_rows(norm.rms_norm(x, by, 1e-6)).values())
     close_rounded(found, norm_reference.rounded_norm(x, by, 1e-6))
+
+
+@pytest.mark.parametrize("width", [96, 264])
+def test_the_input_of_a_sublayer_also_rounded(gpu, way, width):
+    """As rounding what leaves the streams, in slabs too."""
+    mixer = Mixer(
+        inputs(24, 4 * width, torch.float32, 1) * width**-0.5,
+        inputs(1, 24, torch.float32)[0], torch.ones(24, device=mode.DEVICE),
+        inputs(1, width, torch.float32, 2)[0], 3, 1e-6, 1e-6, rounds=True,
+    )  # fmt: skip
+    h = inputs(9, 4 * width).view(9, 4, width)
+    _, found, by = streams.streams(None, h, None, mixer)
+    _, x, same = streams.streams(None, h, None, replace(mixer, rounds=False))
+    assert torch.equal(found.plain, x)
+    assert torch.equal(by.mixing, same.mixing)
+    assert (found.rounded.scale is None) == (way == "bits")
+    assert torch.equal(found.rounded.values(), reference.round_rows(x).values())
+    again = Both.of(*found.tensors()).rounded
+    assert torch.equal(again.values(), found.rounded.values())
 
 
 def test_torch_reads_arranged_weights(gpu, way):

@@ -243,6 +243,21 @@ def store_rounded(y, at, used, scale_at, whole, AXIS: tl.constexpr, FORM: tl.con
         tl.store(at, e4m3_decode(code) * E4M3_UNIT * unit, mask=used)
 
 
+@triton.jit
+def store_rounded_row(
+    y, out, out_scale, t,
+    D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """Row t, of D values, from float32 y [COLUMNS], which are of the model's dtype. BLOCK: 128, but
+    not more than COLUMNS."""
+    COUNT: tl.constexpr = (D + BLOCK - 1) // BLOCK
+    block = tl.arange(0, COLUMNS // BLOCK)[:, None]
+    at = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    y = tl.reshape(y, (COLUMNS // BLOCK, BLOCK))
+    scale_at = out_scale + t * COUNT + block
+    store_rounded(y, out + t * D + at, at < D, scale_at, block < COUNT, 1, FORM)
+
+
 @triton.jit(do_not_specialize=["rows", "first", "limit"])
 def fp8_product(
     x, x_scale, w, w_scale, out, out_scale, partial, counter,
