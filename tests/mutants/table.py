@@ -128,7 +128,7 @@ MUTANTS = [
     Mutant("the last program chooses among its own", INDEX, "j < parts * K", "j < K", "triton/test_index", "many_blocks"),
     Mutant("the last piece adds the others to its own", FP8, "        one = _merged(mine, at, SIZE, PIECES)\n", "        others = _merged(mine, at, SIZE, PIECES) - tl.load(mine + piece * SIZE + at)\n        one += others\n", "triton/test_packed", "test_pieces"),
     Mutant("output tiles share a counter", FP8, "slot = group * tl.num_programs(0) + tl.program_id(0)", "slot = group", "triton/test_packed", "company"),
-    Mutant("pieces follow from the rows", FP8, "columns = tiles_of.of(rows), triton.cdiv(n, tiles_of.few.outputs) * groups", "columns = tiles_of.of(rows), triton.cdiv(n, tiles_of.few.outputs) * groups * rows", "triton/test_packed", "company"),
+    Mutant("pieces follow from the rows", FP8, "columns = triton.cdiv(n, tiles_of.few.outputs) * groups", "columns = triton.cdiv(n, tiles_of.few.outputs) * groups * rows", "triton/test_packed", "company"),
     # Graphs
     Mutant("attention is captured with its metadata", BLOCK, "self.attend = parallel.breaking(self.attn.forward)", "self.attend = self.attn.forward", "triton/test_vllm", compiled=True),
     # Addresses

@@ -12,7 +12,7 @@ from dsv4_plugin.kernels import launch
 from dsv4_plugin.kernels.norm import kernel as norm
 from dsv4_plugin.kernels.norm import reference as norm_reference
 from dsv4_plugin.kernels.packed import Both, FP8Matrix, Inputs, Rounded, fp8, reference
-from dsv4_plugin.kernels.packed.fp8 import EIGHT, LINE, LINEARS, Launch, Tile, Tiles, Way
+from dsv4_plugin.kernels.packed.fp8 import EIGHT, LINEARS, Launch, Tile, Tiles, Way
 from dsv4_plugin.kernels.streams import Mixer
 from dsv4_plugin.kernels.streams import kernel as streams
 from dsv4_plugin.quant.e4m3 import e4m3_values
@@ -135,10 +135,10 @@ def test_pieces_follow_from_the_weight():
 
 
 def test_alone_and_in_company(gpu, way):
-    """The same bits on either side of LINE, and in every company up to it and beyond."""
-    matrix = fp8.arranged(weight(130, 1024), True)
-    x = inputs(LINE + 2, 1024)
-    few = [1, 16, 17, LINE] if mode.INTERPRET else [1, 17]
+    """The same bits in every company up to the line, and in every one beyond."""
+    matrix, line = fp8.arranged(weight(130, 1024), True), launch.pick(LINEARS).line
+    x = inputs(line + 2, 1024)
+    few = [1, 16, 17, line] if mode.INTERPRET else [1, 17]
     first = [fp8.product(fp8.round_rows(x[:n]), matrix)[0] for n in few]
     assert all(torch.equal(first[0], other) for other in first[1:])
     if mode.INTERPRET:
