@@ -52,6 +52,15 @@ def weight(n_out: int, n_in: int, height: int = 128, seed: int = 0) -> FP8Matrix
     return FP8Matrix(codes.to(mode.DEVICE), scale.to(mode.DEVICE), height)
 
 
+def whole(rows: int, n_out: int, n_in: int) -> tuple[Tensor, FP8Matrix]:
+    """Small numbers, whose sums within a block are exact: only the order of blocks shows, in
+    float32. (Compiled, where these are no tensor cores' products, in bfloat16.)"""
+    matrix = weight(n_out, n_in)
+    matrix.codes.bitwise_and_(0x87).bitwise_or_(0x38)
+    x = torch.randint(-3, 4, (rows, n_in), generator=generator(rows))
+    return x.to(mode.DEVICE, torch.float32 if mode.INTERPRET else torch.bfloat16), matrix
+
+
 def values(x: Inputs) -> Tensor:
     return x.values() if isinstance(x, Rounded) else x
 
@@ -115,7 +124,7 @@ def test_pieces(gpu, way, rows, programs, monkeypatch):
     """Of 1, 2 and 4 blocks, whoever comes last: merged in order, whatever the programs' order."""
     for family, row in cut(programs).items():
         monkeypatch.setitem(LINEARS, family, row)
-    matrix, x = weight(64, 512), inputs(rows, 512)
+    x, matrix = whole(rows, 64, 512)
     arranged, given = fp8.arranged(matrix, True), fp8.round_rows(x)
     found = []
     for seed in range(4):
@@ -136,8 +145,9 @@ def test_pieces_follow_from_the_weight():
 
 def test_alone_and_in_company(gpu, way):
     """The same bits in every company up to the line, and in every one beyond."""
-    matrix, line = fp8.arranged(weight(130, 1024), True), launch.pick(LINEARS).line
-    x = inputs(line + 2, 1024)
+    line = launch.pick(LINEARS).line
+    x, matrix = whole(line + 2, 130, 1024)
+    matrix = fp8.arranged(matrix, True)
     few = [1, 16, 17, line] if mode.INTERPRET else [1, 17]
     first = [fp8.product(fp8.round_rows(x[:n]), matrix)[0] for n in few]
     assert all(torch.equal(first[0], other) for other in first[1:])

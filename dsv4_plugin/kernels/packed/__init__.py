@@ -128,6 +128,10 @@ class Both:
     def dtype(self) -> torch.dtype:
         return self.plain.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.plain.device
+
     def tensors(self) -> tuple[Tensor, ...]:
         """What it consists of."""
         given = self.plain, self.rounded.data
