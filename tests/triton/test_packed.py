@@ -143,6 +143,13 @@ def test_pieces_follow_from_the_weight():
         assert fp8.pieces(tiles, inputs_, table) == expected
 
 
+@pytest.mark.parametrize("chip", [*launch.FAMILY, "gfx1100"])
+def test_chips_multiply_codes_from_sm89_on(chip, monkeypatch):
+    monkeypatch.setattr(launch, "architecture", lambda: chip)
+    eight = chip.startswith("sm") and int(chip[2:]) >= 89
+    assert (launch.pick(LINEARS).codes is not None) == eight
+
+
 def test_alone_and_in_company(gpu, way):
     """The same bits in every company up to the line, and in every one beyond."""
     line = launch.pick(LINEARS).line
