@@ -22,6 +22,7 @@ from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.experts import experts
 from dsv4_plugin.kernels.linear import Product, multiplied, pack, pack_rows, reference
+from dsv4_plugin.kernels.packed import Both
 from dsv4_plugin.model.loading import give, give_below, shard
 
 
@@ -68,7 +69,7 @@ class OutputGroups:
         return out
 
 
-Attend = Callable[[Tensor, Step, LayerCache], Tensor]
+Attend = Callable[[Tensor | Both, Step, LayerCache], Tensor]
 """x [T, D], normed -> [T, D]."""
 
 

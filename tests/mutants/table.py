@@ -94,6 +94,7 @@ MUTANTS = [
     Mutant("nibbles change places", PACKED, "even = tl.join(tl.join(k0, k4)", "even = tl.join(tl.join(k4, k0)", "triton/test_experts", "every_code"),
     Mutant("the scale of the next block", PACKED, "* (COUNT // 4) + word[None, :]", "* (COUNT // 4) + 0 * word[None, :]", "triton/test_experts", "every_code"),
     Mutant("one scale for all rows", FP8, "scale = (w_scale + row * BLOCKS)[:, None]", "scale = (w_scale + row // 128 * BLOCKS)[:, None]", "triton/test_packed", "grouped"),
+    Mutant("what is rounded is not of the model's dtype", STREAMS, "        y = y.to(h.dtype.element_ty).to(tl.float32)\n        store", "        store", "triton/test_packed", "sublayer"),
     Mutant("codes lie as in the checkpoint", FP8, "codes.view(rows, -1, 4, 32).transpose(2, 3).reshape(rows, -1)", "codes.clone()", "triton/test_packed", "every_code and bits"),
     Mutant("a row's scale is its first block's", FP8, "by = tl.load(x_scale + i)", "by = tl.load(x_scale)", "triton/test_packed", "test_product and codes"),
     Mutant("torch reads codes as they lie", "dsv4_plugin/kernels/packed/__init__.py", "if self.bits:", "if False:", "triton/test_packed", "torch_reads"),
@@ -128,7 +129,7 @@ MUTANTS = [
     Mutant("the last program chooses among its own", INDEX, "j < parts * K", "j < K", "triton/test_index", "many_blocks"),
     Mutant("the last piece adds the others to its own", FP8, "        one = _merged(mine, at, SIZE, PIECES)\n", "        others = _merged(mine, at, SIZE, PIECES) - tl.load(mine + piece * SIZE + at)\n        one += others\n", "triton/test_packed", "test_pieces"),
     Mutant("output tiles share a counter", FP8, "slot = group * tl.num_programs(0) + tl.program_id(0)", "slot = group", "triton/test_packed", "company"),
-    Mutant("pieces follow from the rows", FP8, "columns = tiles_of.of(rows), triton.cdiv(n, tiles_of.few.outputs) * groups", "columns = tiles_of.of(rows), triton.cdiv(n, tiles_of.few.outputs) * groups * rows", "triton/test_packed", "company"),
+    Mutant("pieces follow from the rows", FP8, "columns = triton.cdiv(n, tiles_of.few.outputs) * groups", "columns = triton.cdiv(n, tiles_of.few.outputs) * groups * rows", "triton/test_packed", "company"),
     # Graphs
     Mutant("attention is captured with its metadata", BLOCK, "self.attend = parallel.breaking(self.attn.forward)", "self.attend = self.attn.forward", "triton/test_vllm", compiled=True),
     # Addresses
@@ -147,7 +148,7 @@ MUTANTS = [
     Mutant("a block is seeded a position early", SPECULATE, 'step = batch.step(running, torch.full_like(running, ids.shape[1]), "block")', 'batch.lengths[running] -= 1\n        step = batch.step(running, torch.full_like(running, ids.shape[1]), "block")', "core/test_dspark", "a_block"),
     Mutant("streams are normed before their mean", TRANSFORMER, "spread(*now).float().mean(1)", "torch.nn.functional.rms_norm(spread(*now).float(), h.shape[-1:]).mean(1)", "core/test_dspark", "a_block"),
     Mutant("streams are read before the layer", TRANSFORMER, "            now = block(now, input_ids, step, cache)\n            if means", "            before, now = now, block(now, input_ids, step, cache)\n            if means and int(layer) in means:\n                means[int(layer)] = spread(*before).float().mean(1).to(h.dtype)\n            elif means", "core/test_dspark", "a_block"),
-    Mutant("the collapsed state is read, not the mean", TRANSFORMER, "spread(*now).float().mean(1).to(h.dtype)", "streams(*now, block.hc_attn.mixer(block.attn_norm))[1]", "core/test_dspark", "a_block"),
+    Mutant("the collapsed state is read, not the mean", TRANSFORMER, "spread(*now).float().mean(1).to(h.dtype)", "plain(streams(*now, block.hc_attn.mixer(block.attn_norm))[1])", "core/test_dspark", "a_block"),
     Mutant("rows of a block see those before them only", GROUPS, "last = seq_lens[request] - 1", "last = seq_lens[request] - count[request] + rows - query_start[request]", "core/test_dspark", "see_one_another"),
     Mutant("a block sees a row less of the window", GROUPS, "self.window = layout.sliding_window + together", "self.window = layout.sliding_window + max(0, together - 1)", "core/test_dspark", "visible"),
     Mutant("noise takes the anchor's place", DSPARK, "torch.cat([anchor[:, None], noise], 1)", "torch.cat([noise, anchor[:, None]], 1)", "core/test_dspark", "a_block"),
