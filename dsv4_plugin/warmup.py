@@ -33,6 +33,10 @@ from dsv4_plugin.model.transformer import Network, Transformer
 
 log = logging.getLogger("dsv4_plugin")
 
+COMPANIES = (4, 80)
+"""Rows of decoding batches between the smallest and the largest, for which kernels are launched in
+another way than for both: more pairs than experts split (`experts.kernel.Launch`), more tokens than
+mHC takes as few (`streams.kernel.Launch`)."""
 OFTEN = 5.0
 """Seconds between two lines about progress."""
 
@@ -55,7 +59,8 @@ def shapes(rows: int, requests: int, longest: int, drafts: int = 0) -> list[Shap
         (1, 1), (requests, 1), (short, short), (rows, rows),
         *((min(n * looked, rows), min(looked, rows)) for n in (1, requests)),
     })  # fmt: skip
-    return [(n, query, length) for length in lengths for n, query in batches]
+    companies = [(n, 1, lengths[0]) for n in COMPANIES if n < rows]
+    return companies + [(n, query, length) for length in lengths for n, query in batches]
 
 
 def warm_up(

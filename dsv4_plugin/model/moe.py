@@ -50,4 +50,4 @@ class MoE(nn.Module):
     def forward(self, x: Tensor | Both, input_ids: Tensor, step: Step) -> Tensor:
         """x [T, D] -> [T, D]."""
         ids, weight = self.gate(plain(x), input_ids, step.position)
-        return self.all_reduce(self.experts(plain(x), ids, weight) + self.shared_experts(x))
+        return self.all_reduce(self.experts(plain(x), ids, weight, self.shared_experts(x)))

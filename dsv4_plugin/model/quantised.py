@@ -425,9 +425,9 @@ class QuantisedExperts(nn.Module):
             return Int4Matrix(part("weight"), part("weight_scale"))
         return NVFP4Matrix(part("weight"), part("weight_scale"), part("weight_scale_2"))
 
-    def forward(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor, weight: Tensor, also: Tensor | None = None) -> Tensor:
         rounding = self.stored in ("fp4", "fp8")
-        return packed_experts(x, ids, weight, *self.weights(), self.limit, rounding)
+        return packed_experts(x, ids, weight, *self.weights(), self.limit, rounding, also)
 
 
 def _parts(

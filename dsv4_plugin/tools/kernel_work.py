@@ -358,6 +358,22 @@ def router(world: World, hashed: bool = False) -> Work:
     )
 
 
+def float32_linear(world: World, outputs: int) -> Work:
+    """The router's product, or the compressors'."""
+    from dsv4_plugin.kernels.linear import kernel, reference
+
+    x = world.random(world.rows, world.config.hidden_size, dtype=torch.bfloat16)
+    parts = world.random(kernel.PARTS, outputs, x.shape[1], dtype=torch.bfloat16)
+    for part, size in zip(parts, (2.0**-16, 2.0**-8, 1.0), strict=True):
+        part.mul_(size)
+    weight = parts.float().sum(0)
+    return Work(
+        lambda: [kernel.product(x, parts)],
+        lambda: [reference(x.float(), weight)],
+        parts.nbytes + x.nbytes + 4 * outputs * world.rows,
+    )
+
+
 def shared_activation(world: World) -> Work:
     from dsv4_plugin.kernels.swiglu import kernel, reference
 
@@ -578,6 +594,8 @@ WORK: dict[str, Callable[[World], Work]] = {
     "residual streams": residual_streams,
     "residual streams, joined": joined_streams,
     "router": router,
+    "router's product": partial(float32_linear, outputs=256),
+    "compressors' product, CSA": partial(float32_linear, outputs=2560),
     "shared expert's SwiGLU": shared_activation,
     "index queries": index_queries,
     "index scores and top-k": index,

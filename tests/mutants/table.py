@@ -44,6 +44,7 @@ FP8 = f"{KERNELS}/packed/fp8.py"
 BLOCK, TRANSFORMER, DSPARK = (
     f"dsv4_plugin/model/{name}.py" for name in ("block", "transformer", "dspark")
 )
+PRODUCT, LINEAR = f"{KERNELS}/experts/product.py", f"{KERNELS}/linear/kernel.py"
 GROUPS, CPU_ATTENTION = "dsv4_plugin/cache/groups.py", "dsv4_plugin/kernels/attention/cpu.py"
 FILES, SPECULATE = "dsv4_plugin/checkpoint/files.py", "dsv4_plugin/speculate.py"
 RENDER, ENCODER = "dsv4_plugin/chat/render.py", "dsv4_plugin/chat/encoder.py"
@@ -69,7 +70,7 @@ MUTANTS = [
     Mutant("no guard for a block that nobody sees", ATTENTION, 'safe = tl.where(m_new == float("-inf"), 0.0, m_new)', "safe = m_new", "triton/test_attention", "decode"),
     Mutant("entries that do not exist yet are seen", ATTENTION, "sees = i[None, :] < seen[:, None]", "sees = i[None, :] <= seen[:, None]", "triton/test_attention", "prefill"),
     Mutant("entries that a row does not see are chosen", INDEX, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "triton/test_index", "topk"),
-    Mutant("rows of no pair are stored", EXPERTS, "tl.store(at, gate, mask=real[:, None] &", "tl.store(at, gate, mask=(pair[:, None] >= 0) &", "triton/test_experts", "nobody or one_expert"),
+    Mutant("rows of no pair are stored", PRODUCT, "gate, mask=real[:, None] &", "gate, mask=(pair[:, None] >= 0) &", "triton/test_experts", "nobody or one_expert"),
     Mutant("rows of nobody are added", EXPERTS, "here = (id >= 0) & (id < E)", "here = id < E", "triton/test_experts", "nobody"),
     Mutant("outputs past the last", PACKED, "used = (n < N)[:, None] & (word < K // 4)[None, :]", "used = (n < N + 9)[:, None] & (word < K // 4)[None, :]", "triton/test_experts", "packed_experts and fp8"),
     # Off by one
@@ -99,7 +100,10 @@ MUTANTS = [
     Mutant("a row's scale is its first block's", FP8, "by = tl.load(x_scale + i)", "by = tl.load(x_scale)", "triton/test_packed", "test_product and codes"),
     Mutant("torch reads codes as they lie", "dsv4_plugin/kernels/packed/__init__.py", "if self.bits:", "if False:", "triton/test_packed", "torch_reads"),
     Mutant("the second weight's rows are as long as the first's", FP8, "tl.where(later, N - first, first)", "first", "triton/test_packed", "two_weights"),
-    Mutant("weights of the first choice", EXPERTS, "tl.load(weight + pair,", "tl.load(weight + pair // PAIRS * PAIRS,", "triton/test_experts", "plain"),
+    Mutant("weights of the first choice", PRODUCT, "tl.load(weight + pair,", "tl.load(weight + pair // PAIRS * PAIRS,", "triton/test_experts", "plain"),
+    Mutant("inputs in the order of another format", PRODUCT, "i % EACH * (BLOCK // EACH) + i // EACH", "i % (BLOCK // EACH) * EACH + i // (BLOCK // EACH)", "triton/test_experts", "packed_experts and fp4"),
+    Mutant("a placed pair is its own forerunner", EXPERTS, "i[:, None] < i[None, :]", "i[:, None] <= i[None, :]", "triton/test_experts", "place"),
+    Mutant("a placed block is not filled up", EXPERTS, "rest < ((first + blocks) * M)", "rest < ((first + blocks) * M - 1)", "triton/test_experts", "place"),
     # Arithmetic that is nearly right
     Mutant("a scale by multiplication", BITS, "(bits & 0x7FFFFF) > 0x600000", "(bits & 0x7FFFFF) >= 0x600000", "triton/test_kit"),
     Mutant("ties of e4m3 away from zero", BITS, "size + 0x7FFFF + ((size >> 20) & 1)", "size + 0x80000", "triton/test_kit"),
@@ -114,11 +118,17 @@ MUTANTS = [
     Mutant("sums of the slab before", STREAMS, "to = partial + (t - first) * chunks * WIDTH\n            _multiply", "to = partial + t * chunks * WIDTH\n            _multiply", "triton/test_streams", "batch"),
     Mutant("a stream joins with the next one's weight", STREAMS, "mixing + tk * R + j", "mixing + tk * R + (j + 1) % R", "triton/test_streams", "2-4-72"),
     Mutant("the sink is left out", ATTENTION, "l_total = tl.full((M,), 1.0, tl.float32)", "l_total = tl.full((M,), 0.0, tl.float32)", "triton/test_attention", "prefill"),
-    Mutant("the limit bounds the gate below too", EXPERTS, "gate = tl.minimum(gate.to(x.dtype.element_ty).to(tl.float32), limit)", "gate = tl.maximum(tl.minimum(gate.to(x.dtype.element_ty).to(tl.float32), limit), -limit)", "triton/test_experts", "plain"),
+    Mutant("the limit bounds the gate below too", PRODUCT, "gate = tl.minimum(gate.to(tl.float32), limit)", "gate = tl.maximum(tl.minimum(gate.to(tl.float32), limit), -limit)", "triton/test_experts", "plain"),
     Mutant("the limit bounds the shared expert's gate below too", SWIGLU, "g = tl.minimum(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), limit)", "g = tl.maximum(tl.minimum(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), limit), -limit)", "triton/test_swiglu"),
     Mutant("padding chooses experts", GATE, "tl.where(tl.load(position + t) < 0, -1, ids)", "tl.where(tl.load(position + t) < -9, -1, ids)", "triton/test_gate"),
     Mutant("the tensor's scale is dropped", PACKED, "one *= tl.load(top) * FP4_UNIT", "one *= FP4_UNIT", "triton/test_experts", "packed_product and nvfp4"),
+    Mutant("the last piece is left out", PRODUCT, "for piece in tl.static_range(1, PIECES):", "for piece in tl.static_range(1, PIECES - 1):", "triton/test_experts", "company"),
+    Mutant("a piece begins a step late", PRODUCT, "_opened(i % STEPS == 0, gate_before", "_opened(i % STEPS == 1, gate_before", "triton/test_experts", "company"),
+    Mutant("a float32 weight's middle part is dropped", LINEAR, "torch.stack(found[::-1])", "torch.stack([found[-1], found[0]])", "triton/test_linear"),
+    Mutant("a piece of a float32 product is left out", LINEAR, "for piece in tl.static_range(1, PIECES):", "for piece in tl.static_range(2, PIECES):", "triton/test_linear"),
+    Mutant("a float32 product's pieces are not made apart", LINEAR, "before = tl.where(i % STEPS == 0,", "before = tl.where(i < 0,", "triton/test_linear", "company"),
     # Between programs
+    Mutant("an expert's tiles share a counter", PRODUCT, "counter + tl.program_id(1) * tl.num_programs(0) + block", "counter + block", "triton/test_experts", "company"),
     Mutant("the last but one goes on", ARRIVAL, "== programs - 1", "== tl.maximum(programs - 2, 0)", "triton/test_arrival"),
     Mutant("counters are not put back", ARRIVAL, "tl.store(counter, 0)", "pass", "triton/test_arrival"),
     Mutant("no barrier before an arrival", ARRIVAL, "    tl.debug_barrier()", "    # tl.debug_barrier()", "triton/test_arrival"),
@@ -134,7 +144,7 @@ MUTANTS = [
     Mutant("attention is captured with its metadata", BLOCK, "self.attend = parallel.breaking(self.attn.forward)", "self.attend = self.attn.forward", "triton/test_vllm", compiled=True),
     # Addresses
     Mutant("int32 page addresses", COMPRESS, "number = tl.load(page_table + begin // PAGE).to(tl.int64)", "number = tl.load(page_table + begin // PAGE)", "triton/test_compress", "gigabytes"),
-    Mutant("int32 addresses of experts", EXPERTS, "e = tl.load(expert_of + block).to(tl.int64)", "e = tl.load(expert_of + block)", "triton/test_experts", "gigabytes"),
+    Mutant("int32 addresses of experts", PRODUCT, "e = tl.load(expert_of + block).to(tl.int64)", "e = tl.load(expert_of + block)", "triton/test_experts", "gigabytes"),
     Mutant("int32 window addresses", STEP, "mask=real, other=-1).to(tl.int64)", "mask=real, other=-1)", "triton/test_step"),
     Mutant("int32 block addresses", DEVICE, "mask=ok, other=-1).to(tl.int64)\n    ok", "mask=ok, other=-1)\n    ok", "triton/test_attention", "gigabytes"),
     Mutant("int32 key addresses", DEVICE, "mask=ok, other=-1).to(tl.int64)\n    ok", "mask=ok, other=-1)\n    ok", "triton/test_index", "gigabytes"),

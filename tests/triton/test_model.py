@@ -159,9 +159,9 @@ def test_a_decode_step_asks_the_device_for_nothing(gpu, fmt, tmp_path, monkeypat
         DeviceBatch(model.model, layout, [200, 100], 256).run(work, lambda: unasked(monkeypatch))
     mode.kernels(monkeypatch, "triton")
     model.model.finalize_weights()
-    chosen, sort = [], experts_kernel.sort
+    chosen, prepared = [], experts_kernel.prepared
     monkeypatch.setattr(
-        experts_kernel, "sort", lambda ids, *args: chosen.append(ids) or sort(ids, *args)
+        experts_kernel, "prepared", lambda x, ids, *a: chosen.append(ids) or prepared(x, ids, *a)
     )
     found = finding.run(work, lambda: unasked(monkeypatch)).float()
     assert len(chosen) == 3
