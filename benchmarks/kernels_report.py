@@ -102,7 +102,7 @@ def count(name: str, least: int, run: Callable[[], Iterable[Tensor]]) -> Work:
 
 def attention_work(context: int, ratio: int, many: bool, heads: int = 64) -> Work:
     """One decode step's attention of a layer, for one request `context` tokens long; many: by the
-    launch that serves it in company, which keeps no partial sums."""
+    launch that serves it in company."""
     batch = 1
     codec, k = kv_codec("fp8"), 512 if ratio == 4 else 0
     seen = min(k, context // ratio) if k else context // ratio
@@ -128,14 +128,15 @@ def attention_work(context: int, ratio: int, many: bool, heads: int = 64) -> Wor
             return made
 
         torch.empty = empty  # type: ignore[assignment]
-        launch = attention.LAUNCH["any"]
-        attention.LAUNCH["any"] = replace(launch, split=0) if many else launch
+        table = attention.LAUNCHES
+        of_many = {k: replace(v, ways=v.ways[-1:]) for k, v in table.items()}
+        attention.LAUNCHES = of_many if many else table
         try:
             sink = torch.zeros(heads)
             attention.attention(q, sink, cis, step, window, 128, entries, ratio, chosen)
         finally:
             torch.empty = stock
-            attention.LAUNCH["any"] = launch
+            attention.LAUNCHES = table
         return scratch
 
     kind = "CSA" if k else "HCA"

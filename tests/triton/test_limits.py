@@ -51,9 +51,8 @@ def launches(monkeypatch, rows, limit):
     scores (CSA)."""
     attend, scores = Launch(), Launch()
     monkeypatch.setattr(attention, "attend", attend)
+    monkeypatch.setattr(attention, "merge", Launch())
     monkeypatch.setattr(index, "index_scores", scores)
-    counters = torch.empty(1 << 16, dtype=torch.int32, device="meta")
-    monkeypatch.setattr(attention, "counters", lambda *_: counters)
     layout = CacheLayout.of(flash([CSA, HCA]), "fp8")
     with FakeGPU("sm80"), torch.device("meta"):
         at = torch.empty(rows, dtype=torch.int32)
@@ -79,9 +78,16 @@ def test_the_documented_table(monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 8, 53, 256])
 def test_programs_do_not_grow_with_the_limit(monkeypatch, rows):
-    """Beyond what fills a card: as many as there are rows and heads, or a constant."""
-    programs, _, scores, _ = launches(monkeypatch, rows, LIMITS[-1])
-    assert programs <= max(2 * attention.LAUNCH["any"].split, rows * 4)
+    """Beyond what fills a card: as many as there are rows, head blocks and pieces, or a constant;
+    and scratch within its bounds."""
+    programs, scratch, scores, _ = launches(monkeypatch, rows, LIMITS[-1])
+    launch = attention.LAUNCHES["a100"]
+    few, many = launch.ways
+    cell = 64 * 514 * 4
+    pieces = -(-(LIMITS[-1] // HCA + 128) // (launch.keys * launch.piece))
+    dealt = 2 * few.columns * (attention.DEALT_BYTES // cell)
+    assert programs <= max(dealt, 2 * many.columns * pieces * rows, 2 * few.columns * pieces * rows)
+    assert scratch * 2**20 <= attention.SCRATCH_BYTES
     assert scores <= index.LAUNCH["any"].programs + rows
 
 
