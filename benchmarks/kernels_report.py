@@ -23,6 +23,7 @@ from benchmarks.launches import per_kind
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.kernels.attention import kernel as attention
 from dsv4_plugin.kernels.index import kernel as index
+from dsv4_plugin.kernels.index.topk import topk
 from lab.kernels.cases import key_codec, kv_codec, step_of_rows
 from lab.kernels.production import MODULES
 from lab.kit.compile import Built, build
@@ -153,7 +154,7 @@ def index_work(context: int, kind: str = "fp8", heads: int = 64) -> Work:
 
     def run() -> list[Tensor]:
         score = index.scores(q, weight, keys, position, request, 4, n)
-        index.topk(score, position, 4, 512)
+        topk(score, position, 4, 512)
         return []
 
     least = n * 4 * codec.words + 2 * heads * 128

@@ -38,10 +38,12 @@ OFTEN = 5.0
 def shapes(rows: int, requests: int, longest: int) -> list[tuple[int, int, int]]:
     """(rows, most rows of a request, most tokens of a request) of the steps to run: decoding alone
     and in company, prompts, at every length that changes a launch."""
-    from dsv4_plugin.kernels.index.kernel import BLOCKS
+    from dsv4_plugin.kernels.index.topk import BLOCKS, LAUNCHES
+    from dsv4_plugin.kernels.launch import pick
 
     few = (1, 256)  # no compressed rows; some, but not more than are chosen
-    lengths = sorted({min(n, longest) for n in (*few, *(4 * b for b in BLOCKS))} | {longest})
+    scores = *BLOCKS, pick(LAUNCHES).long
+    lengths = sorted({min(n, longest) for n in (*few, *(4 * b for b in scores))} | {longest})
     batches = sorted({(1, 1), (requests, 1), (rows, rows)})
     return [(n, query, length) for length in lengths for n, query in batches]
 

@@ -20,7 +20,7 @@ from triton.language.target_info import is_hip
 
 COUNTERS = 1 << 16
 """Of a kernel. (256 KiB)"""
-KERNELS = ("streams", "index")
+KERNELS = ("streams",)
 
 
 def counters(kernel: str, device: torch.device, needed: int) -> Tensor:

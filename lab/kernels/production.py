@@ -19,6 +19,7 @@ from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.kernels.attention import kernel as attention_kernel
 from dsv4_plugin.kernels.index import kernel as index
+from dsv4_plugin.kernels.index.topk import topk
 from lab.kernels.cases import key_codec, kv_codec, step_of_rows
 
 MODULES = (__name__, "lab.kernels.production_layer", "lab.kernels.production_experts")
@@ -71,7 +72,7 @@ def index_scores(rows: int, heads: int, longest: int, kind: str = "fp8") -> None
 
 
 def index_topk(rows: int, longest: int, k: int) -> None:
-    index.topk(meta(rows, longest // 4), meta(rows, dtype=INT), 4, k)
+    topk(meta(rows, longest // 4), meta(rows, dtype=INT), 4, k)
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -94,5 +95,7 @@ CASES: dict[str, Callable[[], None]] = {
     "indexer scores, decode of 64, fp4 keys": partial(index_scores, 64, 64, MILLION, "fp4"),
     "indexer scores, prefill": partial(index_scores, 8192, 64, MILLION),
     "indexer top-512 of 16,384": partial(index_topk, 1, 1 << 16, 512),
+    "indexer top-512 of 16,384, 64 rows": partial(index_topk, 64, 1 << 16, 512),
+    "indexer top-512 of 4,096, 64 rows": partial(index_topk, 64, 1 << 14, 512),
     "indexer top-1024 of 262,144": partial(index_topk, 64, MILLION, 1024),
 }

@@ -41,6 +41,7 @@ STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX, SWIGLU = 
     ]
 )
 ATTENTION_KEYS = f"{KERNELS}/attention/keys.py"
+INDEX_TOPK = f"{KERNELS}/index/topk.py"
 BLOCK, TRANSFORMER, DSPARK = (
     f"dsv4_plugin/model/{name}.py" for name in ("block", "transformer", "dspark")
 )
@@ -65,7 +66,7 @@ MUTANTS = [
     Mutant("the ring is read in every window", COMPRESS, "kept = used & middle\n        top", "kept = used & (middle | True)\n        top", "triton/test_compress", "hca"),
     Mutant("columns past the last", STREAMS, "used = (n < N)[None, :] & (d < D)[:, None]", "used = (n < N)[None, :] & (d < D + 9)[:, None]", "triton/test_streams"),
     Mutant("experts past the last compete", GATE, "tl.where(e < E, (ordered", "tl.where(e < E + 1, (ordered", "triton/test_gate"),
-    Mutant("entries that a row does not see are chosen", INDEX, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "triton/test_index", "topk"),
+    Mutant("entries that a row does not see are chosen", INDEX_TOPK, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "triton/test_index", "topk"),
     Mutant("rows of no pair are stored", EXPERTS, "tl.store(at, gate, mask=real[:, None] &", "tl.store(at, gate, mask=(pair[:, None] >= 0) &", "triton/test_experts", "nobody or one_expert"),
     Mutant("rows of nobody are added", EXPERTS, "here = (id >= 0) & (id < E)", "here = id < E", "triton/test_experts", "nobody"),
     Mutant("outputs past the last", PACKED, "used = (n < N)[:, None] & (word < K // 4)[None, :]", "used = (n < N + 9)[:, None] & (word < K // 4)[None, :]", "triton/test_experts", "packed_product and fp8"),
@@ -119,7 +120,10 @@ MUTANTS = [
     Mutant("an arrival orders nothing", ARRIVAL, 'sem="acq_rel"', 'sem="relaxed"', "triton/test_streams", "order"),
     Mutant("sums are read through L1", STREAMS, 'other=0.0, cache_modifier=".cg")\n    return tl.rsqrt', "other=0.0)\n    return tl.rsqrt", "triton/test_streams", "order"),
     Mutant("tiles share a counter", STREAMS, "is_last(counter + tl.program_id(0), chunks)", "is_last(counter, chunks)", "triton/test_streams", "order"),
-    Mutant("the last program chooses among its own", INDEX, "j < parts * K", "j < K", "triton/test_index", "many_blocks"),
+    Mutant("ties of the chunks before are not counted", INDEX_TOPK, "left = room - tied_before", "left = room", "triton/test_index", "in_chunks"),
+    Mutant("a chunk writes where the one before does", INDEX_TOPK, "h = _counts(last, p, GROUP)", "h = _counts(last, p - 1, GROUP)", "triton/test_index", "in_chunks"),
+    Mutant("counts of this pass, not of the one before", INDEX_TOPK, "(2 * t + (PASS + 1) % 2)", "(2 * t + PASS % 2)", "triton/test_index", "in_chunks"),
+    Mutant("the last digit is not looked at", INDEX_TOPK, "take = (real & (order > least))", "take = (real & ((order >> 8) > (least >> 8)))", "triton/test_index", "in_chunks"),
     Mutant("cells are folded from the last on", ATTENTION, "place = (t * places + cell) * H + h\n            x =", "place = (t * places + end - 1 - cell + piece * own) * H + h\n            x =", "triton/test_attention", "order"),
     Mutant("dealt tiles know no pieces", ATTENTION, "own = PIECE // each", "own = PIECE", "triton/test_attention", "order"),
     Mutant("a cell more than there is", ATTENTION, "end = tl.minimum(piece * own + own, cells)", "end = piece * own + own", "triton/test_attention", "order"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.kernels import index
-from dsv4_plugin.kernels.index import kernel, reference
+from dsv4_plugin.kernels.index import kernel, reference, topk
 from lab.kernels.cases import far, generator, key_codec, paged, pairs, step_of_rows
 from lab.kit import mode
 from lab.kit.order import seeded
@@ -133,27 +135,46 @@ def test_topk(gpu, lengths, n, k):
     position = ints(*(RATIO * x - 1 for x in lengths))
     score = score.to(mode.DEVICE)
     assert torch.equal(
-        kernel.topk(score, position, RATIO, k), reference.topk(score, position, RATIO, k)
+        topk.topk(score, position, RATIO, k), reference.topk(score, position, RATIO, k)
     )
 
 
 @pytest.mark.parametrize("few", [True, False])
-def test_topk_of_many_blocks(gpu, monkeypatch, few):
-    """As for contexts of a million tokens: the last program of a row chooses among all blocks'."""
-    monkeypatch.setattr(kernel, "BLOCKS", (512,))
-    n, k = 3000, 64
-    score = torch.stack([tied(n, 1), normal(n, seed=2).cpu()]).to(mode.DEVICE)
-    position = ints(4 * 2990 - 1, 4 * 40 - 1 if few else 4 * n - 1)
+def test_topk_in_chunks(gpu, monkeypatch, few):
+    """As for contexts of a million tokens: a row that many chunks are counted of, and a short one;
+    ties within a chunk and across chunks."""
+    launch = replace(topk.LAUNCHES["any"], least=0, small_chunk=256)
+    monkeypatch.setattr(topk, "LAUNCHES", {"any": launch})
+    n, k = 9000, 64
+    score = torch.stack([tied(n, 1), normal(n, seed=2).cpu(), torch.ones(n)])
+    score[2, [100, 3000]] = 2.0
+    score = score.to(mode.DEVICE)
+    position = ints(4 * 8990 - 1, 4 * 40 - 1 if few else 4 * n - 1, 4 * 5000 - 1)
     expected = reference.topk(score, position, RATIO, k)
-    for seed in range(3):
+    for seed in range(2):
         with seeded(seed):
-            assert torch.equal(kernel.topk(score, position, RATIO, k), expected)
+            assert torch.equal(topk.topk(score, position, RATIO, k), expected)
 
 
-def test_more_entries_than_two_rounds_choose_from(monkeypatch):
-    monkeypatch.setattr(kernel, "BLOCKS", (512,))
-    with pytest.raises(ValueError, match="64 of 5000 entries are too many; at most 4096 entries"):
-        kernel.topk(normal(1, 5000), ints(19_999), RATIO, 64)
+def test_topk_in_chunks_of_every_kind(gpu, monkeypatch):
+    """Infinities, NaN, subnormals, numbers that differ in their last bits, more chosen than there
+    are of any one kind."""
+    launch = replace(topk.LAUNCHES["any"], least=0, small_chunk=256)
+    monkeypatch.setattr(topk, "LAUNCHES", {"any": launch})
+    n, k = 1500, 512
+    kinds = torch.tensor([float("inf"), float("-inf"), float("nan"), 1e-45, -1e-45, 0.0, -0.0])
+    score = torch.stack(
+        [
+            kinds[torch.randint(0, 7, (n,), generator=generator(3))],
+            1 + torch.randint(0, 300, (n,), generator=generator(4)) * 2.0**-23,
+        ]
+    ).to(mode.DEVICE)
+    position = ints(4 * n - 1, 4 * n - 1)
+    whole = replace(launch, least=n)
+    chunks = topk.topk(score, position, RATIO, k)
+    monkeypatch.setattr(topk, "LAUNCHES", {"any": whole})
+    assert torch.equal(topk.topk(score, position, RATIO, k), chunks)
+    assert torch.equal(chunks[1:], reference.topk(score[1:], position[1:], RATIO, k))
 
 
 def test_choices_in_turns(gpu, monkeypatch):
@@ -172,7 +193,7 @@ def test_choices_in_turns(gpu, monkeypatch):
         *kernel.queries(q, weight, cis, of("fp8")), keys, position, request, RATIO, n
     )
     assert torch.equal(expected, reference.topk(score[:, :n], position, RATIO, 64))
-    monkeypatch.setattr(index, "SCORE_VALUES", 2 * n)
+    monkeypatch.setattr(kernel, "SCORE_VALUES", 2 * n)
     assert torch.equal(choose(), expected)
     worst = reference.topk(-score[:, :n], position, RATIO, 64)
     assert torch.equal(choose(reduce=torch.neg), worst)

@@ -13,6 +13,7 @@ from dsv4_plugin.cache.rows import RowPool
 from dsv4_plugin.config import CSA, HCA
 from dsv4_plugin.kernels.attention import kernel as attention
 from dsv4_plugin.kernels.index import kernel as index
+from dsv4_plugin.kernels.index.topk import topk
 from lab.kernels.cases import step_of_rows
 from lab.kernels.sizes import flash
 from lab.kit import mode
@@ -115,7 +116,7 @@ def test_a_short_request_moves_no_more_under_a_long_limit():
 
     def choose(n):
         score = index.scores(q, weight, keys, *at, ratio, n)
-        return index.topk(score, position, ratio, 64)
+        return topk(score, position, ratio, 64)
 
     near, bytes_near = counted(lambda: choose(n))
     far, bytes_far = counted(lambda: choose(1 << 15))

@@ -11,6 +11,7 @@ the choice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +21,14 @@ from torch import Tensor
 
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
-from dsv4_plugin.kernels.arrival import counters, is_last
+from dsv4_plugin.cache.step import Step
 from dsv4_plugin.kernels.bits import e2m1_codes, e4m3_codes
 from dsv4_plugin.kernels.device import BFLOAT16, FP4, FP8, alignment, row_pointers
+from dsv4_plugin.kernels.index.topk import topk
 from dsv4_plugin.kernels.launch import pick, require
 
-BLOCKS = (1024, 4096, 16384)
-"""How many scores a program of the top-k looks at: the least that holds a row, or the most."""
+SCORE_VALUES = 1 << 26
+"""Most scores kept at a time (256 MiB): more rows take their turn."""
 
 
 @dataclass(frozen=True)
@@ -274,99 +276,27 @@ def _nibbles(words, factor, N: tl.constexpr, P: tl.constexpr):
     return tl.reshape(x * factor[:, :, None], (N, P)).to(tl.float16)
 
 
-@triton.jit
-def _best(
-    score,
-    entry_in,
-    i,
-    real,
-    out,
-    score_out,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    LISTED: tl.constexpr,
-    SCORES: tl.constexpr,
-):
-    """The K best of the scores at places i that are real, in order of entry, -1 last.
-
-    LISTED: scores come with their entries (-1: none), as other programs left them; else entries
-    are the places. SCORES: write the chosen scores too.
-    """
-    past_l1: tl.constexpr = ".cg" if LISTED else ""
-    entry = i
-    if LISTED:
-        entry = tl.load(entry_in + i, mask=real, other=-1, cache_modifier=past_l1)
-        real = entry >= 0
-    x = tl.load(score + i, mask=real, other=0.0, cache_modifier=past_l1)
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
-    order = tl.where(real, order, 0)
-    # The largest threshold that at least K scores reach, bit by bit.
-    threshold = tl.full((), 0, tl.uint32)
-    for step in range(32):
-        trial = threshold | (tl.full((), 1, tl.uint32) << (31 - step))
-        reach = tl.sum((order >= trial).to(tl.int32), 0)
-        threshold = tl.where(reach >= K, trial, threshold)
-    above = order > threshold
-    tied = (order == threshold) & real
-    room = K - tl.sum(above.to(tl.int32), 0)
-    take = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
-    place = tl.cumsum(take.to(tl.int32), 0) - 1
-    tl.store(out + place, entry, mask=take)
-    rest = tl.arange(0, KP)
-    empty = (rest >= tl.sum(take.to(tl.int32), 0)) & (rest < K)
-    tl.store(out + rest, tl.full((KP,), -1, tl.int32), mask=empty)
-    if SCORES:  # read again: registers are short
-        again = tl.load(score + i, mask=take, other=0.0)
-        tl.store(score_out + place, again, mask=take)
-        tl.store(score_out + rest, tl.zeros((KP,), tl.float32), mask=empty)
-
-
-@triton.jit(do_not_specialize=["score_stride", "n"])
 def choose(
-    score,
-    position,
-    out,
-    part_entry,
-    part_score,
-    counter,
-    score_stride,
-    n,
-    K: tl.constexpr,
-    RATIO: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SMALL: tl.constexpr,
-    AGAIN: tl.constexpr,
-    KP: tl.constexpr,
-):
-    """Program (row, block): the K best of a block of scores, or of all SMALL ones at most. AGAIN:
-    of what all blocks of a row kept, not more than one block, the last program takes the K best."""
-    t = tl.program_id(0).to(tl.int64)
-    seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)
-    row = score + t * score_stride
-    if BLOCK > SMALL:  # noqa: SIM102  (decided when it is compiled)
-        if seen <= SMALL:
-            if tl.program_id(1) == 0:
-                few = tl.arange(0, SMALL)
-                _best(row, row, few, few < seen, out + t * K, row, K, KP, False, False)
-            return
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if not AGAIN:
-        _best(row, row, i, i < seen, out + t * K, row, K, KP, False, False)
-    else:
-        parts = tl.maximum(tl.cdiv(seen, BLOCK), 1)
-        mine = (t * tl.num_programs(1) + tl.program_id(1)) * K
-        kept = t * tl.num_programs(1) * K
-        if tl.program_id(1) < parts:
-            _best(
-                row, row, i, i < seen, part_entry + mine, part_score + mine, K, KP, False, True
-            )  # fmt: skip
-            if is_last(counter + t, parts):
-                j = tl.arange(0, BLOCK)
-                _best(
-                    part_score + kept, part_entry + kept, j, j < parts * K,
-                    out + t * K, row, K, KP, True, False,
-                )  # fmt: skip
+    q: Tensor,
+    weight: Tensor,
+    cis: Tensor,
+    keys: Paged,
+    step: Step,
+    ratio: int,
+    k: int,
+    reduce: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """As in `index`."""
+    q, weight = queries(q, weight, cis, keys.pool.codec.format)
+    n = max(1, step.longest // ratio)
+    size = max(1, SCORE_VALUES // n)
+    parts = []
+    for first in range(0, max(1, len(q)), size):
+        rows = slice(first, first + size)
+        at = step.position[rows]
+        score = scores(q[rows], weight[rows], keys, at, step.request[rows], ratio, n, step.tiles)
+        parts.append(topk(reduce(score), at, ratio, k))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def queries(q: Tensor, weight: Tensor, cis: Tensor, keys: RowFormat) -> tuple[Tensor, Tensor]:
@@ -428,32 +358,4 @@ def scores(
         ROWS=rows, ENTRIES=launch.entries,
         num_warps=launch.row_warps if rows > 1 else launch.warps, num_stages=1,
     )  # fmt: skip
-    return out
-
-
-def topk(score: Tensor, position: Tensor, ratio: int, k: int) -> Tensor:
-    """As in `reference`: the best of every block of scores, then of those.
-
-    Raises:
-        ValueError: scores of a row that take more than these two rounds.
-    """
-    t, n = score.shape
-    require(position)
-    assert score.stride(1) == 1
-    block = next((b for b in BLOCKS if b >= n), BLOCKS[-1])
-    parts = triton.cdiv(n, block)
-    kept = parts * k if parts > 1 else 0
-    if kept > BLOCKS[-1]:
-        most = BLOCKS[-1] // k * block
-        raise ValueError(f"{k} of {n} entries are too many; at most {most} entries")
-    out = torch.empty((t, k), dtype=torch.int32, device=score.device)
-    part_entry = torch.empty((t, kept), dtype=torch.int32, device=score.device)
-    if t:
-        choose[(t, parts)](
-            score, position, out, part_entry, torch.empty_like(part_entry, dtype=torch.float32),
-            counters("index", score.device, t * (parts > 1)), score.stride(0), n,
-            K=k, RATIO=ratio, BLOCK=block, SMALL=BLOCKS[0], AGAIN=parts > 1,
-            KP=triton.next_power_of_2(k),
-            num_warps=16 if block > 4096 else 4,
-        )  # fmt: skip
     return out

@@ -380,6 +380,7 @@ def index_queries(world: World) -> Work:
 def index(world: World) -> Work:
     """Scores and their top-k, from given queries."""
     from dsv4_plugin.kernels.index import kernel, reference
+    from dsv4_plugin.kernels.index.topk import topk
 
     s, cache = world.step(CSA), world.cache(CSA)
     q = world.random(world.rows, INDEX_HEADS, INDEX_D, dtype=torch.bfloat16)
@@ -391,7 +392,7 @@ def index(world: World) -> Work:
 
     def launch() -> Outputs:
         score = kernel.scores(*turned, keys, *at, CSA, n, s.tiles)
-        return [kernel.topk(score, s.position, CSA, TOPK)]
+        return [topk(score, s.position, CSA, TOPK)]
 
     def expect() -> Outputs:
         # By the kernel's scores: sums of another order may choose another entry.
