@@ -68,7 +68,9 @@ def index_scores(rows: int, heads: int, longest: int, kind: str = "fp8") -> None
     q, weight = meta(rows, heads, 128, dtype=torch.float16), meta(rows, heads)
     keys = pages(key_codec(kind), PAGE // 4, MILLION // PAGE, offset=9344)
     at = meta(rows, dtype=INT), meta(rows, dtype=INT)
-    index.scores(q, weight, keys, *at, 4, longest // 4, tiles=rows == 8192)
+    n = longest // 4
+    flat = index.gathered(keys, meta(1, dtype=INT), 4, n) if rows == 8192 else None
+    index.scores(q, weight, keys, *at, 4, n, flat)
 
 
 def index_topk(rows: int, longest: int, k: int) -> None:
@@ -94,6 +96,7 @@ CASES: dict[str, Callable[[], None]] = {
     "indexer scores, decode of 64, 8 heads": partial(index_scores, 64, 8, MILLION),
     "indexer scores, decode of 64, fp4 keys": partial(index_scores, 64, 64, MILLION, "fp4"),
     "indexer scores, prefill": partial(index_scores, 8192, 64, MILLION),
+    "indexer scores, prefill, fp4 keys": partial(index_scores, 8192, 64, MILLION, "fp4"),
     "indexer top-512 of 16,384": partial(index_topk, 1, 1 << 16, 512),
     "indexer top-512 of 16,384, 64 rows": partial(index_topk, 64, 1 << 16, 512),
     "indexer top-512 of 4,096, 64 rows": partial(index_topk, 64, 1 << 14, 512),

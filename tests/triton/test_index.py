@@ -12,6 +12,7 @@ from dsv4_plugin.kernels import index
 from dsv4_plugin.kernels.index import kernel, reference, topk
 from lab.kernels.cases import far, generator, key_codec, paged, pairs, step_of_rows
 from lab.kit import mode
+from lab.kit.mode import interpreted_first
 from lab.kit.order import seeded
 from tests.tolerances import FP16, OP_FP32
 
@@ -73,21 +74,29 @@ def world(positions, heads=64, c=128, kind="fp8", seed=0):
     return stored(q, kind), q, rest
 
 
+def gathered(positions, keys):
+    """As for a step of prompts of these rows."""
+    lengths = [max(some) + 1 for some in positions]
+    return kernel.gathered(keys, ints(*lengths), RATIO, max(1, max(lengths) // RATIO))
+
+
 SCORES = [
-    # positions of each request's rows, heads, c, format, tiles
+    # positions of each request's rows, heads, c, format, are keys gathered
     ([[1100], [3], [2]], 64, 128, "fp8", False),
     ([[700], [-1, -1]], 64, 128, "bfloat16", False),
     ([[300]], 32, 32, "fp8", False),
     ([[700], [20]], 64, 128, "fp4", False),
     ([[90]], 32, 32, "fp4", False),
     ([range(500, 507), range(252, 260), [-1]], 64, 128, "fp8", True),
+    ([range(517, 520), [3]], 8, 128, "bfloat16", True),
+    ([range(90, 94)], 32, 32, "fp4", True),
 ]
 
 
-@pytest.mark.parametrize(("positions", "heads", "c", "kind", "tiles"), SCORES)
-def test_scores(gpu, positions, heads, c, kind, tiles):
+@pytest.mark.parametrize(("positions", "heads", "c", "kind", "flat"), SCORES)
+def test_scores(gpu, positions, heads, c, kind, flat):
     q, plain, rest = world(positions, heads, c, kind)
-    found = kernel.scores(q, *rest, tiles=tiles)
+    found = kernel.scores(q, *rest, gathered(positions, rest[1]) if flat else None)
     expected = reference.scores(plain, *rest)
     seen = ~expected.isnan()
     tolerance = FP16 if kind == "bfloat16" else OP_FP32
@@ -95,14 +104,24 @@ def test_scores(gpu, positions, heads, c, kind, tiles):
     assert (found - expected)[seen].abs().max() <= tolerance * expected[seen].abs().max()
 
 
-def test_the_same_scores_in_tiles(gpu):
-    q, _, rest = world([range(300, 305)])
+@pytest.mark.parametrize("kind", ["fp8", interpreted_first("bfloat16"), interpreted_first("fp4")])
+def test_the_same_scores_of_gathered_keys(gpu, kind):
+    positions = [range(300, 305), range(40, 44)]
+    q, _, rest = world(positions, kind=kind)
     seen = torch.arange(76, device=q.device) < (rest[2][:, None] + 1) // RATIO
-    alone, tiles = kernel.scores(q, *rest), kernel.scores(q, *rest, tiles=True)
+    alone = kernel.scores(q, *rest)[seen]
+    flat = kernel.scores(q, *rest, gathered(positions, rest[1]))[seen]
     if mode.INTERPRET:  # numpy sums in another order for other shapes
-        torch.testing.assert_close(alone[seen], tiles[seen], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone, flat, rtol=1e-5, atol=1e-5)
     else:
-        assert torch.equal(alone[seen], tiles[seen])
+        assert torch.equal(alone, flat)
+
+
+def test_keys_that_would_take_too_much_are_not_gathered(gpu, monkeypatch):
+    positions = [range(300, 305)]
+    _, _, (_, keys, *_) = world(positions)
+    monkeypatch.setattr(kernel, "FLAT_BYTES", 1 << 14)
+    assert gathered(positions, keys) is None
 
 
 def test_scores_of_pages_beyond_two_gigabytes_and_of_holes(gpu):
@@ -110,9 +129,10 @@ def test_scores_of_pages_beyond_two_gigabytes_and_of_holes(gpu):
     expected = kernel.scores(q, weight, keys, *rest)[:, :132]
     assert torch.equal(kernel.scores(q, weight, far(keys), *rest)[:, :132], expected)
     keys.table[0, 1] = -1
-    found = kernel.scores(q, weight, keys, *rest)[:, :132]
-    assert not found[0, 64:128].any()
-    assert torch.equal(found[0, :64], expected[0, :64])
+    for flat in (None, gathered([[530]], keys)):
+        found = kernel.scores(q, weight, keys, *rest, flat)[:, :132]
+        assert not found[0, 64:128].any()
+        torch.testing.assert_close(found[0, :64], expected[0, :64])
 
 
 TIES = torch.tensor([0.0, -0.0, 1.0, 1.0, -1.0, 3.4e38, 1e-40, -1e-40])
@@ -178,7 +198,7 @@ def test_topk_in_chunks_of_every_kind(gpu, monkeypatch):
 
 
 def test_choices_in_turns(gpu, monkeypatch):
-    """Scores of two rows at a time, and no rows at all; scores are summed over ranks."""
+    """Scores of four rows at a time, and no rows at all; scores are summed over ranks."""
     mode.kernels(monkeypatch, "triton")
     _, _, (_, keys, position, request, _, n) = world([range(700, 705)])
     q = normal(5, 64, 128, seed=7, dtype=torch.bfloat16)
@@ -193,7 +213,7 @@ def test_choices_in_turns(gpu, monkeypatch):
         *kernel.queries(q, weight, cis, of("fp8")), keys, position, request, RATIO, n
     )
     assert torch.equal(expected, reference.topk(score[:, :n], position, RATIO, 64))
-    monkeypatch.setattr(kernel, "SCORE_VALUES", 2 * n)
+    monkeypatch.setattr(kernel, "SCORE_VALUES", 4 * n)
     assert torch.equal(choose(), expected)
     worst = reference.topk(-score[:, :n], position, RATIO, 64)
     assert torch.equal(choose(reduce=torch.neg), worst)

@@ -89,7 +89,7 @@ def test_programs_do_not_grow_with_the_limit(monkeypatch, rows):
     dealt = 2 * few.columns * (attention.DEALT_BYTES // cell)
     assert programs <= max(dealt, 2 * many.columns * pieces * rows, 2 * few.columns * pieces * rows)
     assert scratch * 2**20 <= attention.SCRATCH_BYTES
-    assert scores <= index.LAUNCH["any"].programs + rows
+    assert scores <= index.LAUNCHES["any"].programs + rows
 
 
 def counted(run):

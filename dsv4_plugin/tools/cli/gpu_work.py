@@ -390,13 +390,17 @@ def index(world: World) -> Work:
     turned = kernel.queries(q, weight, s.cis[CSA], kind)
     at = s.position, s.request
 
+    def score_all() -> Tensor:
+        flat = kernel.gathered(keys, s.seq_lens, CSA, n) if s.tiles else None
+        return kernel.scores(*turned, keys, *at, CSA, n, flat)
+
     def launch() -> Outputs:
-        score = kernel.scores(*turned, keys, *at, CSA, n, s.tiles)
+        score = score_all()
         return [topk(score, s.position, CSA, TOPK)]
 
     def expect() -> Outputs:
         # By the kernel's scores: sums of another order may choose another entry.
-        score = kernel.scores(*turned, keys, *at, CSA, n, s.tiles)
+        score = score_all()
         plain_queries = reference.queries(q, weight, s.cis[CSA], kind)
         plain = reference.scores(*plain_queries, keys, *at, CSA, n)
         seen = ~plain.isnan()
