@@ -50,9 +50,10 @@ $(CHECKPOINTS)/%: $(STAMP)
 	$(VLLM)/bin/dsv4 checkpoint make --preset $* --out $@
 
 # Made anew when the trained weights change.
-$(CHECKPOINTS)/mini: training/mini/compact.safetensors training/mini/config.json | $(STAMP)
+$(CHECKPOINTS)/mini-dspark: training/mini/dspark.safetensors
+$(CHECKPOINTS)/mini $(CHECKPOINTS)/mini-dspark: training/mini/compact.safetensors training/mini/config.json | $(STAMP)
 	rm -rf $@
-	$(VLLM)/bin/dsv4 checkpoint make --preset mini --out $@
+	$(VLLM)/bin/dsv4 checkpoint make --preset $(@F) --out $@
 
 demo: $(CHECKPOINTS)/mini
 	$(VLLM)/bin/python -m benchmarks.demo $<
@@ -73,8 +74,9 @@ lint: $(STAMP)
 	$(VLLM)/bin/mypy
 	$(VLLM)/bin/lint-imports
 
-bench: $(CHECKPOINTS)/bench $(SGLANG_STAMP)
+bench: $(CHECKPOINTS)/bench $(CHECKPOINTS)/mini $(CHECKPOINTS)/mini-dspark $(SGLANG_STAMP)
 	$(VLLM)/bin/python -m benchmarks.serving $< --sglang $(SGLANG)/bin/python
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m benchmarks.drafts $(CHECKPOINTS)/mini $(CHECKPOINTS)/mini-dspark
 
 # Both engines' servers of dsv4-mini, measured by `dsv4 bench`; NATIVE=1: the engines' own V4 too.
 bench-serve: $(CHECKPOINTS)/mini $(SGLANG_STAMP)
@@ -94,7 +96,7 @@ bench-kv: $(CHECKPOINTS)/bench
 	$(VLLM)/bin/python -m benchmarks.kv_formats $<
 
 # dsv4-mini: accuracy per skill, engine and format; training (goes on where it stopped).
-eval: $(CHECKPOINTS)/mini $(SGLANG_STAMP)
+eval: $(CHECKPOINTS)/mini $(CHECKPOINTS)/mini-dspark $(SGLANG_STAMP)
 	$(VLLM)/bin/python -m benchmarks.accuracy $< --sglang $(SGLANG)/bin/python
 
 train-mini: $(STAMP)

@@ -20,6 +20,7 @@ from dsv4_plugin.chat import Encoder, Message, StreamParser, TokenBytes, collect
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.tools.conversations import SKILLS, Conversation, accepts, held_out, remembered
 from dsv4_plugin.tools.convert import convert_checkpoint
+from dsv4_plugin.tools.mini import make_mini
 from lab.engines import Answers, Setting, ask
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
@@ -34,10 +35,15 @@ FORMATS: dict[str, tuple[Setting, str | None]] = {
     "fp8-kv": (Setting(kv_dtype="fp8"), None),
     "fp4-indexer": (Setting(kv_dtype="fp8", index_dtype="fp4"), None),
     "fp8-fp4": (Setting(kv_dtype="fp8"), "fp8-fp4"),
+    "base": (Setting(kv_dtype="fp8"), "base"),
     "nvfp4": (Setting(kv_dtype="fp8"), "nvfp4"),
+    "ct-nvfp4": (Setting(kv_dtype="fp8"), "ct-nvfp4"),
+    "ct-w4a16": (Setting(kv_dtype="fp8"), "ct-w4a16"),
+    "gptq": (Setting(kv_dtype="fp8"), "gptq"),
     "mtp": (Setting(drafts=1), None),
+    "dspark": (Setting(drafts=5), "dspark"),
 }
-"""Of rows and activations, and of the checkpoint where it is converted."""
+"""Of rows and activations, and of the checkpoint where it is another."""
 ENGINES = ("local", "vllm", "sglang")
 VARIANTS = [f"{engine}-{fmt}" for engine in ENGINES for fmt in FORMATS]
 Test = tuple[str, Conversation]
@@ -95,8 +101,10 @@ def main() -> None:
 def why_not(variant: str, args: argparse.Namespace) -> str:
     """Why a variant cannot be measured, or nothing."""
     engine, _, fmt = variant.partition("-")
-    if engine == "sglang" and fmt == "mtp":
+    if engine == "sglang" and fmt in ("mtp", "dspark"):
         return "the SGLang adapter refuses speculative decoding"
+    if engine == "vllm" and fmt == "dspark":
+        return "vLLM drafts in blocks on GPUs only"
     if engine == "sglang" and args.sglang is None:
         return "--sglang names no Python"
     if fmt == "mtp" and not ModelConfig.from_pretrained(args.checkpoint).num_nextn_predict_layers:
@@ -142,7 +150,7 @@ class Judge:
 
     def row(self, tests: list[Test], answers: Answers) -> dict[str, float]:
         """Percent of right answers by measure; for every effort also the reasoning's mean tokens;
-        with drafts, the percent of them that held."""
+        with drafts, the percent of them that held, and a request's tokens in a step."""
         right: dict[str, list[float]] = {}
         for (measure, c), ids in zip(tests, answers.ids, strict=True):
             message = self.parse(c, ids)
@@ -153,7 +161,9 @@ class Judge:
                 thought = len(self.encoder.ids([message.reasoning or ""]))
                 right.setdefault(f"tokens@{c.effort}", []).append(thought)
         row = {measure: sum(values) / len(values) for measure, values in right.items()}
-        return row | ({} if answers.accepted is None else {"drafts": 100 * answers.accepted})
+        if answers.accepted is None or answers.per_step is None:
+            return row
+        return row | {"drafts": 100 * answers.accepted, "tokens a step": answers.per_step}
 
     def parse(self, c: Conversation, ids: list[int]) -> Message:
         parser = StreamParser(c.thinking, c.tools, self.bytes)
@@ -182,14 +192,17 @@ def record(variant: str, count: int, row: dict[str, float]) -> None:
 
 
 def converted(checkpoint: Path, fmt: str | None) -> Path:
-    """The checkpoint in another format, made beside it when it is not there yet."""
+    """The checkpoint in another format, or dsv4-mini with its block drafter, made beside it when it
+    is not there yet."""
     if fmt is None:
         return checkpoint
     directory = checkpoint.with_name(f"{checkpoint.name}-{fmt}")
     weights = checkpoint / "model.safetensors"
     if directory.exists() and directory.stat().st_mtime < weights.stat().st_mtime:
         rmtree(directory)
-    if not directory.exists():
+    if not directory.exists() and fmt == "dspark":
+        make_mini(directory, dspark=True)
+    elif not directory.exists():
         convert_checkpoint(checkpoint, directory, fmt)
     return directory
 

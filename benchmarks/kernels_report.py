@@ -8,30 +8,24 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.launches import per_kind
-from dsv4_plugin.cache.paged import Paged
+from dsv4_plugin.config import CSA, HCA
 from dsv4_plugin.kernels.attention import kernel as attention
-from dsv4_plugin.kernels.index import kernel as index
-from dsv4_plugin.kernels.index.topk import topk
-from lab.kernels.cases import key_codec, kv_codec, step_of_rows
-from lab.kernels.production import MODULES
+from dsv4_plugin.tools import kernel_work
+from dsv4_plugin.tools.kernel_work import Work, World
 from lab.kit.compile import Built, build
 from lab.kit.gpu import EmulatedGPU
 from lab.kit.memory import Counters
 from lab.kit.targets import SHARED_LIMIT, TARGETS
-
-PAGE = 256
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ WARPS_PER_CYCLE = 4
 
 
 @dataclass(frozen=True)
-class Work:
+class Counted:
     """One operation's launches in the emulator, and the bytes it cannot do without."""
 
     name: str
@@ -81,95 +75,61 @@ class Work:
         return {"memory": moved / chip.memory, "mma": flop / chip.mma, "issue": issue}
 
 
-def zeros(words: int) -> Tensor:
-    """int32, backed by memory only where touched."""
-    return torch.from_numpy(np.zeros(words, np.int32))
-
-
-def pages(codec: Any, rows: int, count: int, requests: int) -> Paged:
-    blocks = -(-count // rows)
-    table = torch.randperm(requests * blocks).view(requests, blocks).int()
-    storage = zeros(requests * blocks * rows * codec.words)
-    pool: Any = SimpleNamespace(codec=codec, storage=storage)
-    return Paged(pool, table, rows * codec.words, 0, rows)
-
-
-def count(name: str, least: int, run: Callable[[], Iterable[Tensor]]) -> Work:
-    """Execute with counters; run returns the scratch tensors it used."""
-    with EmulatedGPU("sm80", count=True) as gpu:
-        scratch = list(run())
-    return Work(name, gpu.counted, least, scratch)
-
-
-def attention_work(context: int, ratio: int, many: bool, heads: int = 64) -> Work:
-    """One decode step's attention of a layer, for one request `context` tokens long; many: by the
-    launch that serves it in company."""
-    batch = 1
-    codec, k = kv_codec("fp8"), 512 if ratio == 4 else 0
-    seen = min(k, context // ratio) if k else context // ratio
-    position = torch.full((batch,), context - 1, dtype=torch.int32)
-    q = torch.zeros(batch, heads, 512, dtype=torch.bfloat16)
-    cis, step = torch.zeros(batch, 64), step_of_rows(position, torch.arange(batch).int(), context)
-    window = pages(codec, 32, context, batch)
-    entries = pages(codec, PAGE // ratio, context // ratio, batch)
-    chosen = None
-    if k:
-        some = [torch.randperm(context // ratio)[:k].sort().values for _ in range(batch)]
-        chosen = torch.stack(some).int()
-    rows = 128 + seen
-    least = batch * (rows * 4 * codec.words + 2 * 2 * heads * 512)
+def count(name: str, work: Work) -> Counted:
+    """Execute with counters."""
     scratch: list[Tensor] = []
+    stock = torch.empty
 
-    def run() -> list[Tensor]:
-        stock = torch.empty
+    def empty(*args: Any, **kwargs: Any) -> Tensor:
+        made = stock(*args, **kwargs)
+        scratch.append(made)
+        return made
 
-        def empty(*args: Any, **kwargs: Any) -> Tensor:
-            made = stock(*args, **kwargs)
-            scratch.append(made)
-            return made
-
+    with EmulatedGPU("sm80", count=True) as gpu:
         torch.empty = empty  # type: ignore[assignment]
-        table = attention.LAUNCHES
-        of_many = {k: replace(v, ways=v.ways[-1:]) for k, v in table.items()}
-        attention.LAUNCHES = of_many if many else table
         try:
-            sink = torch.zeros(heads)
-            attention.attention(q, sink, cis, step, window, 128, entries, ratio, chosen)
+            work.launch()
         finally:
             torch.empty = stock
-            attention.LAUNCHES = table
-        return scratch
+    return Counted(name, gpu.counted, work.nbytes, scratch)
 
-    kind = "CSA" if k else "HCA"
+
+def one_request(context: int, index_dtype: str = "auto") -> World:
+    """A decode step of a request that is `context` tokens long."""
+    cpu = torch.device("cpu")
+    return World.of(cpu, 1, 1, context, index_dtype=index_dtype, written=False)
+
+
+def attention_work(context: int, ratio: int, many: bool) -> Counted:
+    """many: by the launch that serves the request in company."""
+    kind = "CSA" if ratio == CSA else "HCA"
     how = "in company" if many else "alone"
-    return count(f"{kind} attention, {context >> 10}K, {how}", least, run)
+    table = attention.LAUNCHES
+    of_many = {family: replace(row, ways=row.ways[-1:]) for family, row in table.items()}
+    attention.LAUNCHES = of_many if many else table
+    try:
+        work = kernel_work.attention(one_request(context), ratio)
+        return count(f"{kind} attention, {context >> 10}K, {how}", work)
+    finally:
+        attention.LAUNCHES = table
 
 
-def index_work(context: int, kind: str = "fp8", heads: int = 64) -> Work:
-    """Scores and choice of one decoded row."""
-    codec, n = key_codec(kind), context // 4
-    keys = pages(codec, PAGE // 4, n, 1)
-    position, request = torch.tensor([context - 1]).int(), torch.zeros(1).int()
-    q, weight = torch.zeros(1, heads, 128, dtype=torch.float16), torch.zeros(1, heads)
-
-    def run() -> list[Tensor]:
-        score = index.scores(q, weight, keys, position, request, 4, n)
-        topk(score, position, 4, 512)
-        return []
-
-    least = n * 4 * codec.words + 2 * heads * 128
-    return count(f"indexer, {kind} keys, {context >> 10}K", least, run)
+def index_work(context: int, kind: str = "fp8") -> Counted:
+    """Scores and choice of one decoded row, queries left out."""
+    with EmulatedGPU("sm80"):
+        work = kernel_work.index(one_request(context, kind))
+    return count(f"indexer, {kind} keys, {context >> 10}K", work)
 
 
-def works() -> list[Work]:
+def works() -> list[Counted]:
     long, million = 1 << 16, 1 << 20
     return [
-        attention_work(long, 4, many=False),
-        attention_work(long, 4, many=True),
-        attention_work(long, 128, many=False),
-        attention_work(long, 128, many=True),
-        attention_work(million, 128, many=False),
-        attention_work(million, 128, many=True),
+        attention_work(long, CSA, many=False),
+        attention_work(long, CSA, many=True),
+        attention_work(long, HCA, many=False),
+        attention_work(long, HCA, many=True),
+        attention_work(million, HCA, many=False),
+        attention_work(million, HCA, many=True),
         index_work(long),
         index_work(million),
         index_work(million, "fp4"),
@@ -181,8 +141,8 @@ def table(head: list[str], rows: Iterable[list[object]]) -> list[str]:
     return lines + ["| " + " | ".join(str(c) for c in row) + " |" for row in rows] + [""]
 
 
-def traffic(found: list[Work]) -> list[str]:
-    def row(w: Work) -> list[object]:
+def traffic(found: list[Counted]) -> list[str]:
+    def row(w: Counted) -> list[object]:
         moved, scratch = w.moved()
         sectors = sum(c.load_sectors + c.store_sectors for _, _, c in w.launches)
         share = f"{moved / w.least:.2f}"
@@ -203,7 +163,7 @@ def traffic(found: list[Work]) -> list[str]:
     return table(head, map(row, found))
 
 
-def roofline(found: list[Work]) -> list[str]:
+def roofline(found: list[Counted]) -> list[str]:
     def rows() -> Iterable[list[object]]:
         for w in found:
             for name, chip in CHIPS.items():
@@ -288,7 +248,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     with ThreadPoolExecutor(1) as beside:
-        compiling = beside.submit(build, MODULES, args.targets.split(","))
+        compiling = beside.submit(build, args.targets.split(","))
         found = works()
         counted = launches()
         built = compiling.result()

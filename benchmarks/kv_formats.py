@@ -64,7 +64,7 @@ def compare(model: Transformer, ids: Tensor, layouts: list[CacheLayout]) -> list
     batches = [Batch(model, layout, [len(ids)], CHUNK) for layout in layouts]
     results = [Comparison() for _ in layouts]
     for part in ids.split(CHUNK):
-        outputs = [model.head(batch.run([(0, part)]).float()).log_softmax(-1) for batch in batches]
+        outputs = [model.head(batch.run([(0, part)])).log_softmax(-1) for batch in batches]
         for result, found in zip(results, outputs, strict=True):
             if int(batches[0].lengths[0]) > CHUNK:
                 result.add(outputs[0], found)

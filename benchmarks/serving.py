@@ -157,11 +157,11 @@ def _local(checkpoint: Path, dtype: str) -> Runner:
         for _ in range(2):
             batch = Batch(local.model, local.layout, [length + steps + 1] * requests, 2048)
             start = time.perf_counter()
-            token = local.model.head(batch.prefill(prompts).float()).argmax(-1)
+            token = local.model.head(batch.prefill(prompts)).argmax(-1)
             times.append(time.perf_counter() - start)
         start = time.perf_counter()
         for _ in range(steps):
-            token = local.model.head(batch.decode(everyone, token).float()).argmax(-1)
+            token = local.model.head(batch.decode(everyone, token)).argmax(-1)
         decode = time.perf_counter() - start
         return requests * length / min(times), requests * steps / decode
 

@@ -177,7 +177,7 @@ def _decode(local: LocalModel, requests: int, steps: int, clock: Clock) -> Row:
 
     def run() -> None:
         for _ in range(steps):
-            local.model.head(batch.decode(everyone, token).float())
+            local.model.head(batch.decode(everyone, token))
 
     return _measure(f"decode {requests}", requests * steps, clock, run)
 

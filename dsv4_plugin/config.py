@@ -19,9 +19,10 @@ from dsv4_plugin.json_file import as_object, read_object, shown
 Generation = Literal["april", "0731", "v4.1"]
 """Of a checkpoint: they were trained with different prompts (V4.1's network is not served)."""
 
-Experts = Literal["plain", "fp4", "fp8", "nvfp4", "ct-nvfp4", "w4a16"]
-"""How a checkpoint stores its routed experts; of compressed-tensors: ct-nvfp4 and w4a16. Where they
-are not plain (bfloat16 or float32), the other large products are FP8, all or only attention's."""
+Experts = Literal["plain", "fp4", "fp8", "nvfp4", "ct-nvfp4", "w4a16", "gptq"]
+"""How a checkpoint stores its routed experts; of compressed-tensors: ct-nvfp4 and w4a16, of GPTQ
+and AutoRound: gptq. Where they are not plain (bfloat16 or float32), the other large products are
+FP8, all or only attention's; of gptq each is int4 or plain."""
 
 FP8_BLOCK = 128
 """Rows and columns of a block of an FP8 weight that share a scale."""
@@ -29,6 +30,7 @@ FP4_BLOCKS = {"fp4": 32, "nvfp4": 16, "ct-nvfp4": 16}
 """Values along the input dim that share a scale in an FP4 weight."""
 INT4_BLOCKS = (128, 64, 32)
 """The same in an int4 weight: the config says which."""
+INT4 = ("w4a16", "gptq")
 COMPRESSED = ("ct-nvfp4", "w4a16")
 """Of compressed-tensors: draft layers and everything beside attention and experts is plain."""
 CONFIG = "config.json"
@@ -113,6 +115,7 @@ class ModelConfig:
     torch_dtype: str = "bfloat16"
     experts: Experts = "plain"
     int4_block: int = 128
+    int4_modules: frozenset[str] | None = None
     fp8_attention: bool = True
     rounds_fp8_inputs: bool = True
     generation: Generation = "april"
@@ -199,13 +202,27 @@ class ModelConfig:
     def is_fp8(self, module: str) -> bool:
         """Does a quantised checkpoint store this linear (its name without `.weight`) as FP8?"""
         *path, leaf = module.split(".")
+        if self.experts == "gptq":
+            return False
         if self.experts in COMPRESSED:
             return self.fp8_attention and _ATTENTION.fullmatch(module) is not None
         plain = path[:1] in (["vision"], ["aligner"]) or path[-1:] == ["compressor"]
         return self.experts != "plain" and leaf in _FP8_LINEARS and not plain
 
+    def is_int4(self, module: str) -> bool:
+        """Does a checkpoint of GPTQ's layout store this linear as int4? Only tensors say; before
+        they are known: attention and shared experts of the main layers."""
+        if self.experts != "gptq":
+            return False
+        if self.int4_modules is None:
+            return _INT4.fullmatch(module) is not None
+        return module in self.int4_modules
+
     def experts_of(self, module: str) -> Experts:
         """How the experts of a layer are stored: NVFP4 is of the main layers only."""
+        if module.startswith("mtp.") and self.experts == "gptq":
+            scope = module.partition(".experts")[0]
+            return "gptq" if f"{scope}.experts" in (self.int4_modules or ()) else "plain"
         if module.startswith("mtp."):
             draft: dict[Experts, Experts]
             draft = {"nvfp4": "fp4", "ct-nvfp4": "plain", "w4a16": "plain"}
@@ -214,7 +231,7 @@ class ModelConfig:
 
     def block_of(self, experts: Experts) -> int:
         """Values along the input dim that share a scale, 1 where they do not count."""
-        return self.int4_block if experts == "w4a16" else FP4_BLOCKS.get(experts, 1)
+        return self.int4_block if experts in INT4 else FP4_BLOCKS.get(experts, 1)
 
     def scale_of(self, module: str) -> str:
         """The last part of the name of a packed weight's block scales."""
@@ -226,8 +243,8 @@ class ModelConfig:
         self, size: int, option: str = "the number of tensor-parallel ranks"
     ) -> None:
         """Raise ValueError, which names the option that asked for it, unless `size` ranks can share
-        the heads and expert widths evenly."""
-        for name in ("num_attention_heads", "moe_intermediate_size"):
+        heads, expert widths and vocabulary evenly."""
+        for name in ("num_attention_heads", "moe_intermediate_size", "vocab_size"):
             if getattr(self, name) % size:
                 raise ValueError(
                     f"{option} is {size}; it must divide {name} ({getattr(self, name)})"
@@ -273,6 +290,7 @@ class ModelConfig:
 
 
 _ATTENTION = re.compile(r"layers\.\d+\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)")
+_INT4 = re.compile(r"layers\.\d+\.(attn\.(wq_a|wq_b|wkv|wo_a|wo_b)|ffn\.shared_experts\.w[123])")
 _ROUTED = re.compile(r"\.experts\.\d+\.")
 _FP8_LINEARS = frozenset(
     ["wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3", "e_proj", "h_proj", "main_proj"]
@@ -338,6 +356,35 @@ _KINDS = {
     "4 int group": "w4a16",
 }
 """A group's weights, by num_bits, type and strategy."""
+GPTQ = ("gptq", "auto-round")
+_OF_GPTQ: dict[str, Any] = {
+    "bits": Only(4),
+    "sym": Only(True),
+    "desc_act": Only(False),
+    "lm_head": Only(False),
+    "data_type": Only("int"),
+    "act_bits": Only(16, 32),
+    "super_bits": Only(),
+    "super_group_size": Only(),
+    "static_kv_dtype": Only(),
+    "static_attention_dtype": Only(),
+    "hadamard_config": Only(),
+    "rotation_config": Only(),
+    "checkpoint_format": Only("gptq", "gptq_v2"),
+    "packing_format": Only("auto_round", "auto_round:auto_gptq", "auto_round:gptqmodel"),
+    "pack_dtype": Only("int32"),
+}
+"""Fields of GPTQ and AutoRound that ask for something."""
+_HOW_IT_WAS_MADE = (
+    "act_data_type", "act_dynamic", "act_group_size", "act_sym", "amp", "autoround_version",
+    "batch_size", "block_name_to_quantize", "damp_percent", "dataset", "dynamic",
+    "enable_alg_ext", "enable_minmax_tuning", "enable_norm_bias_tuning", "enable_quanted_input",
+    "extra_config", "gradient_accumulate_steps", "iters", "low_gpu_mem_usage", "lr", "meta",
+    "minmax_lr", "model_file_base_name", "model_name_or_path", "nsamples", "quant_block_list",
+    "quantizer", "regex_config", "scale_dtype", "seqlen", "static_groups", "supported_types",
+    "to_quant_block_names", "true_sequential",
+)  # fmt: skip
+"""Of GPTQ and AutoRound. What they left as it was (`extra_config`, `dynamic`), tensors say."""
 _HARMLESS = (
     # Of training.
     "attention_dropout", "initializer_range", "router_aux_loss_coef", "router_jitter_noise",
@@ -416,7 +463,7 @@ FIELDS = Table(
         "tie_word_embeddings": Only(False),
         "quantization_config": Table(
             {
-                "quant_method": Only("fp8", CT),
+                "quant_method": Only("fp8", CT, *GPTQ),
                 # Of compressed-tensors.
                 "format": Only(
                     "mixed-precision", "float-quantized", "nvfp4-pack-quantized", "pack-quantized"
@@ -435,7 +482,8 @@ FIELDS = Table(
                 "quant_algo": Only("MIXED_PRECISION"),
                 "kv_cache_quant_algo": Only(),
             }
-            | dict.fromkeys(_SEEN_IN_TENSORS, Unread())
+            | _OF_GPTQ
+            | dict.fromkeys(_SEEN_IN_TENSORS + _HOW_IT_WAS_MADE, Unread())
         ),
         # How transformers (5.16 and later) writes some of them.
         "dtype": Only("bfloat16", "float32"),
@@ -598,10 +646,23 @@ def _experts(found: Mapping[str, Any]) -> dict[str, Any]:
     if not asked:
         return {"experts": "plain"}
     if asked.get("quant_method") is None:
-        raise ValueError(f"quantization_config lacks quant_method; allowed are 'fp8' and {CT!r}")
+        methods = ", ".join(map(repr, ("fp8", CT, *GPTQ)))
+        raise ValueError(f"quantization_config lacks quant_method; allowed are {methods}")
     if asked["quant_method"] == CT:
         return _compressed(asked.get("config_groups"))
+    if asked["quant_method"] in GPTQ:
+        return _gptq(asked)
     return {"experts": _published_experts(found, asked)}
+
+
+def _gptq(asked: Mapping[str, Any]) -> dict[str, Any]:
+    for name, must in (("bits", _OF_GPTQ["bits"]), ("sym", _OF_GPTQ["sym"])):
+        if asked.get(name) is None:
+            raise ValueError(f"quantization_config lacks {name}; {must}")
+    block, must = asked.get("group_size"), Only(*INT4_BLOCKS)
+    if not must.permits(block):
+        raise ValueError(f"quantization_config.group_size is {shown(block)}; {must}")
+    return {"experts": "gptq", "int4_block": block}
 
 
 def _compressed(groups: Any) -> dict[str, Any]:

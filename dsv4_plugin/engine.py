@@ -13,7 +13,7 @@ from dsv4_plugin.batch import Batch, Sampler
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
 from dsv4_plugin.checkpoint.load import load_weights
-from dsv4_plugin.checkpoint.names import with_drafter
+from dsv4_plugin.checkpoint.names import with_drafter, with_int4
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.model.dspark import DSpark
@@ -59,6 +59,7 @@ def load(
     if use_triton(place):
         layout.require_kernel_rows()
     headers = check_checkpoint(config, directory, mtp)
+    config = with_int4(config, headers)
     parallel = LocalParallel(config, DTYPES[dtype])
     with place:
         model = Transformer(config, parallel)
@@ -102,8 +103,7 @@ class LocalModel:
         """Logits after every token: LongTensor [T] -> FloatTensor [T, vocab], in paged chunks."""
         batch = Batch(self.model, self.layout, [len(ids)], chunk)
         parts = [
-            self.model.head(batch.run([(0, ids[a : a + chunk])]).float())
-            for a in range(0, len(ids), chunk)
+            self.model.head(batch.run([(0, ids[a : a + chunk])])) for a in range(0, len(ids), chunk)
         ]
         return torch.cat(parts)
 
@@ -146,7 +146,7 @@ class LocalModel:
             speculator = Speculator(self, num_speculative_tokens, confidence)
             return speculator.generate(prompts, max_new_tokens, sampler, chunk, ignore_eos)
         batch = Batch(self.model, self.layout, [len(p) + max_new_tokens for p in prompts], chunk)
-        token = sampler(self.model.head(batch.prefill([torch.tensor(p) for p in prompts]).float()))
+        token = sampler(self.model.head(batch.prefill([torch.tensor(p) for p in prompts])))
         out: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
         for _ in range(max_new_tokens):
@@ -161,7 +161,7 @@ class LocalModel:
             running, token = [running[i] for i in keep], token[keep]
             if not running:
                 break
-            token = sampler(self.model.head(batch.decode(running, token).float()))
+            token = sampler(self.model.head(batch.decode(running, token)))
         return out
 
     @torch.inference_mode()
@@ -171,9 +171,9 @@ class LocalModel:
         """The ids of `generate` for one prompt, one by one as they come."""
         sampler = Sampler(temperature, None)
         batch = Batch(self.model, self.layout, [len(prompt) + max_new_tokens], 2048)
-        token = sampler(self.model.head(batch.prefill([torch.tensor(prompt)]).float()))
+        token = sampler(self.model.head(batch.prefill([torch.tensor(prompt)])))
         for step in range(max_new_tokens):
             yield int(token)
             if int(token) == self.config.eos_token_id or step == max_new_tokens - 1:
                 return
-            token = sampler(self.model.head(batch.decode([0], token).float()))
+            token = sampler(self.model.head(batch.decode([0], token)))

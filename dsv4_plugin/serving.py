@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from dsv4_plugin import env
-from dsv4_plugin.config import CONFIG, HF_QUANT, read_hf
+from dsv4_plugin.checkpoint.files import INDEX, read_headers
+from dsv4_plugin.checkpoint.names import int4_modules as found_int4
+from dsv4_plugin.config import CONFIG, HF_QUANT, ModelConfig, read_hf
+from dsv4_plugin.json_file import read_object
 
 NATIVE_CAPABILITIES = {(9, 0), (10, 0), (10, 3), (12, 0), (12, 1)}
 """CUDA capabilities that the engines' own V4 kernels are built for."""
@@ -52,3 +57,27 @@ def config_json(
     assert path is not None
     found = read_hf(path, cached_file(model, HF_QUANT, revision=revision, **optional))
     return found | dict(overrides or {})
+
+
+@lru_cache(maxsize=4)
+def int4_modules(model: str, revision: str | None = None) -> frozenset[str] | None:
+    """`names.int4_modules` of a checkpoint folder or hub name, which is asked for its index only;
+    None where it has none, as one without weights."""
+    if Path(model).is_dir():
+        weights = any(Path(model).glob("*.safetensors"))
+        return found_int4(read_headers(model)) if weights else None
+    from transformers.utils.hub import cached_file
+
+    optional = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    path = cached_file(model, INDEX, revision=revision, **optional)
+    return None if path is None else found_int4(read_object(path).get("weight_map") or {})
+
+
+def with_int4(config: ModelConfig, model: str, revision: str | None = None) -> ModelConfig:
+    """With what only the tensors of GPTQ's checkpoints say."""
+    if config.experts != "gptq":
+        return config
+    return replace(config, int4_modules=int4_modules(model, revision))

@@ -77,7 +77,7 @@ class MTPDrafts:
         return torch.stack(drafts, 1), torch.full((len(running),), self.n)
 
     def _pick(self, h: Tensor) -> Tensor:
-        logits: Tensor = self.model.head(self.drafter.collapse(h).float())
+        logits: Tensor = self.model.head(self.drafter.collapse(h))
         return logits.argmax(-1)
 
 
@@ -119,7 +119,7 @@ class DSparkDrafts:
         flat, caches = ids.flatten(), batch.caches[-len(self.drafter.stages) :]
         y = self.drafter(self.model.embed(flat), flat, step, caches)
         y = y.unflatten(0, ids.shape)[:, : self.n]
-        base = self.model.head(self.drafter.normed(y.flatten(0, 1)).float())
+        base = self.model.head(self.drafter.normed(y.flatten(0, 1)))
         base = base.unflatten(0, y.shape[:2])
         return y, self.drafter.propose(y, base, anchor, self.pick)
 
@@ -218,7 +218,7 @@ class Speculator:
                 h, means = self._main(batch, step, part)
                 following = ids[start + 1 : start + 1 + len(part)].to(batch.device)
                 if len(following) < len(part):
-                    token = sampler(self.model.head(self.model.collapse(h[-1:]).float()))
+                    token = sampler(self.model.head(self.model.collapse(h[-1:])))
                     following = torch.cat([following, token.to(batch.device)])
                 last = self.drafts.follow(batch, step, h, means, following)[-1:]
             tokens.append(token)
@@ -243,7 +243,7 @@ class Speculator:
         on_device = looked.to(ids.device)
         step = batch.step(running, count + 1)
         h, means = self._main(batch, step, ids[on_device])
-        found = sampler(self.model.head(self.model.collapse(h).float())).to(ids.device)
+        found = sampler(self.model.head(self.model.collapse(h))).to(ids.device)
         picked = ids.new_full(ids.shape, -1)
         picked[on_device] = found
         agree = (picked[:, :-1] == ids[:, 1:]) & on_device[:, 1:]

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ from dsv4_plugin.batch import allocate
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.cache.paged import BlockTables
+from dsv4_plugin.cache.step import Step
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.block import Block
-from dsv4_plugin.model.transformer import Transformer
+from dsv4_plugin.model.transformer import Network, Transformer
 
 log = logging.getLogger("dsv4_plugin")
 
@@ -35,43 +37,47 @@ OFTEN = 5.0
 """Seconds between two lines about progress."""
 
 
-def shapes(rows: int, requests: int, longest: int) -> list[tuple[int, int, int]]:
-    """(rows, most rows of a request, most tokens of a request) of the steps to run: decoding alone
-    and in company, prompts, at every length that changes a launch."""
+Shape = tuple[int, int, int]
+"""Of a step: rows, most rows of a request, most tokens of a request."""
+
+
+def shapes(rows: int, requests: int, longest: int, drafts: int = 0) -> list[Shape]:
+    """Of the steps to run: decoding alone and in company, with and without drafts, prompts, at
+    every length that changes a launch."""
     from dsv4_plugin.kernels.index.topk import BLOCKS, LAUNCHES
     from dsv4_plugin.kernels.launch import pick
 
     few = (1, 256)  # no compressed rows; some, but not more than are chosen
     scores = *BLOCKS, pick(LAUNCHES).long
     lengths = sorted({min(n, longest) for n in (*few, *(4 * b for b in scores))} | {longest})
-    batches = sorted({(1, 1), (requests, 1), (rows, rows)})
+    looked = 1 + drafts
+    batches = sorted({
+        (1, 1), (requests, 1), (rows, rows),
+        *((min(n * looked, rows), min(looked, rows)) for n in (1, requests)),
+    })  # fmt: skip
     return [(n, query, length) for length in lengths for n, query in batches]
 
 
 def warm_up(
-    model: Transformer,
-    steps: StepBuilder,
-    caches: Sequence[LayerCache],
-    tables: BlockTables,
-    rows: int,
-    requests: int,
-    longest: int,
+    padding: Callable[[Shape], None],
+    device: torch.device,
+    needed: Sequence[Shape],
     share: tuple[int, int] = (0, 1),
 ) -> Counter[str]:
-    """Compile for at most `rows` rows, `requests` requests and `longest` tokens of a request.
+    """Compile for the `needed` steps.
 
-    caches, tables: laid out as those of serving, because strides and alignments are compiled in;
-    nothing in them is read or written. share: this process among those of the machine that compile
-    the same, and their number. Returns how many variants of each kernel there are now, and logs it,
-    and how many of them Triton's cache did not have; does nothing where kernels are torch's.
+    padding: runs such a step in which no row is a request's (`Padding`, of the network). share:
+    this process among those of the machine that compile the same, and their number. Returns how
+    many variants of each kernel there are now, and logs it, and how many of them Triton's cache did
+    not have; does nothing where kernels are torch's.
     """
-    if not use_triton(tables.window.device):
+    if not use_triton(device):
         return Counter()
     start = time.perf_counter()
 
     def run() -> None:
-        for shape in shapes(rows, requests, longest):
-            _padding(model, steps, caches, tables, *shape)
+        for shape in needed:
+            padding(shape)
 
     with compiled() as found, unknown() as new, torch.inference_mode():
         _compile_together(run, share)
@@ -93,31 +99,38 @@ def _cache() -> str:
     return str(triton.knobs.cache.dir)
 
 
-def _padding(
-    model: Transformer,
-    steps: StepBuilder,
-    caches: Sequence[LayerCache],
-    tables: BlockTables,
-    rows: int,
-    query: int,
-    longest: int,
-) -> None:
-    device = tables.window.device
-    ends = torch.zeros(2, dtype=torch.int32, device=device)
-    step = steps.build(tables, ends, ends[:1], rows, query, longest)
-    ids = torch.zeros(rows, dtype=torch.int32, device=device)
-    if model.first and model.last:
-        model(ids, step, caches)
-        return
-    block = next(iter(model.layers.values()))
-    assert isinstance(block, Block)
-    shape = (rows, model.config.hc_mult, model.config.hidden_size)
-    h = torch.zeros(shape, dtype=block.attn.dtype, device=device)
-    model.run(h, ids, step, caches)
+@dataclass(frozen=True)
+class Padding:
+    """Steps of padding. caches, tables: laid out as those of serving, because strides and
+    alignments are compiled in; nothing in them is read or written."""
+
+    model: Transformer
+    steps: StepBuilder
+    caches: Sequence[LayerCache]
+    tables: BlockTables
+
+    def __call__(self, shape: Shape) -> None:
+        model, device = self.model, self.tables.window.device
+        step = nobody(self.steps, self.tables, shape)
+        ids = torch.zeros(shape[0], dtype=torch.int32, device=device)
+        if model.first and model.last:
+            model(ids, step, self.caches)
+            return
+        block = next(iter(model.layers.values()))
+        assert isinstance(block, Block)
+        size = (shape[0], model.config.hc_mult, model.config.hidden_size)
+        h = torch.zeros(size, dtype=block.attn.dtype, device=device)
+        model.run(h, ids, step, self.caches)
+
+
+def nobody(steps: StepBuilder, tables: BlockTables, shape: Shape, together: bool = False) -> Step:
+    """A step of no request's rows."""
+    ends = torch.zeros(2, dtype=torch.int32, device=tables.window.device)
+    return steps.build(tables, ends, ends[:1], *shape, together=together)
 
 
 def nothing(
-    model: Transformer, layout: CacheLayout, device: torch.device
+    model: Network, layout: CacheLayout, device: torch.device
 ) -> tuple[list[LayerCache], BlockTables, Tensor]:
     """Caches of one block of each kind, their tables, and query_start int32 [2] of a request
     without rows: a step built of these is all padding."""

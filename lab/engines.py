@@ -41,10 +41,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Answers:
-    """ids, up to eos, in the prompts' order; accepted: share of the drafts that held, or None."""
+    """ids, up to eos, in the prompts' order; with drafts: the share of them that held, and the mean
+    of a request's tokens in a step."""
 
     ids: list[list[int]]
     accepted: float | None = None
+    per_step: float | None = None
 
 
 def ask(
@@ -145,7 +147,10 @@ def _local(checkpoint: str, setting: Setting, prompts: list[list[int]], most: in
                 answers = speculator.generate(asked, most, Sampler(0.0, None), CHUNK, False)
         for i, answer in zip(some, answers, strict=True):
             found[i] = answer
-    return Answers(found, speculator.accepted / speculator.drafted if speculator else None)
+    if speculator is None:
+        return Answers(found)
+    accepted = speculator.accepted
+    return Answers(found, accepted / speculator.drafted, 1 + accepted / speculator.steps)
 
 
 def _vllm(checkpoint: str, setting: Setting, prompts: list[list[int]], most: int) -> Answers:
@@ -176,8 +181,9 @@ def _vllm(checkpoint: str, setting: Setting, prompts: list[list[int]], most: int
     if not setting.drafts:
         return Answers(found)
     counted = {m.name.removeprefix("vllm:spec_decode_num_"): m for m in engine.get_metrics()}
-    accepted, drafted = (counted[f"{name}_tokens"].value for name in ("accepted", "draft"))
-    return Answers(found, accepted / drafted)
+    names = ("accepted_tokens", "draft_tokens", "drafts")
+    accepted, drafted, steps = (counted[name].value for name in names)
+    return Answers(found, accepted / drafted, 1 + accepted / steps)
 
 
 def _sglang(checkpoint: str, setting: Setting, prompts: list[list[int]], most: int) -> Answers:

@@ -17,7 +17,7 @@ from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import StepBuilder
-from dsv4_plugin.warmup import warm_up
+from dsv4_plugin.warmup import Padding, shapes, warm_up
 from sglang_ext.pool import KVPool
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ class Backend(AttentionBackend):
         pool, parallel = self.token_to_kv_pool, self.runner.model.parallel
         strides = pool.window.stride, pool.page.stride, pool.ring.stride
         tables = BlockTables.of_nothing(strides, device)
-        limits = self.steps.rows, self.requests, self.longest
-        share = parallel.rank, parallel.size
-        warm_up(self.runner.model.model, self.steps, pool.layers, tables, *limits, share=share)
+        padding = Padding(self.runner.model.model, self.steps, pool.layers, tables)
+        needed = shapes(self.steps.rows, self.requests, self.longest)
+        warm_up(padding, device, needed, (parallel.rank, parallel.size))
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Of a step that is not replayed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
 from dsv4_plugin.checkpoint.files import check_checkpoint
 from dsv4_plugin.config import CSA, HCA, ModelConfig
 from dsv4_plugin.kernels.dispatch import require_driver, use_triton
-from dsv4_plugin.serving import config_json
+from dsv4_plugin.serving import config_json, with_int4
 from sglang_ext.backend import NAME
 
 log = logging.getLogger("sglang.srt.dsv4")
@@ -82,12 +83,8 @@ def server_defaults(server_args: ServerArgs, hf_config: Any) -> dict[str, Any]:
     refuse_unsupported(server_args)
     if server_args.device == "cpu":
         require_driver()
-    config = ModelConfig.from_hf(hf_config.dsv4_json)
+    config = model_config(hf_config)
     config.require_tensor_parallel(server_args.tp_size, "--tp-size")
-    if config.vocab_size % server_args.tp_size:
-        raise ValueError(
-            f"--tp-size is {server_args.tp_size}; it must divide vocab_size ({config.vocab_size})"
-        )
     if server_args.ep_size not in (1, server_args.tp_size):
         raise NotImplementedError(
             f"--ep-size is {server_args.ep_size}; dsv4-plugin supports 1 and --tp-size "
@@ -186,11 +183,20 @@ def cache_layout(
     )
 
 
+def model_config(hf_config: Any) -> ModelConfig:
+    """The core's, of a config that was taken over."""
+    int4 = hf_config.dsv4_int4
+    config = ModelConfig.from_hf(hf_config.dsv4_json)
+    return replace(config, int4_modules=None if int4 is None else frozenset(int4))
+
+
 def take_over(hf_config: Any, model: str, revision: str | None, overrides: Mapping | None) -> None:
     """Make SGLang's config of a V4 checkpoint the plugin's: own architecture name, two KV tiers,
     and config.json itself for the core (SGLang reads it through its V3 class)."""
     hf_config.dsv4_json = config_json(model, revision, overrides)
-    config = ModelConfig.from_hf(hf_config.dsv4_json)
+    config = with_int4(ModelConfig.from_hf(hf_config.dsv4_json), model, revision)
+    int4 = config.int4_modules
+    hf_config.dsv4_int4 = None if int4 is None else sorted(int4)
     hf_config.architectures = [SERVED_ARCHITECTURE]
     hf_config.is_hybrid_swa = True
     hf_config.hybrid_layer_pattern = [int(r not in (CSA, HCA)) for r in config.compress_ratios]

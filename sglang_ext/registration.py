@@ -92,7 +92,11 @@ def _register_chat() -> None:
 
     from sglang_ext.config import CHAT_SPEC
 
-    if env.CHAT.read() == "plugin":
+    try:
+        asked = env.CHAT.read()
+    except ValueError:
+        return  # SGLang would only log it, with a traceback; `take_over_config` refuses to serve
+    if asked == "plugin":
         _BUILDERS[CHAT_SPEC]["builtin"] = hooks.chat_adapter
 
 

@@ -82,6 +82,7 @@ PARTS = (
     pytest("emulated", without("tests/triton", ENGINES), DSV4_TEST_GPU="sm80"),
     pytest("emulated-engine", " ".join(ENGINES), DSV4_TEST_GPU="sm80"),
     pytest("vllm", "tests/vllm tests/parallel"),
+    pytest("vllm-v2", "tests/vllm_v2"),
     pytest("mutants", "tests/mutants"),
     pytest("vllm-chat", "tests/vllm_chat"),
     pytest("core", "tests/core"),

@@ -32,7 +32,9 @@ class Attend(torch.autograd.Function):
         ctx: Any, q: Tensor, kv: Tensor, mask: Tensor, sinks: Tensor, cos: Tensor, sin: Tensor,
         eps: float,
     ) -> Tensor:  # fmt: skip
-        """q [B, S, H, D], kv [B, K, D], mask [B, S, K], sinks [H], cos and sin [S, D'] -> as q."""
+        """q [B, S, H, D], kv [B, K, D], mask [B, S, K], sinks [H], cos and sin [(B,) S, D'] ->
+        as q.
+        """
         b, s, h, d = q.shape
         q = q.clone()
         p, scale, sink = Attend.shares(q, kv, mask, sinks, cos, sin, eps)
@@ -79,10 +81,10 @@ class Attend(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in place on the last channels of x [B, S, H, D]; cos and sin [S, channels / 2]."""
+    """RoPE in place on the last channels of x [B, S, H, D]; cos and sin [(B,) S, channels / 2]."""
     part = x[..., -2 * cos.shape[-1] :].unflatten(-1, (-1, 2))
     a, b = part[..., 0].float(), part[..., 1].float()
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     part[..., 0], part[..., 1] = a * cos - b * sin, b * cos + a * sin
     return x
 

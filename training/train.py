@@ -24,11 +24,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dsv4_plugin.tools.conversations import SKILLS, Writer, held_out
+from dsv4_plugin.tools.mini import COMPACT, VOCABULARY, WEIGHTS
 from training.data import Renderer, Row, Vocabulary, batch
 from training.muon import Muon
+from training.names import restore
 from training.network import build, hidden_states, leave_out_indexer
 
 SHARE = 204
@@ -301,6 +304,15 @@ class Finished:
         indexers = leave_out_indexer(model)
         model.load_state_dict(state["model"] | state["average"])
         return cls(model.requires_grad_(False), indexers, vocabulary, state["step"])
+
+    @classmethod
+    def shipped(cls) -> Finished:
+        """The weights of training/mini, which need no run."""
+        vocabulary = Vocabulary.load(COMPACT / VOCABULARY)
+        model = build(vocabulary)
+        indexers = leave_out_indexer(model)
+        restore(model, load_file(COMPACT / WEIGHTS))
+        return cls(model.requires_grad_(False), indexers, vocabulary, 0)
 
     def data(self) -> Data:
         return Data(Renderer(), self.vocabulary, seed=0)

@@ -11,18 +11,44 @@ from vllm.tool_parsers import ToolParserManager
 from dsv4_plugin import env
 from dsv4_plugin.config import ARCHITECTURE
 
-MODE = "deepseek_v4"
+MODE, MODE_V41 = "deepseek_v4", "deepseek_v41"
 DRAFTER_ARCHITECTURE = "DeepSeekV4MTPModel"
-"""vLLM's name for the drafter of method `mtp`."""
-DRAFTER = ("vllm_ext.mtp", "DeepseekV4MTP")
+"""vLLM's name for the drafter of method `mtp`; it also reads a DSpark drafter's config by it."""
+DRAFTERS = {
+    DRAFTER_ARCHITECTURE: ("vllm_ext.mtp", "DeepseekV4MTP"),
+    "DSparkDraftModel": ("vllm_ext.dspark", "DeepseekV4DSpark"),
+}
 VISION_ARCHITECTURE = "DeepseekV4ForConditionalGeneration"
 """vLLM's name for the model of a config.json with vision_n_layers."""
 MODELS = (ARCHITECTURE, VISION_ARCHITECTURE)
 MODEL = ("vllm_ext.model", "DeepseekV4ForCausalLM")
-TOKENIZER = ("vllm_ext.tokenizer", "DeepseekV4Tokenizer")
-RENDERER = ("vllm_ext.chat_renderer", "ChatRenderer")
-TOOL_PARSER = ("vllm_ext.tool_parser", "DeepseekV4ToolParser")
-REASONING_PARSER = ("vllm_ext.reasoning_parser", "DeepseekV4ReasoningParser")
+TOOL_PARSER = "vllm_ext.tool_parser"
+_REASONING_PARSER = ("vllm_ext.reasoning_parser", "DeepseekV4ReasoningParser")
+CHAT = {
+    MODE: {
+        "tokenizer mode": ("vllm_ext.tokenizer", "DeepseekV4Tokenizer"),
+        "renderer": ("vllm_ext.chat_renderer", "ChatRenderer"),
+        "tool parser": (TOOL_PARSER, "DeepseekV4ToolParser"),
+        "reasoning parser": _REASONING_PARSER,
+    },
+    MODE_V41: {
+        "tokenizer mode": ("vllm_ext.tokenizer", "DeepseekV41Tokenizer"),
+        "renderer": ("vllm_ext.chat_renderer", "ChatRendererV41"),
+        "tool parser": (TOOL_PARSER, "DeepseekV41ToolParser"),
+        "reasoning parser": _REASONING_PARSER,
+    },
+}
+"""By vLLM's name of the format: what stands in each of its registries."""
+
+
+def registries() -> dict[str, dict[str, tuple[str, str]]]:
+    """vLLM's, by what they hold."""
+    return {
+        "tokenizer mode": TokenizerRegistry.tokenizers,
+        "renderer": RENDERER_REGISTRY.renderers,
+        "tool parser": ToolParserManager.lazy_parsers,
+        "reasoning parser": ReasoningParserManager.lazy_parsers,
+    }
 
 
 def _registered(name: str) -> tuple[str, str]:
@@ -38,18 +64,10 @@ def check_active() -> None:
     }
     expected = dict.fromkeys(found, MODEL)
     if env.CHAT.read() == "plugin":
-        found |= {
-            "tokenizer mode": TokenizerRegistry.tokenizers[MODE],
-            "renderer": RENDERER_REGISTRY.renderers[MODE],
-            "tool parser": ToolParserManager.lazy_parsers.get(MODE, ("", "")),
-            "reasoning parser": ReasoningParserManager.lazy_parsers.get(MODE, ("", "")),
-        }
-        expected |= {
-            "tokenizer mode": TOKENIZER,
-            "renderer": RENDERER,
-            "tool parser": TOOL_PARSER,
-            "reasoning parser": REASONING_PARSER,
-        }
+        for mode, parts in CHAT.items():
+            for what, wanted in parts.items():
+                found[f"{what} {mode}"] = registries()[what].get(mode, ("", ""))
+                expected[f"{what} {mode}"] = wanted
     for what, wanted in expected.items():
         if found[what] != wanted:
             raise RuntimeError(

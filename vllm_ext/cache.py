@@ -73,13 +73,11 @@ class MetadataBuilder(AttentionMetadataBuilder[GroupMetadata]):
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
     ) -> AttentionCGSupport:
-        """Steps of one token a request, where the device runs them: they ask the host for nothing.
-        Stages take and leave their streams in vLLM's buffers, and data-parallel ranks have as many
-        rows as the graph. Steps with drafts are not captured so far."""
+        """Steps in which every request has as many tokens, one or one and its drafts, where the
+        device runs them: they ask the host for nothing. Stages take and leave their streams in
+        vLLM's buffers, and data-parallel ranks have as many rows as the graph."""
         on_device = use_triton(torch.device(vllm_config.device_config.device))
-        if not on_device or vllm_config.speculative_config is not None:
-            return AttentionCGSupport.NEVER
-        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.UNIFORM_BATCH if on_device else AttentionCGSupport.NEVER
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from typing import Any, Self
 from transformers.utils.hub import cached_file
 
 from dsv4_plugin.chat import Encoder, Prompt
-from dsv4_plugin.config import generation_of
+from dsv4_plugin.config import Generation, generation_of
 from dsv4_plugin.json_file import read_object
 from vllm_ext.chat_request import ChatOptions
 
@@ -17,9 +17,17 @@ class ChatEncoder(Encoder):
     """The encoder of one checkpoint."""
 
     @classmethod
-    def of(cls, tokenizer: Any, model: str, revision: str | None = None) -> Self:
+    def of(
+        cls,
+        tokenizer: Any,
+        model: str,
+        revision: str | None = None,
+        generation: Generation | None = None,
+    ) -> Self:
         """`model` is the checkpoint, a directory or a repository: its config.json tells which
-        texts it was trained with."""
+        texts it was trained with, where `generation` does not."""
+        if generation is not None:
+            return cls(tokenizer, generation)
         path = cached_file(model, "config.json", revision=revision)
         return cls(tokenizer, generation_of(read_object(path)))
 

@@ -29,7 +29,7 @@ class ChatOptions:
     """What `chat_template_kwargs` and the request fields merged into them ask for."""
 
     thinking: bool
-    effort: str | None
+    effort: str | int | None
     continue_final_message: bool
     add_generation_prompt: bool
     drop_reasoning: bool
@@ -69,7 +69,7 @@ def opens_in_reasoning(request: Request, kwargs: Mapping[str, Any] | None) -> bo
     options = ChatOptions.of(kwargs)
     if isinstance(request, ChatCompletionRequest):
         return render(
-            request.messages,
+            without_images(request.messages),
             offered_tools(request),
             thinking=options.thinking,
             continue_final_message=options.continue_final_message,
@@ -80,6 +80,24 @@ def opens_in_reasoning(request: Request, kwargs: Mapping[str, Any] | None) -> bo
         kind = item.get("type") if isinstance(item, dict) else item.type
         return options.thinking and kind == "reasoning"
     return options.thinking
+
+
+IMAGES = ("image_url", "input_image", "image_pil")
+"""Types of content parts that V4.1 reads and V4 does not."""
+
+
+def without_images(messages: Iterable[Any]) -> list[Any]:
+    """Messages with nothing in place of their images."""
+    return [
+        message | {"content": [part for part in content if not is_image(part)]}
+        if isinstance(content := message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
+def is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in IMAGES
 
 
 def offered_tools(request: Request) -> list[dict[str, Any]] | None:

@@ -16,10 +16,11 @@ from vllm.platforms import current_platform
 
 from dsv4_plugin import env
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
-from dsv4_plugin.checkpoint.files import check_checkpoint
+from dsv4_plugin.checkpoint.files import check_checkpoint, read_headers
+from dsv4_plugin.checkpoint.names import with_drafter
 from dsv4_plugin.config import V41_REFUSED, ModelConfig
 from dsv4_plugin.kernels.dispatch import require_driver
-from dsv4_plugin.serving import config_json
+from dsv4_plugin.serving import config_json, with_int4
 from vllm_ext._compat import end_streams_at_shutdown
 from vllm_ext.active import check_active
 from vllm_ext.choice import choose
@@ -104,7 +105,6 @@ class PluginConfig(DeepseekV4ForCausalLMConfig):
         model = vllm_config.model_config
         model.model_arch_config.is_deepseek_mla = False
         model.hf_config.model_type = SERVED_TYPE
-        model.hf_config.head_dtype = "float32"
         log.info("DeepSeek-V4 is served by dsv4-plugin: %s; %s.", choose().reason, chat())
 
 
@@ -129,9 +129,7 @@ class DrafterConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config) -> None:  # type: ignore[no-untyped-def]
-        config = _core_config(model_config).with_draft_layers("--speculative-config")
-        if config.dspark is not None:
-            raise NotImplementedError(NO_DSPARK)
+        _core_config(model_config).with_draft_layers("--speculative-config")
 
 
 def chat() -> str:
@@ -143,21 +141,34 @@ def chat() -> str:
 
 def _settle_graphs(vllm_config: VllmConfig) -> None:
     """vLLM's options decide what is captured, but for steps in torch, which ask the device for
-    values, and steps with drafts."""
+    values."""
     compilation = vllm_config.compilation_config
     mode = compilation.cudagraph_mode
-    drafts = vllm_config.speculative_config is not None
-    if not drafts and env.KERNELS.read() in ("auto", "triton"):
+    if env.KERNELS.read() in ("auto", "triton"):
         return
     open_yet = mode is None and not current_platform.is_cpu()  # vLLM 0.33 settles it later
     eager = vllm_config.model_config.enforce_eager
     if mode not in (None, CUDAGraphMode.NONE) or (open_yet and not eager):
         log.warning(
-            "CUDA graphs: none (cudagraph_mode was %s), because steps %s are not captured.",
+            "CUDA graphs: none (cudagraph_mode was %s), because steps in torch's kernels are not "
+            "captured.",
             mode.name if mode else "vLLM's default",
-            "with drafts" if drafts else "in torch's kernels",
         )
     compilation.cudagraph_mode = CUDAGraphMode.NONE
+
+
+def drafts_of(vllm_config: VllmConfig) -> int:
+    """Tokens drafted per step."""
+    speculative = vllm_config.speculative_config
+    return speculative.num_speculative_tokens if speculative else 0
+
+
+def drafter_config(vllm_config: VllmConfig) -> ModelConfig:
+    """Whose drafter is the one that the checkpoint's tensors are of, where they are at hand."""
+    config, directory = model_config_of(vllm_config), vllm_config.model_config.model
+    if not Path(directory).is_dir() or vllm_config.load_config.load_format == "dummy":
+        return config
+    return with_drafter(config, read_headers(directory))
 
 
 def model_config_of(vllm_config: VllmConfig) -> ModelConfig:
@@ -167,7 +178,8 @@ def model_config_of(vllm_config: VllmConfig) -> ModelConfig:
 
 def _core_config(model: Any) -> ModelConfig:
     overrides = model.hf_overrides if isinstance(model.hf_overrides, dict) else None
-    return ModelConfig.from_hf(config_json(model.model, model.revision, overrides))
+    config = ModelConfig.from_hf(config_json(model.model, model.revision, overrides))
+    return with_int4(config, model.model, model.revision)
 
 
 def cache_layout(config: ModelConfig, vllm_config: VllmConfig) -> CacheLayout:
@@ -183,18 +195,45 @@ def cache_layout(config: ModelConfig, vllm_config: VllmConfig) -> CacheLayout:
         raise ValueError(f"--attention-config.indexer_kv_dtype is {index!r}; allowed are {allowed}")
     block_size = vllm_config.cache_config.block_size
     config.require_page_size(block_size, "--block-size")
-    speculative = vllm_config.speculative_config
     return CacheLayout.of(
         config,
         kv_dtype,
         block_size,
         index_dtype=_INDEX_DTYPES[index],
-        num_speculative_tokens=speculative.num_speculative_tokens if speculative else 0,
+        num_speculative_tokens=drafts_of(vllm_config),
     )
 
 
 def dtype_name(vllm_config: VllmConfig) -> str:
     return str(vllm_config.model_config.dtype).removeprefix("torch.")
+
+
+def _check_drafts(config: ModelConfig, vllm_config: VllmConfig) -> None:
+    speculative = vllm_config.speculative_config
+    method, n = speculative.method, speculative.num_speculative_tokens
+    if method not in ("mtp", "dspark"):
+        raise NotImplementedError(
+            f"--speculative-config.method is {method!r}; dsv4-plugin drafts with 'mtp' and "
+            "'dspark', whichever a checkpoint has"
+        )
+    dspark = config.dspark
+    if dspark is not None and not vllm_config.use_v2_model_runner:
+        raise NotImplementedError(NO_DSPARK)
+    if (method == "dspark") != (dspark is not None):
+        has = "dspark" if dspark else "mtp"
+        raise ValueError(
+            f"--speculative-config.method is {method!r}; this checkpoint's drafter is of the kind "
+            f"{has!r}"
+        )
+    if dspark is not None and n > dspark.block_size:
+        raise ValueError(
+            f"--speculative-config.num_speculative_tokens is {n}; this checkpoint's drafter "
+            f"proposes {dspark.block_size} tokens at once, so allowed are 1 to {dspark.block_size}"
+        )
+    if dspark is not None:
+        # What it keeps of a token is known as soon as the token is computed: the last page of a
+        # prefix that the cache has is good for it, too.
+        speculative.disable_eagle_block_drop = True
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -203,14 +242,8 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         name = dtype_name(vllm_config)
         raise ValueError(f"--dtype is {name!r}; allowed are float32 and bfloat16")
     speculative = vllm_config.speculative_config
-    dspark = model_config_of(vllm_config).dspark is not None
-    if speculative is not None and dspark and speculative.method in ("mtp", "dspark"):
-        raise NotImplementedError(NO_DSPARK)
-    if speculative is not None and speculative.method != "mtp":
-        raise NotImplementedError(
-            f"--speculative-config.method is {speculative.method!r}; "
-            "dsv4-plugin drafts with 'mtp' only"
-        )
+    if speculative is not None:
+        _check_drafts(drafter_config(vllm_config), vllm_config)
     if speculative is not None and parallel.pipeline_parallel_size > 1:
         raise NotImplementedError(
             f"--pipeline-parallel-size is {parallel.pipeline_parallel_size} and "

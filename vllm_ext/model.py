@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context, override_forward_context
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.sequence import IntermediateTensors
 
 from dsv4_plugin.checkpoint.files import MTP
@@ -20,9 +19,9 @@ from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.transformer import Transformer
 from dsv4_plugin.tools.plan import GIB, workspace_bytes
-from dsv4_plugin.warmup import nothing, warm_up
+from dsv4_plugin.warmup import Padding, nothing, shapes, warm_up
 from vllm_ext.cache import GroupMetadata, PagedCaches
-from vllm_ext.config import SERVED_TYPE, cache_layout, model_config_of
+from vllm_ext.config import SERVED_TYPE, cache_layout, drafts_of, model_config_of
 from vllm_ext.parallel import VllmParallel
 
 if TYPE_CHECKING:
@@ -34,8 +33,16 @@ STREAMS = "streams"
 """What travels between pipeline stages: the residual streams [T, R, D]."""
 
 
+def share() -> tuple[int, int]:
+    """This process among those of the machine that compile the same, and their number."""
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
 class DeepseekV4ForCausalLM(nn.Module):
     supports_pp: ClassVar[Literal[True]] = True
+    supports_eagle3: ClassVar[Literal[True]] = True
+    """By this vLLM knows models whose drafter reads their layers."""
+    has_own_lm_head = has_own_embed_tokens = False
     requires_raw_input_tokens: ClassVar[Literal[True]] = True
     """Of later stages too: vLLM's V2 runner gives them no ids otherwise, and their number is the
     step's."""
@@ -61,16 +68,19 @@ class DeepseekV4ForCausalLM(nn.Module):
         self.device = torch.device(vllm_config.device_config.device)
         scheduler = vllm_config.scheduler_config
         rows, longest = scheduler.max_num_batched_tokens, vllm_config.model_config.max_model_len
-        self.limits = rows, scheduler.max_num_seqs, longest
-        self.drafting = vllm_config.speculative_config is not None
+        self.limits = rows, scheduler.max_num_seqs, longest, drafts_of(vllm_config)
         self.steps = StepBuilder(config, self.layout, rows, self.device)
         self.begin = eager_break_during_capture(self._begin)
-        self.logits_processor = LogitsProcessor(config.vocab_size)
         self.caches.allocated = self._allocated
         self.caches.taken = self.parallel.running.forget
         self.cache_config = vllm_config.cache_config
         self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._streams: Tensor | None = None
+        speculative = vllm_config.speculative_config
+        if speculative is not None and speculative.method == "mtp":
+            width = config.hc_mult * config.hidden_size
+            self._streams = torch.zeros(rows, width, dtype=self.parallel.dtype, device=self.device)
+        self._read: tuple[int, ...] = ()
         self._compiled_for: tuple[int, int, int] | None = None
         if self.model.first:  # where vLLM looks for what a drafter shares with its target
             self.model.embed_tokens = self.model.embed
@@ -78,8 +88,17 @@ class DeepseekV4ForCausalLM(nn.Module):
             self.lm_head = self.model.head
 
     def get_mtp_target_hidden_states(self) -> Tensor | None:
-        """The last step's streams [T, R * D], what the MTP layer continues from."""
+        """The last step's streams [T, R * D], what the MTP layer continues from: where captured
+        graphs leave them, too."""
         return self._streams
+
+    def set_aux_hidden_state_layers(self, layers: tuple[int, ...]) -> None:
+        """A DSpark drafter reads the streams before these layers, which is behind others."""
+        self._read = tuple(layer - 1 for layer in layers)
+
+    def get_eagle3_default_aux_hidden_state_layers(self) -> tuple[int, ...]:
+        assert self.config.dspark is not None
+        return tuple(layer + 1 for layer in self.config.dspark.target_layer_ids)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Raises ValueError where the checkpoint lacks a tensor."""
@@ -103,12 +122,9 @@ class DeepseekV4ForCausalLM(nn.Module):
             return
         self._compiled_for = self.caches.strides
         caches, _, _ = nothing(self.model, self.layout, self.device)
-        tables = self.caches.nothing(self.device)
+        padding = Padding(self.model, self.steps, caches, self.caches.nothing(self.device))
         with override_forward_context(None):
-            warm_up(
-                self.model, self.steps, caches, tables, *self.limits,
-                share=(torch.distributed.get_rank(), torch.distributed.get_world_size()),
-            )  # fmt: skip
+            warm_up(padding, self.device, shapes(*self.limits), share())
 
     def _report(self) -> None:
         """One line per rank."""
@@ -137,15 +153,19 @@ class DeepseekV4ForCausalLM(nn.Module):
         positions: Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
-    ) -> Tensor | IntermediateTensors:
+    ) -> Tensor | tuple[Tensor, list[Tensor]] | IntermediateTensors:
         """input_ids [T], perhaps padded -> hidden states [T, D]; positions follow from lengths.
-        All pipeline stages but the last return the streams [T, R, D] instead."""
+        All pipeline stages but the last return the streams [T, R, D] instead; for DSpark there are
+        also the means behind the layers that it reads, side by side [T, layers * D]."""
         self._compile()
         self.begin(len(input_ids))
         running = self.parallel.running
         assert running.step is not None
         step, caches, ids = running.step, running.caches, input_ids.int()
-        if self.model.first and self.model.last and not self.drafting:
+        if self._read:
+            h, means = self.model.run_read(self.model.spread(ids), ids, step, caches, self._read)
+            return self.model.collapse(h), [means]
+        if self.model.first and self.model.last and self._streams is None:
             return self.model(ids, step, caches)
         if self.model.first:
             h = self.model.spread(ids)
@@ -153,8 +173,8 @@ class DeepseekV4ForCausalLM(nn.Module):
             assert intermediate_tensors is not None
             h = intermediate_tensors[STREAMS]
         h = self.model.run(h, ids, step, caches)
-        if self.drafting:
-            self._streams = h.flatten(1)
+        if self._streams is not None:
+            self._streams[: len(h)] = h.flatten(1)
         return self.model.collapse(h) if self.model.last else IntermediateTensors({STREAMS: h})
 
     def make_empty_intermediate_tensors(
@@ -177,12 +197,5 @@ class DeepseekV4ForCausalLM(nn.Module):
             given = tables, group.query_start, group.seq_lens, n_tokens, *lengths
         self.parallel.running.begin(self.steps.build(*given), caches)
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        hidden_states = float32_logits(hidden_states)
-        logits: Tensor | None = self.logits_processor(self.model.head, hidden_states)
-        return logits
-
-
-def float32_logits(hidden_states: Tensor) -> Tensor:
-    """On CPUs the packed head takes float32."""
-    return hidden_states.float() if hidden_states.device.type == "cpu" else hidden_states
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        return self.parallel.gather_logits(self.model.head(hidden_states))

@@ -24,7 +24,7 @@ from vllm.tool_parsers import ToolParserManager
 from dsv4_plugin.chat import StreamParser, parse
 from dsv4_plugin.chat.grammar import response_tag
 from dsv4_plugin.chat.tokens import ASSISTANT, DSML, END_THINK, THINK, USER
-from vllm_ext.active import MODE, TOOL_PARSER
+from vllm_ext.active import CHAT, TOOL_PARSER
 from vllm_ext.chat_output import delta_message, whole_message, without_stop
 from vllm_ext.chat_request import (
     Request,
@@ -43,8 +43,8 @@ _CALLS_ARE_PARSED = (
 
 def tool_parser_runs() -> bool:
     """Whether this process loaded the plugin's tool parser: vLLM does so where it is chosen."""
-    found = ToolParserManager.tool_parsers.get(MODE)
-    return found is not None and found.__module__ == TOOL_PARSER[0]
+    found = [ToolParserManager.tool_parsers.get(mode) for mode in CHAT]
+    return any(parser is not None and parser.__module__ == TOOL_PARSER for parser in found)
 
 
 class DeepseekV4ReasoningParser(ReasoningParser):

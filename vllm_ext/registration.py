@@ -6,25 +6,11 @@ import logging
 
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
-from vllm.reasoning import ReasoningParserManager
-from vllm.renderers.registry import RENDERER_REGISTRY
-from vllm.tokenizers import TokenizerRegistry
-from vllm.tool_parsers import ToolParserManager
 
 from dsv4_plugin import env
 from dsv4_plugin.config import V41_ARCHITECTURE
 from vllm_ext._compat import accept_fp4_indexer_option, require_tested_version
-from vllm_ext.active import (
-    DRAFTER,
-    DRAFTER_ARCHITECTURE,
-    MODE,
-    MODEL,
-    MODELS,
-    REASONING_PARSER,
-    RENDERER,
-    TOKENIZER,
-    TOOL_PARSER,
-)
+from vllm_ext.active import CHAT, DRAFTER_ARCHITECTURE, DRAFTERS, MODEL, MODELS, registries
 from vllm_ext.choice import choose
 from vllm_ext.config import DrafterConfig, NativeConfig, PluginConfig, V41Config
 
@@ -38,17 +24,17 @@ def register_all() -> None:
         accept_fp4_indexer_option()
         for name in MODELS:
             ModelRegistry.register_model(name, ":".join(MODEL))
-        ModelRegistry.register_model(DRAFTER_ARCHITECTURE, ":".join(DRAFTER))
+        for name, drafter in DRAFTERS.items():
+            ModelRegistry.register_model(name, ":".join(drafter))
         MODELS_CONFIG_MAP.update(dict.fromkeys(MODELS, PluginConfig))
         MODELS_CONFIG_MAP[DRAFTER_ARCHITECTURE] = DrafterConfig
         MODELS_CONFIG_MAP[V41_ARCHITECTURE] = V41Config
     else:
         MODELS_CONFIG_MAP.update(dict.fromkeys(MODELS, NativeConfig))
     if env.CHAT.read() == "plugin":
-        TokenizerRegistry.tokenizers[MODE] = TOKENIZER
-        RENDERER_REGISTRY.renderers[MODE] = RENDERER
-        ToolParserManager.register_lazy_module(MODE, *TOOL_PARSER)
-        ReasoningParserManager.register_lazy_module(MODE, *REASONING_PARSER)
+        for mode, parts in CHAT.items():
+            for what, registry in registries().items():
+                registry[mode] = parts[what]
 
 
 def _show_the_core_s_log() -> None:

@@ -1,4 +1,5 @@
-"""Tokenizer mode `deepseek_v4`: the checkpoint's own tokenizer, with the core's chat encoding."""
+"""Tokenizer modes `deepseek_v4` and `deepseek_v41`: the checkpoint's own tokenizer, with the core's
+chat encoding."""
 
 from __future__ import annotations
 
@@ -8,12 +9,15 @@ from typing import Any
 from transformers import TokenizersBackend
 from vllm.tokenizers.hf import get_cached_tokenizer
 
+from dsv4_plugin.config import Generation
 from vllm_ext.chat_encoder import ChatEncoder
 
 
 class ChatTokenizer(TokenizersBackend):
     """Chat templates give ids, whatever `tokenize` says: a prompt as text is not safe to encode."""
 
+    generation: Generation | None = None
+    """By config.json, where the mode does not say."""
     chat_encoder: ChatEncoder | None = None
     revision: str | None = None
 
@@ -24,7 +28,8 @@ class ChatTokenizer(TokenizersBackend):
         **kwargs: Any,
     ) -> list[int]:
         if self.chat_encoder is None:
-            self.chat_encoder = ChatEncoder.of(self, self.name_or_path, self.revision)
+            of = self.name_or_path, self.revision, self.generation
+            self.chat_encoder = ChatEncoder.of(self, *of)
         return self.chat_encoder.prompt(messages, tools, kwargs, kwargs.get("response_format")).ids
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
@@ -34,8 +39,14 @@ class ChatTokenizer(TokenizersBackend):
 class DeepseekV4Tokenizer:
     """What vLLM's registry loads; instances are `ChatTokenizer`s with cached properties."""
 
+    generation: Generation | None = None
+
     @classmethod
     def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> TokenizersBackend:
         tokenizer = ChatTokenizer.from_pretrained(path, *args, **kwargs)
-        tokenizer.revision = kwargs.get("revision")
+        tokenizer.revision, tokenizer.generation = kwargs.get("revision"), cls.generation
         return get_cached_tokenizer(tokenizer)
+
+
+class DeepseekV41Tokenizer(DeepseekV4Tokenizer):
+    generation = "v4.1"

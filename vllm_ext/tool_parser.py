@@ -21,7 +21,8 @@ from xgrammar import Grammar, StructuralTag
 
 from dsv4_plugin.chat import Message
 from dsv4_plugin.chat.grammar import tool_tag
-from vllm_ext.active import MODE
+from dsv4_plugin.chat.render import FORMS, V4
+from vllm_ext.active import MODE, MODE_V41
 from vllm_ext.chat_compat import REPORTS_CUT_CALLS
 from vllm_ext.chat_output import Output, delta_message, tool_calls, whole_message
 from vllm_ext.chat_request import (
@@ -41,6 +42,7 @@ class DeepseekV4ToolParser(ToolParser):
     engine_based_streaming = True
     supports_required_and_named = False
     structural_tag_model = MODE
+    form = V4
     skip_reasoning_parsing = False
     """vLLM sets this where no reasoning parser is chosen: reasoning is content then."""
 
@@ -76,6 +78,7 @@ class DeepseekV4ToolParser(ToolParser):
             parallel=parallel,
             envelope=strict_level >= ToolStrictLevel.FUNCTION or not parallel,
             compile_schema=Grammar.from_json_schema,
+            form=self.form,
         )
         return None if tag is None else StructuralTag.model_validate(tag)
 
@@ -107,6 +110,13 @@ class DeepseekV4ToolParser(ToolParser):
     def finish_streaming(self) -> DeltaMessage | None:
         output, self._output = self._output, None
         return delta_message(output.finish()) if output else None
+
+
+class DeepseekV41ToolParser(DeepseekV4ToolParser):
+    """The parser reads both spellings of tags; grammars have V4.1's."""
+
+    structural_tag_model = MODE_V41
+    form = FORMS["v4.1"]
 
 
 def _keep_finish_reason(request: Request, message: Message) -> None:

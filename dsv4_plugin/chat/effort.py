@@ -27,8 +27,14 @@ _TEXTS: dict[Generation, dict[str, str]] = {
 }
 
 
-def check_effort(effort: str) -> str:
-    """Return `effort`, or raise a ValueError that names the known values."""
+def check_effort(effort: str | int, generation: str = "") -> str | int:
+    """Return `effort`, or raise a ValueError that names the known values. V4.1 also knows numbers
+    from 1 to 100."""
+    if generation == "v4.1" and type(effort) is int and 1 <= effort <= 100:
+        return effort
+    if generation == "v4.1" and effort not in EFFORTS:
+        known = ", ".join(EFFORTS)
+        raise ValueError(f"effort: {effort!r} is not one of {known}, or an integer from 1 to 100")
     if effort not in EFFORTS:
         raise ValueError(f"effort: {effort!r} is not one of {', '.join(EFFORTS)}")
     return effort
@@ -41,6 +47,8 @@ def check_generation(generation: str) -> Generation:
     raise ValueError(f"generation: {generation!r} is not one of {get_args(Generation)}")
 
 
-def effort_text(generation: Generation, effort: str) -> str:
+def effort_text(generation: Generation, effort: str | int) -> str:
     """The text that follows the bos token in thinking mode; empty for most efforts."""
+    if isinstance(effort, int):
+        return NUMBERED_EFFORT.format(effort)
     return _TEXTS[generation].get(effort, "")

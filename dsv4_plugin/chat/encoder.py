@@ -94,7 +94,7 @@ class Encoder:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool = True,
-        effort: str | None = None,
+        effort: str | int | None = None,
         **options: Unpack[Options],
     ) -> Prompt:
         """Encode OpenAI-style `messages`; `thinking=False` and `effort="none"` mean chat mode.
@@ -109,11 +109,11 @@ class Encoder:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool = True,
-        effort: str | None = None,
+        effort: str | int | None = None,
         **options: Unpack[Options],
     ) -> Rendered:
         """As `encode`, up to the parts: control tokens and plain text."""
-        effort = check_effort(effort or self.effort)
+        effort = check_effort(self.effort if effort in (None, "") else effort, self.generation)
         text = effort_text(self.generation, effort)
         thinking = thinking and effort != "none"
         form = FORMS.get(self.generation, V4)

@@ -13,7 +13,8 @@ from typing import Any
 
 from . import json_text
 from .messages import json_schema
-from .tokens import DSML, END_THINK, INVOKE, THINK, TOOL_CALLS
+from .render import V4, Form
+from .tokens import DSML, END_THINK, INVOKE, THINK
 from .tools import functions
 
 Format = dict[str, Any]
@@ -21,8 +22,8 @@ Format = dict[str, Any]
 MAX_WHITESPACE = 2
 """Longest run of optional white space, so that a model cannot pad without end."""
 
-_BLOCK = f"<{DSML}{TOOL_CALLS}>"
-_BLOCK_END = f"</{DSML}{TOOL_CALLS}>"
+_STYLES = {"": "deepseek_xml", " ": "deepseek_v4_1_xml"}
+"""xgrammar's names of the parameters' form, by what follows DSML in tags."""
 _NO_THINKING = [str(THINK), str(END_THINK)]
 
 
@@ -34,6 +35,7 @@ def tool_tag(
     parallel: bool = True,
     envelope: bool = False,
     compile_schema: Callable[[str], object] | None = None,
+    form: Form = V4,
 ) -> Format | None:
     """The structural tag for OpenAI's `tools` and `tool_choice`; None where all text is free.
 
@@ -41,21 +43,23 @@ def tool_tag(
     are well-formed even where no tool is strict. required, or a named
     function: one block of calls and nothing else, all by schema. none: no DSML at all. Without
     `parallel` a block holds one call. `compile_schema` is the engine's (xgrammar's
-    `Grammar.from_json_schema`): it tries each schema that is to be followed. Raises ValueError for
+    `Grammar.from_json_schema`): it tries each schema that is to be followed. `form`: whose tags.
+    Raises ValueError for
     a choice that `tools` cannot meet, and for a schema that cannot be compiled, naming the tool.
     """
     offered = functions(tools)
+    opening, closing = (f"{start}{DSML}{form.space}{form.block}>" for start in ("<", "</"))
     if tool_choice == "none":
         return _tag({"type": "any_text", "excludes": [*_NO_THINKING, str(DSML)]}, reasoning)
     if tool_choice == "auto":
         if not envelope and not any(function.get("strict") for function in offered):
             return None
         _check_schemas(offered, [f for f in offered if f.get("strict")], compile_schema)
-        calls = _calls([(f, bool(f.get("strict"))) for f in offered], parallel)
-        block = {"type": "tag", "begin": f"{_BLOCK}\n", "content": calls, "end": _BLOCK_END}
+        calls = _calls([(f, bool(f.get("strict"))) for f in offered], parallel, form)
+        block = {"type": "tag", "begin": f"{opening}\n", "content": calls, "end": closing}
         text = {
             "type": "triggered_tags",
-            "triggers": [_BLOCK],
+            "triggers": [opening],
             "tags": [block],
             "excludes": _NO_THINKING,
             "stop_after_first": not parallel,
@@ -63,8 +67,8 @@ def tool_tag(
         return _tag(text, reasoning)
     chosen = _chosen(offered, tool_choice)
     _check_schemas(offered, chosen, compile_schema)
-    calls = _calls([(f, True) for f in chosen], parallel and tool_choice == "required")
-    return _tag(_sequence(_constant(f"\n\n{_BLOCK}\n"), calls, _constant(_BLOCK_END)), reasoning)
+    calls = _calls([(f, True) for f in chosen], parallel and tool_choice == "required", form)
+    return _tag(_sequence(_constant(f"\n\n{opening}\n"), calls, _constant(closing)), reasoning)
 
 
 def response_tag(
@@ -129,30 +133,30 @@ def _chosen(
     )
 
 
-def _calls(offered: Sequence[tuple[Mapping[str, Any], bool]], parallel: bool) -> Format:
+def _calls(offered: Sequence[tuple[Mapping[str, Any], bool]], parallel: bool, form: Form) -> Format:
     return {
         "type": "tags_with_separator",
-        "tags": [_call(function, by_schema) for function, by_schema in offered],
+        "tags": [_call(function, by_schema, form) for function, by_schema in offered],
         "separator": "",
         "at_least_one": True,
         "stop_after_first": not parallel,
     }
 
 
-def _call(function: Mapping[str, Any], by_schema: bool) -> Format:
+def _call(function: Mapping[str, Any], by_schema: bool, form: Form) -> Format:
     arguments: Format = {"type": "any_text"}
     if by_schema:
         arguments = {
             "type": "json_schema",
             "json_schema": _parameters(function),
-            "style": "deepseek_xml",
+            "style": _STYLES[form.space],
             "max_whitespace_cnt": MAX_WHITESPACE,
         }
     return {
         "type": "tag",
-        "begin": f'<{DSML}{INVOKE} name="{function["name"]}">\n',
+        "begin": f'<{DSML}{form.space}{INVOKE} name="{function["name"]}">\n',
         "content": arguments,
-        "end": f"</{DSML}{INVOKE}>\n",
+        "end": f"</{DSML}{form.space}{INVOKE}>\n",
     }
 
 

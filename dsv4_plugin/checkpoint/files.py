@@ -16,12 +16,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsv4_plugin.checkpoint.names import (
+    EXPERT,
     GATE,
     Stored,
+    as_found,
     is_for_images,
+    is_order,
     is_unread_scale,
     stored_tensors,
     with_drafter,
+    with_int4,
 )
 from dsv4_plugin.checkpoint.spelling import natives
 from dsv4_plugin.config import ModelConfig
@@ -173,7 +177,9 @@ def problems_of(
     """What does not fit config.json, a sentence per tensor: gates of another number of experts,
     missing ones, misshapen ones and those of a wrong dtype, unexpected ones; the drafter's too,
     where it is wanted."""
-    expected = stored_tensors(with_drafter(config, found) if mtp else config, mtp)
+    config = with_int4(with_drafter(config, found) if mtp else config, found)
+    dtypes = {name: info.dtype for name, info in found.items()}
+    expected = as_found(config, stored_tensors(config, mtp), dtypes)
     yield from _other_gates(config, expected, found)
     yield from (f"{name} is missing" for name in expected if name not in found)
     for name, stored in expected.items():
@@ -189,6 +195,7 @@ def problems_of(
             yield f"{name} has shape {shown(list(info.shape))}, config.json asks for {asked}"
         elif info.nbytes != prod(info.shape) * DTYPES[info.dtype].itemsize:
             yield f"{name} has {info.nbytes} bytes, which is not what its shape and dtype need"
+    yield from _mixed_scales(expected, found)
     yield from (
         f"{printable(name)} is unexpected"
         for name in found
@@ -196,7 +203,18 @@ def problems_of(
         and (mtp or not name.startswith(MTP))
         and not is_for_images(config, name)
         and not is_unread_scale(expected, name)
+        and not is_order(expected, name)
     )
+
+
+def _mixed_scales(expected: Mapping[str, Stored], found: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """GPTQ's, of the experts of a layer: they lie in one tensor, as they are."""
+    first: dict[tuple[str, str], str] = {}
+    for name in expected:
+        if name.endswith(".scales") and name in found and (expert := EXPERT.fullmatch(name)):
+            other = first.setdefault((expert[1], expert[3]), found[name].dtype)
+            if found[name].dtype != other:
+                yield f"{name} is {printable(found[name].dtype)}, other experts' are {other}"
 
 
 def _other_gates(
@@ -215,6 +233,8 @@ def _other_gates(
 def _variant(config: ModelConfig) -> str:
     if config.experts == "plain":
         return "no quantization_config"
+    if config.experts == "gptq":
+        return "int4 in GPTQ's layout"
     return f"FP8 with {config.experts.upper()} experts"
 
 

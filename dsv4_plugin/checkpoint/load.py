@@ -13,8 +13,10 @@ from dsv4_plugin.checkpoint.names import (
     is_unread_scale,
     parameter_name,
     stored_tensors,
+    unpacked,
 )
 from dsv4_plugin.checkpoint.spelling import native
+from dsv4_plugin.checkpoint.unpack import Unpacking
 from dsv4_plugin.checkpoint.values import check_values
 from dsv4_plugin.model.loading import give
 from dsv4_plugin.model.transformer import Network, WeightBytes
@@ -35,21 +37,24 @@ def load_weights(
     parameters = {name for name, _ in model.named_parameters()}
     expected = stored_tensors(model.config)
     taken, filled, images, scales = set(), set(), 0, 0
+    unpacking = Unpacking(model.config)
     for given, tensor in tensors:
         name = native(model.config, given)
         if is_for_images(model.config, name):
             images += 1
             continue
-        if is_unread_scale(expected, name):
+        if is_unread_scale(expected, name) and not unpacked(model.config, name):
             scales += 1
             continue
-        taken.add(name)
         if tensor.element_size() == 1:
             tensor = tensor.view(torch.uint8)  # codes and UE8M0 scales move as bytes
-        path = parameter_name(name)
-        if give(model, path, tensor):
-            check_values(model.config, name, tensor)
-            filled.add(path)
+        for whole, weight in unpacking.feed(name, tensor):
+            taken.add(whole)
+            path = parameter_name(whole)
+            if give(model, path, weight):
+                check_values(model.config, whole, weight)
+                filled.add(path)
+    scales += unpacking.left()
     missing = set(needed) - taken
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} tensors, {min(missing)} among them")

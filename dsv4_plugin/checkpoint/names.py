@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dsv4_plugin.checkpoint.spelling import of_authors
 from dsv4_plugin.config import (
     COMPRESSED,
     CSA,
@@ -22,15 +23,27 @@ Shape = tuple[int, ...]
 
 EXPERT = re.compile(
     r"(.*\.experts)\.(\d+)\.(w[123](?:\.(?:scale|weight_scale|weight_scale_2|input_scale|"
-    r"weight_packed|weight_global_scale|weight_shape|input_global_scale))?)"
+    r"weight_packed|weight_global_scale|weight_shape|input_global_scale|"
+    r"qweight|qzeros|scales|g_idx))?)"
     r"(?:\.weight)?"
 )
 """(module, expert, `w1` or what belongs to it, as `w1.scale`)."""
-SCALE = re.compile(r".*\.(scale|weight_scale|weight_scale_2|weight_global_scale)")
+SCALE = re.compile(r".*\.(scale|weight_scale|weight_scale_2|weight_global_scale|scales)")
 """A packed weight's scales."""
 _STAGE = re.compile(r"mtp\.(\d{1,3})\.")
 ACTIVATION_SCALES = ("input_scale", "input_global_scale")
 GATE = ".ffn.gate.weight"
+QWEIGHT, G_IDX = ".qweight", ".g_idx"
+"""Of GPTQ: a packed weight; which block each input is of, where it is written."""
+_UNPACKED = re.compile(
+    r"(layers\.\d+\.attn\.(?:(?:indexer\.)?compressor\.(?:wkv|wgate)|"
+    r"indexer\.(?:wq_b|weights_proj)))\.(weight|scale|qweight|qzeros|scales|g_idx)"
+)
+"""(module, tensor) of small products that some exporters pack, and the network holds plain."""
+_INT4_LINEAR = re.compile(
+    r"(?:layers|mtp)\.\d+\.(?:attn\.(?:wq_a|wq_b|wkv|wo_a|wo_b)|ffn\.shared_experts\.w[123]|"
+    r"e_proj|h_proj|main_proj)"
+)
 _VISION = re.compile(r"(vision|aligner)\..+|image_(start|pad|newline|end)|.*\.ffn\.gate\.bias_vl")
 _BIAS = re.compile(r"layers\.(\d+)\.ffn\.gate\.bias")
 _HC = re.compile(r"\bhc_(attn|ffn|head)_(fn|base|scale)$")
@@ -65,6 +78,14 @@ def is_for_images(config: ModelConfig, name: str) -> bool:
     return hashed or _VISION.fullmatch(name) is not None
 
 
+def unpacked(config: ModelConfig, name: str) -> tuple[str, str] | None:
+    """(module, tensor) of what may be packed in the file, but is held plain."""
+    if config.experts not in (*COMPRESSED, "gptq"):
+        return None
+    found = _UNPACKED.fullmatch(name)
+    return found and (found[1], found[2])
+
+
 def is_unread_scale(expected: Mapping[str, Stored], name: str) -> bool:
     """Is a tensor a scale that nothing is multiplied by: of activations that are not rounded by it,
     or of a weight that is not packed?"""
@@ -73,6 +94,11 @@ def is_unread_scale(expected: Mapping[str, Stored], name: str) -> bool:
     if name in expected or weight is None:
         return False
     return leaf in ACTIVATION_SCALES or (leaf == "scale" and weight.dtypes[0] == "BF16")
+
+
+def is_order(expected: Mapping[str, Stored], name: str) -> bool:
+    """Is a tensor the order of a GPTQ weight's inputs? It says nothing but 0, 0, ..., 1, 1, ..."""
+    return name.endswith(G_IDX) and f"{name.removesuffix(G_IDX)}{QWEIGHT}" in expected
 
 
 def stored_tensors(config: ModelConfig, mtp: bool = False) -> dict[str, Stored]:
@@ -91,20 +117,12 @@ def stored_as(config: ModelConfig, name: str, shape: Shape) -> dict[str, Stored]
         kind = config.experts_of(name)
     else:
         kind = "fp8" if config.is_fp8(module) and name.endswith(".weight") else "plain"
+        kind = "gptq" if config.is_int4(module) and name.endswith(".weight") else kind
     if kind == "plain":
         return {name: Stored(_plain_dtypes(name), shape)}
     n_out, n_in = shape
     if kind == "fp8":
-        blocks = (-(-n_out // FP8_BLOCK), -(-n_in // FP8_BLOCK))
-        scales = (
-            ["F32", "F8_E8M0", "BF16"] if config.experts == "fp8" else ["F8_E8M0", "F32", "BF16"]
-        )
-        if config.experts in COMPRESSED:
-            scales.reverse()
-        return {
-            name: Stored(("F8_E4M3",), shape),
-            f"{module}.scale": Stored(tuple(scales), blocks),
-        }
+        return _fp8(config, module, shape)
     packed, blocks = (n_out, n_in // 2), (n_out, n_in // config.block_of(kind))
     if kind == "fp4":
         return {
@@ -117,6 +135,8 @@ def stored_as(config: ModelConfig, name: str, shape: Shape) -> dict[str, Stored]
             f"{module}.weight_scale": Stored(("BF16",), blocks),
             f"{module}.weight_shape": Stored(("I64",), (2,)),
         }
+    if kind == "gptq":
+        return _gptq(module, shape, config.int4_block)
     if kind == "ct-nvfp4":
         return {
             f"{module}.weight_packed": Stored(("U8", "I8"), packed),
@@ -129,6 +149,67 @@ def stored_as(config: ModelConfig, name: str, shape: Shape) -> dict[str, Stored]
         f"{module}.weight_scale_2": Stored(("F32",), ()),
         f"{module}.input_scale": Stored(("F32",), ()),
     }
+
+
+def _fp8(config: ModelConfig, module: str, shape: Shape) -> dict[str, Stored]:
+    blocks = (-(-shape[0] // FP8_BLOCK), -(-shape[1] // FP8_BLOCK))
+    scales = ["F32", "F8_E8M0", "BF16"] if config.experts == "fp8" else ["F8_E8M0", "F32", "BF16"]
+    if config.experts in COMPRESSED:
+        scales.reverse()
+    return {
+        f"{module}.weight": Stored(("F8_E4M3",), shape),
+        f"{module}.scale": Stored(tuple(scales), blocks),
+    }
+
+
+def _gptq(module: str, shape: Shape, block: int) -> dict[str, Stored]:
+    """Transposed: inputs are the rows."""
+    n_out, n_in = shape
+    return {
+        f"{module}{QWEIGHT}": Stored(("I32",), (n_in // 8, n_out)),
+        f"{module}.qzeros": Stored(("I32",), (n_in // block, n_out // 8)),
+        f"{module}.scales": Stored(("F16", "BF16"), (n_in // block, n_out)),
+    }
+
+
+def as_found(
+    config: ModelConfig, expected: Mapping[str, Stored], dtypes: Mapping[str, str]
+) -> dict[str, Stored]:
+    """Expected tensors, with those of a checkpoint that it packs and the network holds plain.
+
+    dtypes: of the checkpoint's tensors.
+    """
+    stored: dict[str, Stored] = {}
+    for name, plain in expected.items():
+        module, leaf = unpacked(config, name) or ("", "")
+        if leaf == "weight" and f"{module}{QWEIGHT}" in dtypes and config.experts == "gptq":
+            stored |= _gptq(module, plain.shape, config.int4_block)
+        elif leaf == "weight" and dtypes.get(name) == "F8_E4M3":
+            stored |= _fp8(config, module, plain.shape)
+        else:
+            stored[name] = plain
+    return stored
+
+
+def with_int4(config: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """With the linears that a checkpoint of GPTQ's layout has as int4, by its tensors' names."""
+    if config.experts != "gptq":
+        return config
+    return replace(config, int4_modules=int4_modules(names))
+
+
+def int4_modules(names: Collection[str]) -> frozenset[str]:
+    """The linears that are int4 in GPTQ's layout, and draft layers' experts."""
+    modules = set()
+    for name in names:
+        module, _, leaf = of_authors(name).rpartition(".")
+        if leaf != "qweight":
+            continue
+        if _INT4_LINEAR.fullmatch(module):
+            modules.add(module)
+        elif module.startswith("mtp.") and ".experts." in module:
+            modules.add(module.partition(".experts.")[0] + ".experts")
+    return frozenset(modules)
 
 
 def _plain_dtypes(name: str) -> tuple[str, ...]:

@@ -44,6 +44,13 @@ SCALES = ("scale", "weight_scale", "weight_scale_inv")
 
 def native(config: ModelConfig, name: str) -> str:
     """A tensor's name as this config's checkpoints of the authors have it."""
+    name = of_authors(name)
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.{config.scale_of(module)}" if leaf in SCALES else name
+
+
+def of_authors(name: str) -> str:
+    """A name with the authors' modules."""
     parts = [_MODULES.get(part, part) for part in name.removeprefix("model.").split(".")]
     for i, part in enumerate(parts):
         if part == "gate_proj":
@@ -53,9 +60,7 @@ def native(config: ModelConfig, name: str) -> str:
     name = _INDEXER.sub("attn.indexer.", name)
     name = _INDEX_KEYS.sub("attn.indexer.compressor.", name)
     name = _MIXERS.sub(r"hc_\1_\2", name)
-    name = _HEAD_MIXER.sub(r"hc_head_\1", name)
-    module, _, leaf = name.rpartition(".")
-    return f"{module}.{config.scale_of(module)}" if leaf in SCALES else name
+    return _HEAD_MIXER.sub(r"hc_head_\1", name)
 
 
 T = TypeVar("T")

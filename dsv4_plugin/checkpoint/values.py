@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_plugin.checkpoint.names import SCALE
+from dsv4_plugin.checkpoint.names import G_IDX, SCALE
 from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.quant.int4 import GPTQ_ZEROS
 
 LARGEST = 1 << 22
 """Values. Larger weights that are not packed (embedding, head, experts in bfloat16) are not looked
@@ -24,6 +25,15 @@ def check_values(config: ModelConfig, name: str, tensor: Tensor) -> None:
         _check_experts(name, tensor, config.n_routed_experts)
     elif name.endswith(".weight_shape"):
         _check_shape(config, name, tensor)
+    elif name.endswith(".qzeros"):
+        if not any(bool((tensor == word).all()) for word in GPTQ_ZEROS):
+            raise ValueError(f"{name} has zeros other than 8, or than 7 throughout")
+    elif name.endswith(G_IDX):
+        if not torch.equal(tensor, torch.arange(len(tensor)) // config.int4_block):
+            raise ValueError(
+                f"{name} orders the inputs otherwise than 0, 0, ...; allowed is "
+                f"{config.int4_block} of each, ascending"
+            )
     elif SCALE.fullmatch(name):
         _check_scales(name, tensor)
     elif tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel() <= LARGEST:
@@ -51,7 +61,8 @@ def _check_scales(name: str, scales: Tensor) -> None:
     codes = scales if scales.element_size() > 1 else scales.view(torch.uint8)
     if codes.is_floating_point():
         _refuse(name, ~scales.isfinite(), "scales that are not finite")
-        _refuse(name, scales < 0, "negative scales")
+        if not name.endswith(".scales"):  # AutoRound turns a block round by a negative one
+            _refuse(name, scales < 0, "negative scales")
     elif name.endswith(".weight_scale"):  # e4m3; the sign is the highest bit
         _refuse(name, codes & 0x7F == _E4M3_NAN, "scales that are not numbers")
         _refuse(name, codes > _E4M3_NAN, "negative scales")

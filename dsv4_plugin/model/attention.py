@@ -24,7 +24,7 @@ from dsv4_plugin.model.indexer import Indexer
 from dsv4_plugin.model.loading import give_below, shard
 from dsv4_plugin.model.norm import RMSNorm
 from dsv4_plugin.model.parallel import OutputGroups, Parallel
-from dsv4_plugin.model.quantised import grouped_linear
+from dsv4_plugin.model.quantised import by_rows, grouped_linear
 
 
 class Attention(nn.Module):
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         if name == "attn_sink":
             tensor = shard(tensor, 0, self.output_groups.rank, self.heads)
         elif name.startswith("wo_b."):
-            tensor = self.output_groups.wo_b(tensor)
+            tensor = by_rows(name, self.output_groups.wo_b, tensor)
         return give_below(self, name, tensor)
 
     def finalize_weights(self) -> None:
@@ -66,11 +66,11 @@ class Attention(nn.Module):
             parts = [self.compressor, *([self.indexer.compressor] if self.ratio == CSA else [])]
             self.compressors = Compressors(self.ratio, parts, self.dtype)
 
-    def write(self, x: Tensor, step: Step, cache: LayerCache) -> None:
-        """Nothing but the window rows of x [T, D]: of a drafter, which reads the main model."""
+    def write(self, x: Tensor, cis: Tensor, window_write: Tensor, cache: LayerCache) -> None:
+        """Nothing but the window rows of x [T, D]: of a drafter, which reads the main model. The
+        rest is as a step has it."""
         nobody = x.new_empty(len(x), 0, self.dim)
-        cis, weight = step.cis[self.ratio], self.kv_norm.weight
-        qkv(nobody, self.wkv(x), weight, self.eps, cis, step.window_write, cache.window)
+        qkv(nobody, self.wkv(x), self.kv_norm.weight, self.eps, cis, window_write, cache.window)
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
         """x [T, D], normed -> [T, D]. Writes this step's rows, then reads what each token sees."""

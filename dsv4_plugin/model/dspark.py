@@ -121,10 +121,20 @@ class DSpark(Network):
     def read(self, means: Tensor, step: Step, caches: Sequence[LayerCache]) -> None:
         """Write the window rows of a step of the main model, from the means over the streams behind
         the target layers, side by side: [T, targets * D]."""
+        self.store(self.join(means), step.cis[SWA], step.window_write, caches)
+
+    def join(self, means: Tensor) -> Tensor:
+        """What all stages know of the main model: means [T, targets * D] -> [T, D]."""
         first = self.stages[0]
-        main = first.main_norm(first.main_proj(means))
+        out: Tensor = first.main_norm(first.main_proj(means))
+        return out
+
+    def store(
+        self, main: Tensor, cis: Tensor, window_write: Tensor, caches: Sequence[LayerCache]
+    ) -> None:
+        """Of main [T, D] each stage's window rows, at cis and window_write as a step has them."""
         for stage, cache in zip(self.stages, caches, strict=True):
-            stage.attn.write(main, step, cache)
+            stage.attn.write(main, cis, window_write, cache)
 
     def ids(self, anchor: Tensor) -> Tensor:
         """anchor [G] -> the block's tokens [G, B]."""

@@ -2,8 +2,7 @@
 
 `give` hands a full tensor down to the module that its name says. A module that takes a rank's part
 of one, or another form, or chooses among them, has a method `take(name, tensor)` for all that lies
-below it. Elsewhere a parameter takes the whole tensor, and one of an engine's layer is given to the
-engine's own `weight_loader(param, tensor)`.
+below it. Elsewhere a parameter takes the whole tensor.
 """
 
 from __future__ import annotations
@@ -27,12 +26,8 @@ def give_below(module: nn.Module, name: str, tensor: Tensor) -> bool:
     param = module._parameters.get(child)
     if param is None:
         return False
-    loader = getattr(param, "weight_loader", None)
-    if loader is not None:
-        loader(param, tensor)
-    else:
-        assert param.shape == tensor.shape, (name, param.shape, tensor.shape)
-        param.data.copy_(tensor)
+    assert param.shape == tensor.shape, (name, param.shape, tensor.shape)
+    param.data.copy_(tensor)
     return True
 
 

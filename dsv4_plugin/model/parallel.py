@@ -141,8 +141,8 @@ class Linear(nn.Module):
 
 
 class Head(Linear):
-    """This rank's logits: float32 products of float32 values, whatever the model's dtype. Until it
-    is packed the weight stays in the checkpoint's dtype."""
+    """This rank's logits, float32 whatever the model's dtype: x [T, in] -> [T, out]. Until it is
+    packed the weight stays in the checkpoint's dtype."""
 
     def __init__(self, n_in: int, n_out: int, rank: int = 0) -> None:
         super().__init__(n_in, n_out, torch.float32, rank=rank)
@@ -194,13 +194,33 @@ class GroupedLinear(nn.Module):
 
 
 class Embedding(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    """Ids in equal parts over ranks; all_reduce: sums what they find."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        rank: int = 0,
+        size: int = 1,
+        all_reduce: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:
         super().__init__()
-        shape = (config.vocab_size, config.hidden_size)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+        weight = torch.empty(config.vocab_size // size, config.hidden_size, dtype=dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.rank, self.split, self.all_reduce = rank, size > 1, all_reduce
+
+    def take(self, name: str, tensor: Tensor) -> bool:
+        """The full weight [vocab, D]."""
+        return give_below(self, name, shard(tensor, 0, self.rank, len(self.weight)))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids, self.weight)
+        if not self.split:
+            return nn.functional.embedding(ids, self.weight)
+        n = len(self.weight)
+        place = ids - self.rank * n
+        mine = (place >= 0) & (place < n)
+        rows = nn.functional.embedding(place.clamp(0, n - 1), self.weight)
+        return self.all_reduce(rows * mine[:, None])
 
 
 class SplitExperts(nn.Module):
@@ -318,8 +338,8 @@ class LocalParallel:
 class RankParallel(LocalParallel):
     """One of `size` processes: plain torch layers, split, and somebody's sum over ranks.
 
-    Embedding and head are whole on every rank. expert_parallel splits experts by number instead
-    of by width.
+    expert_parallel splits experts by number instead of by width. The head gives this rank's part
+    of the logits.
     """
 
     def __init__(
@@ -343,6 +363,12 @@ class RankParallel(LocalParallel):
         if reduce:
             layer.register_forward_hook(lambda module, inputs, out: self.all_reduce(out))
         return layer
+
+    def embedding(self, prefix: str) -> nn.Module:
+        return Embedding(self.config, self.dtype, self.rank, self.size, self.all_reduce)
+
+    def head(self, prefix: str) -> nn.Module:
+        return Head(self.config.hidden_size, self.config.vocab_size // self.size, self.rank)
 
     def experts(self, prefix: str, make: MakeExperts | None = None) -> nn.Module:
         make = make or self.plain_experts

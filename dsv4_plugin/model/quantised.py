@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from dsv4_plugin.config import FP8_BLOCK, Experts, ModelConfig
+from dsv4_plugin.config import FP8_BLOCK, INT4, Experts, ModelConfig
 from dsv4_plugin.kernels.experts import packed_experts
 from dsv4_plugin.kernels.packed import (
     FP4Matrix,
@@ -28,6 +28,7 @@ from dsv4_plugin.kernels.packed import (
 from dsv4_plugin.model.loading import give_below, shard
 from dsv4_plugin.model.parallel import GroupedLinear, MakeExperts, OutputGroups, Parallel
 from dsv4_plugin.quant.e4m3 import decode_ue8m0
+from dsv4_plugin.quant.int4 import from_gptq
 
 
 class QuantisedParallel:
@@ -40,25 +41,30 @@ class QuantisedParallel:
         self.breaking = plain.breaking
 
     def column(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
-        if not self.config.is_fp8(prefix):
+        if not self._packs(prefix):
             return self.plain.column(n_in, n_out, prefix)
         return self._linear(n_in, n_out, prefix, 0)
 
     def row(self, n_in: int, n_out: int, prefix: str, reduce: bool = True) -> nn.Module:
-        if not self.config.is_fp8(prefix):
+        if not self._packs(prefix):
             return self.plain.row(n_in, n_out, prefix, reduce)
         layer = self._linear(n_in, n_out, prefix, 1)
         layer.reduce = self.all_reduce if reduce else None
         return layer
 
     def replicated(self, n_in: int, n_out: int, prefix: str) -> nn.Module:
-        if not self.config.is_fp8(prefix):
+        if not self._packs(prefix):
             return self.plain.replicated(n_in, n_out, prefix)
         return self._linear(n_in, n_out, prefix)
 
+    def _packs(self, prefix: str) -> bool:
+        return self.config.is_fp8(prefix) or self.config.is_int4(prefix)
+
     def _linear(
         self, n_in: int, n_out: int, prefix: str, split: int | None = None
-    ) -> QuantisedLinear:
+    ) -> QuantisedLinear | Int4Linear:
+        if self.config.is_int4(prefix):
+            return Int4Linear(self, n_in, n_out, prefix, split, self.config.int4_block)
         return QuantisedLinear(self, n_in, n_out, prefix, split, self.config.rounds_fp8_inputs)
 
     def experts(self, prefix: str, make: MakeExperts | None = None) -> nn.Module:
@@ -83,6 +89,8 @@ def grouped_linear(
     """wo_a for heads of `dim`: [T, G, in] -> [T, G * out]."""
     if isinstance(parallel, QuantisedParallel) and parallel.config.is_fp8(prefix):
         return QuantisedGroupedLinear(groups, dim, n_out, prefix)
+    if isinstance(parallel, QuantisedParallel) and parallel.config.is_int4(prefix):
+        return Int4GroupedLinear(groups, dim, n_out, prefix, parallel.config.int4_block)
     return GroupedLinear(groups.parts, groups.unit * dim, n_out, parallel.dtype, groups.wo_a)
 
 
@@ -174,6 +182,88 @@ class QuantisedGroupedLinear(nn.Module):
         return grouped_product(x, FP8Matrix(self.weight, self.scale, height=1))
 
 
+class Int4Linear(nn.Module):
+    """y = x W^T with an int4 weight of GPTQ's layout; `split` is the dim shared over ranks.
+
+    qweight: bytes [out, in / 2]; scales [out, in / block].
+    """
+
+    def __init__(
+        self, parallel: Parallel, n_in: int, n_out: int, prefix: str, split: int | None, block: int
+    ) -> None:
+        super().__init__()
+        self.rank, self.split = parallel.rank, split
+        shape = [n_out, n_in]
+        if split is not None:
+            unit = block if split == 1 else 1
+            shape[split] = part_of(shape[split], parallel.size, unit, f"{prefix}.qweight")
+        self.qweight = packed(shape[0], shape[1] // 2)
+        self.scales = packed(shape[0], shape[1] // block, dtype=torch.bfloat16)
+        self.reduce: Callable[[Tensor], Tensor] | None = None
+
+    def take(self, name: str, tensor: Tensor) -> bool:
+        """A full tensor of GPTQ's: qweight [in / 8, out], scales [in / block, out], and what only
+        has to be known."""
+        if name not in ("qweight", "scales"):
+            return name in ("qzeros", "g_idx")
+        param = self.get_parameter(name)
+        if self.split is not None:
+            part = param.shape[self.split]
+            if self.split == 1 and name == "qweight":
+                part //= 4
+            tensor = shard(tensor, 1 - self.split, self.rank, part)
+        take_gptq(param, tensor)
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = product(x, Int4Matrix(self.qweight, self.scales))
+        return y if self.reduce is None else self.reduce(y)
+
+
+def by_rows(name: str, cut: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """cut, of a tensor with a row per output, applied to one that may lie as GPTQ's do."""
+    if name.endswith((".qweight", ".scales")):
+        return cut(tensor.t()).t()
+    return cut(tensor)
+
+
+def take_gptq(param: nn.Parameter, tensor: Tensor) -> None:
+    """A weight's words, or its scales: those stay in the dtype they come in, float16 or
+    bfloat16."""
+    if param.dtype == torch.uint8:
+        param.data.copy_(from_gptq(tensor))
+    else:
+        param.data = param.data.view(tensor.dtype)
+        param.data.copy_(tensor.t())
+
+
+class Int4GroupedLinear(nn.Module):
+    """wo_a in int4: [T, G, in] -> [T, G * out], a product for each group."""
+
+    def __init__(self, groups: OutputGroups, dim: int, n_out: int, prefix: str, block: int) -> None:
+        super().__init__()
+        self.groups, n_in = groups, groups.unit * dim
+        if n_in % block:
+            raise ValueError(
+                f"{groups.size} tensor-parallel ranks would cut {prefix}.qweight into columns of "
+                f"{n_in}, which are no whole blocks of {block}"
+            )
+        rows = groups.parts * n_out
+        self.qweight = packed(rows, n_in // 2)
+        self.scales = packed(rows, n_in // block, dtype=torch.bfloat16)
+
+    def take(self, name: str, tensor: Tensor) -> bool:
+        if name not in ("qweight", "scales"):
+            return name in ("qzeros", "g_idx")
+        take_gptq(self.get_parameter(name), self.groups.wo_a(tensor.t()).t())
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        parts = zip(self.qweight.chunk(n), self.scales.chunk(n), strict=True)
+        return torch.cat([product(x[:, i], Int4Matrix(*part)) for i, part in enumerate(parts)], -1)
+
+
 class QuantisedExperts(nn.Module):
     """All experts of a layer, each split over ranks by width, packed as in the checkpoint."""
 
@@ -182,6 +272,7 @@ class QuantisedExperts(nn.Module):
         self.rank, self.limit, self.stored = rank, config.swiglu_limit, stored
         n, d = config.n_routed_experts, config.hidden_size
         self.block = config.block_of(stored)
+        self._scaled: set[str] = set()
         unit = FP8_BLOCK if stored == "fp8" else self.block
         f = part_of(config.moe_intermediate_size, size, unit, "moe_intermediate_size")
         for name, (n_out, n_in) in {"w1": (f, d), "w3": (f, d), "w2": (d, f)}.items():
@@ -191,7 +282,9 @@ class QuantisedExperts(nn.Module):
     def take(self, name: str, tensor: Tensor) -> bool:
         """name: `17.w1.weight`, `17.w1.scale`, or what else `names.stored_as` has for a matrix."""
         expert, matrix, part = name.split(".")
-        if part in ("input_scale", "input_global_scale", "weight_shape"):
+        if part in ("qweight", "scales"):
+            return self._take_gptq(int(expert), matrix, part, tensor)
+        if part in ("input_scale", "input_global_scale", "weight_shape", "qzeros", "g_idx"):
             return True  # of the activations, which NVFP4 products take as they are; known
         if part == "weight_global_scale":  # the reciprocal of NVFP4's own
             part, tensor = "weight_scale_2", 1 / tensor
@@ -208,6 +301,21 @@ class QuantisedExperts(nn.Module):
         param.copy_(tensor)
         return True
 
+    def _take_gptq(self, expert: int, matrix: str, part: str, tensor: Tensor) -> bool:
+        """qweight [in / 8, out] or scales [in / block, out], of all ranks."""
+        name = f"{matrix}_{'weight' if part == 'qweight' else 'weight_scale'}"
+        param = self.get_parameter(name)
+        if part == "scales" and tensor.dtype != param.dtype:
+            if name in self._scaled:
+                raise ValueError(f"{expert}.{matrix}.scales are not of the dtype of other experts'")
+            param.data = param.data.view(tensor.dtype)
+        self._scaled.add(name)
+        split = 0 if matrix == "w2" else 1
+        own = param.shape[2 - split] // (4 if split == 0 and part == "qweight" else 1)
+        tensor = shard(tensor, split, self.rank, own)
+        param[expert].copy_(from_gptq(tensor) if part == "qweight" else tensor.t())
+        return True
+
     def weights(self) -> tuple[Matrix, Matrix, Matrix]:
         """w1, w3 and w2, of all experts each."""
         return self._matrix("w1"), self._matrix("w3"), self._matrix("w2")
@@ -220,7 +328,7 @@ class QuantisedExperts(nn.Module):
             return FP4Matrix(part("weight"), part("scale"))
         if self.stored == "fp8":
             return FP8Matrix(part("weight"), part("scale"))
-        if self.stored == "w4a16":
+        if self.stored in INT4:
             return Int4Matrix(part("weight"), part("weight_scale"))
         return NVFP4Matrix(part("weight"), part("weight_scale"), part("weight_scale_2"))
 
@@ -239,7 +347,7 @@ def _parts(
         return
     yield "weight", packed(n, n_out, n_in // 2)
     scale = "scale" if stored == "fp4" else "weight_scale"
-    dtype = torch.bfloat16 if stored == "w4a16" else torch.uint8
+    dtype = torch.bfloat16 if stored in INT4 else torch.uint8
     yield scale, packed(n, n_out, n_in // block, dtype=dtype)
     if stored in ("nvfp4", "ct-nvfp4"):
         yield "weight_scale_2", packed(n, dtype=torch.float32)

@@ -36,9 +36,10 @@ class WeightBytes:
 
 
 class Network(nn.Module):
-    """What is loaded from a checkpoint, tensor by tensor."""
+    """What is loaded from a checkpoint, tensor by tensor. ratios: of its layers."""
 
     config: ModelConfig
+    ratios: list[int]
     weight_bytes = WeightBytes()
 
     def finalize_weights(self) -> None:

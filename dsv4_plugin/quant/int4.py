@@ -1,6 +1,7 @@
 """Symmetric int4 under a scale per block of the input dim, compressed-tensors' `pack-quantized`.
 
-Codes 0 .. 15 mean -8 .. 7; eight lie in an int32 word, the lowest nibble first.
+Codes 0 .. 15 mean -8 .. 7; eight lie in an int32 word, the lowest nibble first. GPTQ's layout is
+the same, transposed.
 """
 
 from __future__ import annotations
@@ -35,6 +36,21 @@ def decode_int4(data: Tensor, scales: Tensor) -> Tensor:
     values = unpack_nibbles(data).float().sub_(ZERO).unflatten(-1, (scales.shape[-1], -1))
     out: Tensor = (values * scales.float()[..., None]).flatten(-2)
     return out
+
+
+def from_gptq(qweight: Tensor) -> Tensor:
+    """int32 [D / 8, out] of GPTQ -> bytes uint8 [out, D / 2]."""
+    return qweight.t().contiguous().view(torch.uint8)
+
+
+def to_gptq(data: Tensor) -> Tensor:
+    """Bytes uint8 [out, D / 2] -> int32 [D / 8, out] of GPTQ."""
+    return data.view(torch.int32).t().contiguous()
+
+
+GPTQ_ZEROS = (0x77777777, -0x77777778)
+"""Words of GPTQ's `qzeros` that mean ZERO: its first form has one less in each of eight nibbles,
+the second the zero itself."""
 
 
 @lru_cache

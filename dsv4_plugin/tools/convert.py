@@ -1,4 +1,4 @@
-"""From a bfloat16 checkpoint to the published FP8 and FP4 forms."""
+"""From a bfloat16 checkpoint to the published FP8, FP4 and int4 forms."""
 
 from __future__ import annotations
 
@@ -54,4 +54,4 @@ def convert_checkpoint(source: str | Path, directory: str | Path, fmt: str) -> M
     return config
 
 
-CONVERSIONS = ("fp8-fp4", "base", "nvfp4", "ct-nvfp4", "ct-w4a16")
+CONVERSIONS = ("fp8-fp4", "base", "nvfp4", "ct-nvfp4", "ct-w4a16", "gptq")

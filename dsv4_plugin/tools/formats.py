@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.checkpoint.names import EXPERT, Shape, stored_as
-from dsv4_plugin.config import CT, FP8_BLOCK, HF_QUANT, INT4_BLOCKS, Experts, ModelConfig
+from dsv4_plugin.config import CT, FP8_BLOCK, HF_QUANT, INT4, INT4_BLOCKS, Experts, ModelConfig
 from dsv4_plugin.quant.e2m1 import nvfp4_global_scale, quantise_mxfp4, quantise_nvfp4
 from dsv4_plugin.quant.e4m3 import decode_ue8m0, quantise_e4m3_blocks
-from dsv4_plugin.quant.int4 import quantise_int4
+from dsv4_plugin.quant.int4 import GPTQ_ZEROS, quantise_int4, to_gptq
 
 FP8: dict[str, Any] = {
     "activation_scheme": "dynamic",
@@ -37,7 +37,7 @@ VISION: dict[str, Any] = {
     "vision_max_wh_ratio": 8,
 }
 """With a small tower: nothing here computes it."""
-FORMATS = ("bf16", "fp8-fp4", "base", "nvfp4", "0731", "vision", "ct-nvfp4", "ct-w4a16")
+FORMATS = ("bf16", "fp8-fp4", "base", "nvfp4", "0731", "vision", "ct-nvfp4", "ct-w4a16", "gptq")
 TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
@@ -57,6 +57,8 @@ def format_fields(fmt: str, hf: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"format is {fmt!r}; allowed are {', '.join(FORMATS)}")
     if fmt == "bf16":
         return {}
+    if fmt == "gptq":
+        return {"quantization_config": gptq(hf)}
     if fmt.startswith("ct-"):
         return {"quantization_config": compressed(fmt, hf)}
     fields = {"expert_dtype": "fp8" if fmt == "base" else "fp4", "quantization_config": FP8}
@@ -92,8 +94,7 @@ def compressed(fmt: str, hf: dict[str, Any]) -> dict[str, Any]:
     both = {"symmetric": True, "dynamic": False}
     fp8 = {"num_bits": 8, "type": "float", "strategy": "block"}
     inputs = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128}
-    widths = hf["hidden_size"], hf["moe_intermediate_size"]
-    block = next((b for b in INT4_BLOCKS if not any(n % b for n in widths)), INT4_BLOCKS[-1])
+    block = int4_block(hf["hidden_size"], hf["moe_intermediate_size"])
     experts = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
     if fmt == "ct-w4a16":
         experts = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": block}
@@ -120,6 +121,27 @@ def compressed(fmt: str, hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def int4_block(*widths: int) -> int:
+    """The largest that cuts no width."""
+    return next((b for b in INT4_BLOCKS if not any(n % b for n in widths)), INT4_BLOCKS[-1])
+
+
+def gptq(hf: dict[str, Any]) -> dict[str, Any]:
+    """What AutoRound writes, with everything int4 but draft layers, compressors and indexers."""
+    heads = hf["num_attention_heads"] * hf["head_dim"] // hf["o_groups"]
+    lora = hf["q_lora_rank"], hf["o_groups"] * hf["o_lora_rank"]
+    block = int4_block(hf["hidden_size"], hf["moe_intermediate_size"], heads, *lora)
+    return {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round:auto_gptq",
+        "bits": 4,
+        "group_size": block,
+        "sym": True,
+        "data_type": "int",
+        "extra_config": {},
+    }
+
+
 def exported_files(hf: dict[str, Any]) -> dict[str, Any]:
     """What an exporter writes beside config.json: file name -> content."""
     quantised = hf.get("quantization_config") or {}
@@ -138,10 +160,10 @@ def pack(config: ModelConfig, name: str, weight: Tensor) -> dict[str, Tensor]:
     stored = stored_as(config, name, tuple(weight.shape))
     if len(stored) == 1:
         return {name: weight.bfloat16() if stored[name].dtypes == ("BF16",) else weight}
-    kind = config.experts_of(name) if EXPERT.fullmatch(name) else "fp8"
-    tensors = (
-        quantise_ct_int4(weight, config.int4_block) if kind == "w4a16" else _PACK[kind](weight)
-    )
+    kind: Experts = "gptq" if config.experts == "gptq" else "fp8"
+    if EXPERT.fullmatch(name):
+        kind = config.experts_of(name)
+    tensors = _int4(kind, weight, config.int4_block) if kind in INT4 else _PACK[kind](weight)
     parts = dict(zip(stored, tensors, strict=True))
     return {part: as_stored(stored[part].dtypes[0], tensor) for part, tensor in parts.items()}
 
@@ -151,7 +173,7 @@ def as_stored(dtype: str, tensor: Tensor) -> Tensor:
     if dtype in ("F32", "BF16"):
         values = decode_ue8m0(tensor) if tensor.dtype == torch.uint8 else tensor
         return values.bfloat16() if dtype == "BF16" else values
-    if dtype == "I64":
+    if dtype in ("I64", "F16"):
         return tensor
     return tensor.view(TORCH_DTYPES[dtype])
 
@@ -166,8 +188,18 @@ def _ct_nvfp4(weight: Tensor) -> tuple[Tensor, ...]:
     return *quantise_nvfp4(weight, 1 / top), top
 
 
-def quantise_ct_int4(weight: Tensor, block: int) -> tuple[Tensor, ...]:
-    return *quantise_int4(weight, block), torch.tensor(weight.shape)
+def _int4(kind: Experts, weight: Tensor, block: int) -> tuple[Tensor, ...]:
+    data, scale = quantise_int4(weight, block)
+    return _stored_int4(kind, data, scale)
+
+
+def _stored_int4(kind: Experts, data: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    """Bytes [out, in / 2] and scales [out, in / block] -> tensors in the order of `stored_as`."""
+    n_out, n_in = len(data), 2 * data.shape[1]
+    if kind == "w4a16":
+        return data, scale, torch.tensor([n_out, n_in])
+    zeros = torch.full((scale.shape[1], n_out // 8), GPTQ_ZEROS[0], dtype=torch.int32)
+    return to_gptq(data), zeros, scale.t().half().contiguous()
 
 
 _PACK: dict[Experts, Callable[[Tensor], tuple[Tensor, ...]]] = {
@@ -195,18 +227,12 @@ def random_expert(
 
     module = name.removesuffix(".weight")
     kind = config.experts_of(name)
-    if kind == "w4a16":
+    if kind in INT4:
         data = torch.randint(0, 256, (shape[0], n_in // 2), generator=generator, dtype=torch.uint8)
-        scale = (
-            n_in**-0.5
-            / INT4_STD
-            * (0.5 + torch.rand(shapes[f"{module}.weight_scale"], generator=generator))
-        )
-        return {
-            f"{module}.weight_packed": as_stored("I32", data),
-            f"{module}.weight_scale": as_stored("BF16", scale),
-            f"{module}.weight_shape": torch.tensor(shape),
-        }
+        spread = 0.5 + torch.rand(shape[0], n_in // config.int4_block, generator=generator)
+        tensors = _stored_int4(kind, data, n_in**-0.5 / INT4_STD * spread)
+        parts = zip(stored.items(), tensors, strict=True)
+        return {part: as_stored(s.dtypes[0], tensor) for (part, s), tensor in parts}
     if kind == "ct-nvfp4":
         packed, scale = f"{module}.weight_packed", f"{module}.weight_scale"
         top = torch.tensor([64 / unit])

@@ -19,6 +19,7 @@ VARIANTS = {
     "nvfp4": "FP8 with NVFP4 experts",
     "ct-nvfp4": "compressed-tensors, NVFP4 experts",
     "w4a16": "compressed-tensors, int4 experts (W4A16)",
+    "gptq": "int4 (GPTQ, AutoRound)",
 }
 KINDS = {SWA: "SWA", CSA: "CSA", HCA: "HCA"}
 PARTS = {
@@ -82,7 +83,7 @@ def _table(found: dict[str, TensorInfo]) -> Iterator[str]:
 def count_parameters(name: str, info: TensorInfo) -> int:
     """Values of the network in a tensor: none in a scale or a token table, two in an FP4 byte."""
     if SCALE.fullmatch(name) or name.endswith(
-        ("input_scale", "input_global_scale", "weight_shape", "tid2eid")
+        ("input_scale", "input_global_scale", "weight_shape", "tid2eid", "qzeros", "g_idx")
     ):
         return 0
     n = 1

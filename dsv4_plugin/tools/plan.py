@@ -33,7 +33,17 @@ GPUS = {
 """GiB of memory."""
 _USUAL = {"a100": "a10080", "4090": "409024"}
 """What is meant where the name leaves the memory out."""
-_BYTES = {"F32": 4, "I64": 8, "I32": 4, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "U8": 1}
+_BYTES = {
+    "F32": 4,
+    "I64": 8,
+    "I32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "I8": 1,
+    "U8": 1,
+}
 _WIDE = re.compile(r"norm\.weight$|ffn\.gate\.weight$|compressor\.w(kv|gate)\.weight$|^head\.")
 """Stored in bfloat16, held in float32."""
 _EXPERT = re.compile(r"ffn\.experts\.")
@@ -221,7 +231,7 @@ def _stage(
     last = layers.stop == config.num_hidden_layers
     experts = dense = 0
     for name, stored in tensors.items():
-        if not _on_stage(name, layers, last, mtp):
+        if not _on_stage(name, layers, last, mtp) or name.endswith(".qzeros"):
             continue
         dtype = "F32" if _WIDE.search(name) else stored.dtypes[0]
         size = _size(stored, dtype)

@@ -1,104 +1,145 @@
-"""Launches as they are in production: shapes of Flash and Pro on 1 to 8 ranks, without memory.
+"""Launches as they are in production, on all ranks, without memory: inputs are meta tensors, and a
+fake GPU records what is launched.
 
-A case calls an operation's Triton wrapper with meta tensors; a fake GPU records what it launches.
-Ranks change only the number of heads, and that the compiled code of 16 heads and more does not
-see: so few cases cover all of them.
+Ranks change only the number of heads and the width of experts, and that the compiled code of 16
+heads and more does not see: so few cases cover all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dsv4_plugin.cache.paged import Paged
-from dsv4_plugin.cache.rows import RowFormat
-from dsv4_plugin.kernels.attention import kernel as attention_kernel
-from dsv4_plugin.kernels.index import kernel as index
-from dsv4_plugin.kernels.index.topk import topk
-from lab.kernels.cases import key_codec, kv_codec, step_of_rows
+from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
+from dsv4_plugin.tools.kernel_work import (
+    FLASH,
+    PRO,
+    Work,
+    World,
+    attention,
+    compressor,
+    fp8_linear,
+    grouped_linear,
+    index,
+    index_queries,
+    joined_streams,
+    latent_norm,
+    packed_experts,
+    place,
+    plain_experts,
+    queries_and_window,
+    residual_streams,
+    rounded_inputs,
+    router,
+    shared_activation,
+)
 
-MODULES = (__name__, "lab.kernels.production_layer", "lab.kernels.production_experts")
-"""Those of all kernels' CASES."""
+Case = Callable[[], object]
+CHUNK = 8192
+"""Rows of a prompt's chunk."""
 MILLION = 1 << 20
-PAGE = 256
 LAYERS = 43
-INT, BF16 = torch.int32, torch.bfloat16
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def case(
+    work: Callable[..., Work],
+    requests: int,
+    tokens: int = 1,
+    length: int = MILLION,
+    config: ModelConfig = FLASH,
+    kv_dtype: str = "fp8",
+    index_dtype: str = "auto",
+    **of_work: Any,
+) -> Case:
+    """requests that bring `tokens` tokens each and then have `length`; of_work: as for `work`."""
+    meta = torch.device("meta")
+
+    def launch() -> object:
+        world = World.of(
+            meta, requests, tokens, length, kv_dtype, index_dtype, config, layers=LAYERS
+        )
+        return work(world, **of_work).launch()
+
+    return launch
 
 
-def pages(codec: Any, rows: int, blocks: int, offset: int = 0) -> Paged:
-    """Rows among the parts of all layers in blocks of an engine."""
-    pool: Any = SimpleNamespace(codec=codec, storage=meta(1 << 34, dtype=INT))
-    table = meta(1024, blocks, dtype=INT)
-    return Paged(pool, table, LAYERS * codec.words * rows * 2, offset, rows)
+def heads(config: ModelConfig, n: int) -> ModelConfig:
+    """A rank's part of heads and of index heads."""
+    return replace(config, num_attention_heads=n, index_n_heads=min(n, config.index_n_heads))
 
 
-def attention(rows: int, heads: int, ratio: int, k: int = 0, kind: str = "fp8") -> None:
-    """8,192 rows are a chunk of a prompt, fewer are decoded; k entries are chosen of ratio 4."""
-    codec = kv_codec(kind)
-    entries = pages(codec, PAGE // ratio, MILLION // PAGE) if ratio else None
-    at = meta(rows, dtype=INT), meta(rows, dtype=INT)
-    attention_kernel.attention(
-        meta(rows, heads, 512, dtype=BF16),
-        meta(heads),
-        meta(rows, 64),
-        step_of_rows(*at, MILLION, tiles=rows == 8192),
-        pages(codec, 32, MILLION // 32),
-        128,
-        entries,
-        ratio,
-        meta(rows, k, dtype=INT) if k else None,
-    )
+RANK_OF_8 = replace(PRO, moe_intermediate_size=PRO.moe_intermediate_size // 8)
+latent = partial(fp8_linear, n_in="hidden_size", n_out="q_lora_rank")
+queries = partial(fp8_linear, n_in="q_lora_rank", n_out="num_attention_heads", factor=512)
 
-
-def index_queries(rows: int, heads: int, kind: str) -> None:
-    cis, weight = meta(rows, 64), meta(rows, heads, dtype=BF16)
-    index.queries(meta(rows, heads, 128, dtype=BF16), weight, cis, RowFormat[kind.upper()])
-
-
-def index_scores(rows: int, heads: int, longest: int, kind: str = "fp8") -> None:
-    q, weight = meta(rows, heads, 128, dtype=torch.float16), meta(rows, heads)
-    keys = pages(key_codec(kind), PAGE // 4, MILLION // PAGE, offset=9344)
-    at = meta(rows, dtype=INT), meta(rows, dtype=INT)
-    n = longest // 4
-    flat = index.gathered(keys, meta(1, dtype=INT), 4, n) if rows == 8192 else None
-    index.scores(q, weight, keys, *at, 4, n, flat)
-
-
-def index_topk(rows: int, longest: int, k: int) -> None:
-    topk(meta(rows, longest // 4), meta(rows, dtype=INT), 4, k)
-
-
-CASES: dict[str, Callable[[], None]] = {
-    "SWA decode, 64 heads": partial(attention, 64, 64, 0),
-    "SWA prefill, 64 heads": partial(attention, 8192, 64, 0),
-    "CSA decode of 1, 64 heads": partial(attention, 1, 64, 4, 512),
-    "CSA decode of 1,024, 64 heads": partial(attention, 1024, 64, 4, 512),
-    "CSA decode of 1, 128 heads": partial(attention, 1, 128, 4, 1024),
-    "CSA decode of 1, bfloat16 rows": partial(attention, 1, 64, 4, 512, "bfloat16"),
-    "HCA decode of 1, 64 heads": partial(attention, 1, 64, 128),
-    "HCA decode of 1,024, 64 heads": partial(attention, 1024, 64, 128),
-    "HCA prefill, 64 heads": partial(attention, 8192, 64, 128),
-    "HCA prefill, 8 heads": partial(attention, 8192, 8, 128),
-    "HCA prefill, bfloat16 rows": partial(attention, 8192, 64, 128, 0, "bfloat16"),
-    "indexer queries": partial(index_queries, 8192, 64, "fp8"),
-    "indexer queries, fp4 keys": partial(index_queries, 8192, 64, "fp4"),
-    "indexer scores, decode of 1": partial(index_scores, 1, 64, 1 << 16),
-    "indexer scores, decode of 64": partial(index_scores, 64, 64, MILLION),
-    "indexer scores, decode of 64, 8 heads": partial(index_scores, 64, 8, MILLION),
-    "indexer scores, decode of 64, fp4 keys": partial(index_scores, 64, 64, MILLION, "fp4"),
-    "indexer scores, prefill": partial(index_scores, 8192, 64, MILLION),
-    "indexer scores, prefill, fp4 keys": partial(index_scores, 8192, 64, MILLION, "fp4"),
-    "indexer top-512 of 16,384": partial(index_topk, 1, 1 << 16, 512),
-    "indexer top-512 of 16,384, 64 rows": partial(index_topk, 64, 1 << 16, 512),
-    "indexer top-512 of 4,096, 64 rows": partial(index_topk, 64, 1 << 14, 512),
-    "indexer top-1024 of 262,144": partial(index_topk, 64, MILLION, 1024),
+ATTENTION: dict[str, Case] = {
+    "SWA decode, 64 heads": case(attention, 64, ratio=SWA),
+    "SWA prefill, 64 heads": case(attention, 1, CHUNK, ratio=SWA),
+    "CSA decode of 1, 64 heads": case(attention, 1, ratio=CSA),
+    "CSA decode of 1,024, 64 heads": case(attention, 1024, ratio=CSA),
+    "CSA decode of 1, 128 heads": case(attention, 1, config=PRO, ratio=CSA),
+    "CSA decode of 1, bfloat16 rows": case(attention, 1, kv_dtype="bfloat16", ratio=CSA),
+    "HCA decode of 1, 64 heads": case(attention, 1, ratio=HCA),
+    "HCA decode of 1,024, 64 heads": case(attention, 1024, ratio=HCA),
+    "HCA prefill, 64 heads": case(attention, 1, CHUNK, ratio=HCA),
+    "HCA prefill, 8 heads": case(attention, 1, CHUNK, config=heads(FLASH, 8), ratio=HCA),
+    "HCA prefill, bfloat16 rows": case(attention, 1, CHUNK, kv_dtype="bfloat16", ratio=HCA),
+    "indexer queries": case(index_queries, 1, CHUNK),
+    "indexer queries, fp4 keys": case(index_queries, 1, CHUNK, index_dtype="fp4"),
+    "indexer, decode of 1 at 65,536": case(index, 1, length=1 << 16),
+    "indexer, decode of 64": case(index, 64),
+    "indexer, decode of 64, 8 heads": case(index, 64, config=heads(FLASH, 8)),
+    "indexer, decode of 64, fp4 keys": case(index, 64, index_dtype="fp4"),
+    "indexer, decode of 64, Pro": case(index, 64, config=PRO),
+    "indexer, prefill": case(index, 1, CHUNK),
+    "indexer, prefill, fp4 keys": case(index, 1, CHUNK, index_dtype="fp4"),
+    "indexer, decode of 64 at 65,536": case(index, 64, length=1 << 16),
+    "indexer, decode of 64 at 8,192": case(index, 64, length=1 << 13),
 }
+AROUND: dict[str, Case] = {
+    "step metadata": case(place, 1024, 8),
+    "latent norm, Pro": case(latent_norm, 1, CHUNK, config=PRO),
+    "queries and window rows, 64 heads": case(queries_and_window, 1),
+    "queries and window rows, 128 heads, bfloat16": case(
+        queries_and_window, 1, CHUNK, config=PRO, kv_dtype="bfloat16"
+    ),
+    "compressor, CSA": case(compressor, 1024, ratio=CSA),
+    "compressor, CSA, fp4 keys": case(compressor, 1024, index_dtype="fp4", ratio=CSA),
+    "compressor, HCA": case(compressor, 1024, 8, ratio=HCA),
+    "streams, Flash, decode": case(residual_streams, 1),
+    "streams, Pro, prefill": case(residual_streams, 1, CHUNK, config=PRO),
+    "streams, Pro, head": case(residual_streams, 64, config=PRO, head=True),
+    "streams between stages": case(joined_streams, 64),
+    "router, Flash": case(router, 1024),
+    "router, Pro": case(router, 1, CHUNK, config=PRO),
+    "router by hash": case(router, 1, hashed=True),
+    "SwiGLU of the shared expert": case(shared_activation, 1, CHUNK),
+}
+PRODUCTS: dict[str, Case] = {
+    "experts, Flash, bfloat16, decode": case(plain_experts, 1),
+    "experts, Flash, bfloat16, prefill": case(plain_experts, 1, CHUNK),
+    "experts, Flash, MXFP4, decode": case(packed_experts, 1, kind="fp4", rounding=True),
+    "experts, Flash, MXFP4, prefill": case(packed_experts, 1, CHUNK, kind="fp4", rounding=True),
+    "experts, Flash, NVFP4, decode": case(packed_experts, 1, kind="nvfp4"),
+    "experts, Flash, NVFP4, prefill": case(packed_experts, 1, CHUNK, kind="nvfp4"),
+    "experts, Flash, FP8, decode": case(packed_experts, 1, kind="fp8", rounding=True),
+    "experts, Flash, FP8, prefill": case(packed_experts, 1, CHUNK, kind="fp8", rounding=True),
+    "experts, Pro, MXFP4, decode on 8 ranks": case(
+        packed_experts, 64, config=RANK_OF_8, kind="fp4", rounding=True
+    ),
+    "experts, Pro, MXFP4, decode of 1,024 on 8 ranks": case(
+        packed_experts, 1024, config=RANK_OF_8, kind="fp4", rounding=True
+    ),
+    "FP8 linear, decode": case(latent, 1),
+    "FP8 linear, prefill": case(queries, 1, CHUNK),
+    "FP8 grouped linear, decode": case(grouped_linear, 64),
+    "FP8 grouped linear, prefill": case(grouped_linear, 1, CHUNK),
+    "rounded inputs": case(rounded_inputs, 1, CHUNK),
+}
+GROUPS = ("ATTENTION", "AROUND", "PRODUCTS")
+"""Of cases; no two of them launch the same kernel."""
+CASES = ATTENTION | AROUND | PRODUCTS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import os
 import re
@@ -10,6 +9,8 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+
+from lab.kernels import production
 
 WORKERS = 2
 SIBLINGS = {"sm89": "sm86", "sm103": "sm100", "sm121": "sm120"}
@@ -34,28 +35,27 @@ class Built:
     error: str = ""
 
 
-def build(modules: Sequence[str], targets: Sequence[str]) -> list[Built]:
-    """modules: names of those whose CASES are functions that launch, by name; no two of them launch
-    the same kernel."""
+def build(targets: Sequence[str]) -> list[Built]:
+    """All production launches."""
     elders = [t for t in targets if SIBLINGS.get(t) not in targets]
     families = [[t, *(s for s in targets if SIBLINGS.get(s) == t)] for t in elders]
-    work = [(family, module) for family in families for module in modules]
+    work = [(family, group) for family in families for group in production.GROUPS]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, mp_context=context) as pool:
         found = [built for some in pool.map(_family, *zip(*work, strict=True)) for built in some]
     return sorted(found, key=lambda b: targets.index(b.target))
 
 
-def _family(targets: Sequence[str], module: str) -> list[Built]:
+def _family(targets: Sequence[str], group: str) -> list[Built]:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     from triton import knobs
 
     knobs.runtime.add_stages_inspection_hook = SharedPTX()
-    return [built for target in targets for built in _target(target, module)]
+    return [built for target in targets for built in _target(target, group)]
 
 
-def _target(target: str, module: str) -> list[Built]:
-    """All cases on one target. Two cases that launch the same kernel list it once."""
+def _target(target: str, group: str) -> list[Built]:
+    """All cases of a group on one target. Two cases that launch the same kernel list it once."""
     from triton.runtime.errors import OutOfResources
 
     from lab.kit.binary import resources
@@ -63,7 +63,7 @@ def _target(target: str, module: str) -> list[Built]:
 
     found: list[Built] = []
     made: dict[str, tuple[str, Any, tuple[int, int, int]]] = {}
-    for name, launch in importlib.import_module(module).CASES.items():
+    for name, launch in getattr(production, group).items():
         with FakeGPU(target) as gpu:
             try:
                 launch()

@@ -106,3 +106,26 @@ def recorded(gpu: FakeGPU, monkeypatch: Any) -> Iterator[None]:
         patch.setattr(type(gpu), "launch", launch)
         patch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
         yield
+
+
+@contextmanager
+def recorded_interpreter(monkeypatch: Any) -> Iterator[None]:
+    """Inside, torch.cuda.CUDAGraph records, launches of Triton's interpreter among the rest."""
+    from triton.runtime.interpreter import GridExecutor
+
+    interpret = GridExecutor.__call__
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        def run() -> None:
+            with _disable_current_modes():
+                interpret(self, *args, **kwargs)
+
+        if RecordedGraph.current is not None:
+            RecordedGraph.current.launch(run)
+        else:
+            run()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", launch)
+        patch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+        yield

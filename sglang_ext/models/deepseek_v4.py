@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from dsv4_plugin.checkpoint.files import MTP
 from dsv4_plugin.checkpoint.load import load_weights
 from dsv4_plugin.checkpoint.names import stored_tensors
-from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.model.transformer import Transformer
 from sglang_ext.active import check_active
-from sglang_ext.config import cache_layout
+from sglang_ext.config import cache_layout, model_config
 from sglang_ext.parallel import SglangParallel
 
 log = logging.getLogger("sglang.srt.dsv4")
@@ -31,7 +30,7 @@ class DeepseekV4PluginForCausalLM(nn.Module):
         check_active()
         dtype = torch.get_default_dtype()
         name = str(dtype).removeprefix("torch.")
-        self.config = ModelConfig.from_hf(config.dsv4_json)
+        self.config = model_config(config)
         self.layout = cache_layout(
             self.config,
             name,

@@ -20,7 +20,7 @@ from dsv4_plugin.cache.rows import (
 from dsv4_plugin.config import CSA, HCA, SWA
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, quantise_mxfp4
-from lab.kernels.sizes import flash
+from dsv4_plugin.tools.kernel_work import flash
 from lab.kit import mode
 from tests.conftest import random_ids
 from tests.tolerances import BF16, FP8_KV

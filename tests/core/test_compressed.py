@@ -16,6 +16,7 @@ from dsv4_plugin import load
 from dsv4_plugin.config import INT4_BLOCKS, ModelConfig
 from dsv4_plugin.kernels.packed import Int4Matrix, NVFP4Matrix, product
 from dsv4_plugin.quant.e2m1 import decode_nvfp4
+from dsv4_plugin.quant.e4m3 import decode_ue8m0, e4m3_values, quantise_e4m3_blocks
 from dsv4_plugin.quant.int4 import decode_int4, quantise_int4
 from dsv4_plugin.tools.make import make_checkpoint
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
@@ -300,3 +301,34 @@ def test_scalars_and_input_scales_of_w4a4(made, tmp_path):
     copy = broken(made / "ct-nvfp4", tmp_path / "copy", as_w4a4)
     ids = random_ids(70, seed=4)
     assert torch.equal(load(copy).logits(ids), load(made / "ct-nvfp4").logits(ids))
+
+
+@pytest.mark.parametrize("scale", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_compressors_and_indexers_of_first_uploads(made, tmp_path, fmt, scale):
+    """FP8, under scales by another name: the network that their values make. One without its scales
+    is refused."""
+    names = ("compressor.wkv", "compressor.wgate", "indexer.wq_b", "indexer.weights_proj")
+    values = {}
+
+    def as_fp8(tensors):
+        for module in [n.removesuffix(".weight") for n in tensors if n.endswith(".weight")]:
+            if module.endswith(names):
+                codes, exponents = quantise_e4m3_blocks(tensors[f"{module}.weight"])
+                factor = (decode_ue8m0(exponents) * 1.13).to(scale)
+                tensors[f"{module}.weight"] = codes.view(torch.float8_e4m3fn)
+                tensors[f"{module}.weight_scale"] = factor
+                wide = factor.float().repeat_interleave(128, 0).repeat_interleave(128, 1)
+                wide = wide[: codes.shape[0], : codes.shape[1]]
+                values[f"{module}.weight"] = e4m3_values(codes) * wide
+
+    first = broken(made / fmt, tmp_path / "first", as_fp8)
+    plain = broken(made / fmt, tmp_path / "plain", lambda t: t.update(values))
+    assert len(values) == 8
+    ids = random_ids(150, seed=3)
+    found, expected = (load(folder, "float32").logits(ids) for folder in (first, plain))
+    assert torch.equal(found, expected)
+    without = "layers.1.attn.compressor.wkv"
+    copy = broken(first, tmp_path / "copy", lambda t: t.pop(f"{without}.weight_scale"))
+    with pytest.raises(ValueError, match=f"{without}.scale is missing"):
+        load(copy)

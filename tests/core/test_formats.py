@@ -35,6 +35,7 @@ from dsv4_plugin.tools.inspect import VARIANTS
 from dsv4_plugin.tools.make import PRESETS, made_tensors, make_checkpoint
 from lab.paths import SHARED, needs_shared
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
+from tests.core.gptq import decoded as from_gptq
 from tests.tolerances import BF16_SUM, LOGITS_STD, OP_FP32
 
 LAYOUTS = SHARED / "tensor_layouts.json"
@@ -319,6 +320,10 @@ def dequantised(data, scale, top=None, activations=None, reciprocal=False):
         wide = wide[: data.shape[0], : data.shape[1]]
         values = data.float() * wide
         return values, values.abs() / 15 + wide * 2.0**-10
+    if data.dtype == torch.int32 and scale.dtype == torch.int32:
+        return from_gptq(data, scale, top), top.float().t().repeat_interleave(
+            8 * len(data) // len(top), 1
+        ) * (0.5 + 7.5 / 256)
     if data.dtype == torch.int32:
         assert top.tolist() == [len(data), data.shape[1] * 8]
         wide = scale.float().repeat_interleave(data.shape[1] * 8 // scale.shape[1], 1)

@@ -22,7 +22,7 @@ from tests.conftest import A_LAYER_OF_EACH, random_ids
 from tests.core.damage import KINDS, damaged
 
 FORMATS = ("bf16", "base", "fp8-fp4", "nvfp4")
-OTHERS = ("vision", "ct-nvfp4", "ct-w4a16")
+OTHERS = ("vision", "ct-nvfp4", "ct-w4a16", "gptq")
 EACH = 60
 """Damages of each of OTHERS."""
 VOCAB = 64

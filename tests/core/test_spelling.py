@@ -23,7 +23,7 @@ IDS = random_ids(140, seed=1)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spelling")
-    for fmt in ("bf16", "fp8-fp4", "base", "nvfp4"):
+    for fmt in ("bf16", "fp8-fp4", "base", "nvfp4", "gptq"):
         make_checkpoint(folder / fmt, "tiny", 1, SMALL | A_LAYER_OF_EACH, tokenizer=False, fmt=fmt)
     return folder
 
@@ -85,7 +85,7 @@ def to_transformers(name):
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
-@pytest.mark.parametrize("fmt", ["bf16", "fp8-fp4", "nvfp4"])
+@pytest.mark.parametrize("fmt", ["bf16", "fp8-fp4", "nvfp4", "gptq"])
 def test_a_checkpoint_by_transformers_names(made, tmp_path, fmt):
     copy = renamed(made / fmt, tmp_path / "hf", to_transformers)
     names = set(load_file(copy / "model.safetensors"))

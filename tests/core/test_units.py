@@ -24,7 +24,7 @@ from dsv4_plugin.model.hyper_connection import HyperConnection
 from dsv4_plugin.model.norm import RMSNorm
 from dsv4_plugin.model.parallel import GroupedLinear
 from dsv4_plugin.quant.e4m3 import e4m3_values, encode_ue8m0, round_e4m3
-from lab.kernels.sizes import flash
+from dsv4_plugin.tools.kernel_work import flash
 from lab.paths import SHARED, needs_shared
 from tests.tolerances import BF16_SUM, OP_FP32, QUANTISED
 

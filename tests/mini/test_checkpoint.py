@@ -1,6 +1,7 @@
 """dsv4-mini's checkpoint: exported from a run, expanded, converted to every packed format."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from dsv4_plugin.tools.convert import CONVERSIONS, convert_checkpoint
 from dsv4_plugin.tools.mini import COMPACT, UNUSED, VOCABULARY, WEIGHTS, expand, make_mini
 from tests.conftest import random_ids
 from tests.tolerances import LOGITS_STD
-from training import export
+from training import dspark, export
 from training.data import Renderer, Vocabulary
 from training.mtp import FILE, Drafter
 from training.network import build, hidden_states
+from training.train import Finished
 
 
 def test_expansion(mini):
@@ -86,9 +88,51 @@ def test_an_exported_run_computes_what_was_trained(tmp_path, monkeypatch):
         step = batch.step(torch.tensor([0]), torch.tensor([len(ids) - 1]))
         h, means = speculator._main(batch, step, ids[:-1])
         h = speculator.drafts.follow(batch, step, h, means, ids[1:])
-        found = engine.model.head(engine.drafter.collapse(h).float())
+        found = engine.model.head(engine.drafter.collapse(h))
     close(found[:, known], drafted)
 
 
 def close(found, expected):
     assert (found - expected).abs().max() < LOGITS_STD * expected.std()
+
+
+def test_a_trained_block_drafter_proposes_what_was_trained(tmp_path, monkeypatch):
+    """The trainer's stages, blocks at random tokens of two rows (one shorter than the window), and
+    the confidence of each draft, against the local engine on the exported weights."""
+    torch.manual_seed(4)
+    run = Finished.shipped()
+    drafter = dspark.Drafter(len(run.vocabulary.ids))
+    for p in drafter.parameters():
+        if not p.any():
+            p.data.normal_(std=0.05)
+        p.data = p.data.bfloat16().float()
+    compact, out = tmp_path / "compact", tmp_path / "out"
+    shutil.copytree(COMPACT, compact)
+    monkeypatch.setattr(dspark, "COMPACT", compact)
+    dspark.save(drafter)
+    make_mini(out, compact, dspark=True)
+
+    rows = random_ids(300, seed=6, vocab=len(run.vocabulary.ids)).view(2, 150)
+    known = torch.tensor(run.vocabulary.ids)
+    engine = load(out, "float32", mtp=True)
+    speculator, who = Speculator(engine, 5), torch.tensor([0])
+    speculator.drafts.pick = lambda logits: known[logits[:, known].argmax(-1)]
+    for row, p in ((0, 40), (1, 140)):
+        ids = known[rows[row]]
+        batch = speculator.batch([len(ids)], len(ids))
+        with torch.inference_mode():
+            step = batch.step(who, torch.tensor([p + 1]))
+            h, means = speculator._main(batch, step, ids[: p + 1])
+            speculator.drafts.follow(batch, step, h, means, ids[1 : p + 2])
+            y, found = speculator.drafts.block(batch, who, ids[p + 1 : p + 2])
+        with torch.no_grad():
+            _, read = dspark.read(run.model, drafter.targets, rows, 0)
+            start = run.model.model.embed_tokens(rows[row, p + 1 : p + 2])
+            rope = run.model.model.rotary_emb
+            expected = drafter(read, torch.tensor([row]), torch.tensor([p]), start, rope)
+            before = torch.cat([ids[p + 1 : p + 2], found.drafts[0, :-1]])
+            before = torch.searchsorted(known, before)[None]
+            logits, sure = drafter.heads(run.model, expected, before)
+        close(y, expected)
+        close(found.logits[..., known], logits[..., :-1])
+        close(found.confidence, sure)

@@ -11,8 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from dsv4_plugin.checkpoint.files import check_checkpoint, read_tensors
+from dsv4_plugin.checkpoint.files import check_checkpoint, read_headers, read_tensors
 from dsv4_plugin.checkpoint.load import load_weights
+from dsv4_plugin.checkpoint.names import with_int4
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.model.parallel import LocalParallel, MakeExperts, RankParallel
 from dsv4_plugin.model.transformer import Transformer
@@ -60,6 +61,7 @@ class Ranks:
 
     def load(self, directory: Path, expert_parallel: bool = False) -> list[Transformer]:
         config = ModelConfig.from_pretrained(directory)
+        config = with_int4(config, read_headers(directory))
 
         def one(rank: int) -> Transformer:
             parallel = RankParallel(
@@ -78,7 +80,6 @@ class DataParallel(LocalParallel):
     ranks."""
 
     expert_parallel = True
-    _plain_experts = LocalParallel.plain_experts
 
     def experts(self, prefix: str, make: MakeExperts | None = None) -> nn.Module:
         from vllm_ext.parallel import VllmParallel

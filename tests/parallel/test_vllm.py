@@ -72,7 +72,7 @@ def check(model: LocalModel, prompt: list[int], answer: list[int], *logprobs: li
     every = torch.tensor(prompt + answer[:-1])
     batch = Batch(model.model, model.layout, [len(every)], 256)
     hidden = torch.cat([batch.run([(0, part)]) for part in every.split(256)])
-    expected = model.model.head(hidden[len(prompt) - 1 :].float()).log_softmax(-1)
+    expected = model.model.head(hidden[len(prompt) - 1 :]).log_softmax(-1)
     picked = expected.gather(1, torch.tensor(answer)[:, None])[:, 0]
     assert (expected.amax(-1) - picked).max() < TIE
     assert (torch.tensor(logprobs) - picked).abs().max() < LOGPROB

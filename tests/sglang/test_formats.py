@@ -46,7 +46,7 @@ def test_bfloat16(serve, tiny: Path, option: str, kv_dtype: str):
 
 
 @pytest.mark.parametrize(
-    "fmt", ["fp8-fp4", "nvfp4", "base", "0731", "vision", "ct-nvfp4", "ct-w4a16"]
+    "fmt", ["fp8-fp4", "nvfp4", "base", "0731", "vision", "ct-nvfp4", "ct-w4a16", "gptq"]
 )
 def test_packed_weights_and_fp4_indexer_keys(tmp_path_factory, fmt: str):
     """Quantised weights, and an option that SGLang itself refuses on a CPU."""

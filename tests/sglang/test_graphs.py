@@ -79,7 +79,7 @@ class Engine:
         return self.local.model(ids.int(), step, pool.layers)
 
     def token(self, hidden):
-        return self.local.model.head(hidden.float()).argmax(-1)
+        return self.local.model.head(hidden).argmax(-1)
 
     def prompt(self, row, ids):
         """By torch's operations, which are sooner done than emulated ones."""

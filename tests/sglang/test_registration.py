@@ -277,8 +277,10 @@ def test_server_refuses_at_start(serve, option: str, environ: dict[str, str], se
     except subprocess.TimeoutExpired:
         server.stop()
         raise
-    (*_, last) = re.findall(r"^\w+Error: .*", server.read_log(), re.M)
+    log = server.read_log()
+    (*_, last) = re.findall(r"^\w+Error: .*", log, re.M)
     assert sentence in last
+    assert log.count("Traceback (most recent call last)") == 1
 
 
 def test_the_documented_cache_dtypes():

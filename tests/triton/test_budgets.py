@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.kernels.production import CASES, MODULES
+from lab.kernels.production import CASES
 from lab.kit import mode
 from lab.kit.compile import SIBLINGS, Built, build
 from lab.kit.targets import SHARED_LIMIT, TARGETS, FakeGPU
@@ -29,7 +29,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def built(request: pytest.FixtureRequest) -> list[Built]:
     thorough = request.config.getoption("--thorough")
-    return build(MODULES, list(TARGETS) if thorough else [SHORT])
+    return build(list(TARGETS) if thorough else [SHORT])
 
 
 def budget(b: Built) -> dict[str, int]:
@@ -66,7 +66,7 @@ def test_siblings_have_the_same_ptx(sibling: str, elder: str):
     found = []
     for target in (sibling, elder):
         with FakeGPU(target) as gpu:
-            CASES["indexer scores, prefill"]()
+            CASES["indexer, prefill"]()
         (kernel, _), *_ = gpu.compiled()
         heading, body = kernel.asm["ptx"].split(".address_size", 1)
         assert f".target {target.replace('sm', 'sm_')}" in heading

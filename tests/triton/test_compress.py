@@ -11,8 +11,8 @@ from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.config import CSA, HCA
 from dsv4_plugin.kernels.compress import kernel, of_cache, reference
+from dsv4_plugin.tools.kernel_work import flash
 from lab.kernels.inputs import Caches, step_of, untouched
-from lab.kernels.sizes import flash
 from lab.kit.mode import interpreted_first
 
 pytestmark = pytest.mark.usefixtures("made_on_device")

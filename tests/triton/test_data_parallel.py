@@ -131,6 +131,6 @@ def test_captured_ranks_give_the_whole_s_tokens(gpu, tmp_path, monkeypatch):
                 found = rank.out[: len(ids)]
                 assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
                 assert torch.equal(
-                    whole.model.head(found.float()).argmax(-1),
-                    whole.model.head(expected.float()).argmax(-1),
+                    whole.model.head(found).argmax(-1),
+                    whole.model.head(expected).argmax(-1),
                 )

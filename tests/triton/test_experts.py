@@ -20,7 +20,7 @@ from dsv4_plugin.model.parallel import OwnExperts, SplitExperts
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
 from dsv4_plugin.quant.e4m3 import e4m3_values, round_e4m3
 from dsv4_plugin.quant.int4 import decode_int4
-from dsv4_plugin.tools.cli.gpu_work import World
+from dsv4_plugin.tools.kernel_work import World
 from lab.kernels.cases import generator
 from lab.kernels.inputs import untouched
 from lab.kit import mode

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dsv4_plugin.kernels.norm import kernel
-from dsv4_plugin.tools.cli import gpu_check, gpu_model, gpu_work, main
+from dsv4_plugin.tools.cli import gpu_check, gpu_model, main
 from lab.kit import mode
 from lab.kit.graphs import recorded
 
@@ -24,10 +25,11 @@ STACK = gpu_model.Stack("tiny", [0, 4, 128], 8, "bf16", [(2, 20)])
     not mode.INTERPRET and mode.DEVICE == "cpu", reason="64 heads take emulated code too long"
 )
 def test_every_kernel_passes(gpu, monkeypatch):
-    monkeypatch.setattr(gpu_work, "EXPERT_WIDTH", 32)
-    monkeypatch.setattr(gpu_work, "ROUTED", 8)
+    narrow = replace(gpu_check.CONFIG, moe_intermediate_size=32)
+    monkeypatch.setattr(gpu_check, "CONFIG", narrow)
+    monkeypatch.setattr(gpu_check, "EXPERTS", 8)
     found = gpu_check.check(torch.device(mode.DEVICE), {"decode": (1, 1, 144)})
-    assert len(found) == 19
+    assert len(found) == 22
     assert [c for c in found if c["error"]] == []
 
 

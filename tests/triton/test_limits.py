@@ -14,8 +14,8 @@ from dsv4_plugin.config import CSA, HCA
 from dsv4_plugin.kernels.attention import kernel as attention
 from dsv4_plugin.kernels.index import kernel as index
 from dsv4_plugin.kernels.index.topk import topk
+from dsv4_plugin.tools.kernel_work import flash
 from lab.kernels.cases import step_of_rows
-from lab.kernels.sizes import flash
 from lab.kit import mode
 from lab.kit.gpu import EmulatedGPU
 from lab.kit.targets import FakeGPU

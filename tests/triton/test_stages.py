@@ -73,8 +73,4 @@ def test_captured_stages_give_the_whole_s_bits(gpu, tmp_path, monkeypatch):
                 graph.replay()
             expected = whole.model(ids, build(n + 1), caches)
             found = stages[1][0].collapse(streams)
-            assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
-            assert torch.equal(
-                whole.model.head(found.float()).argmax(-1),
-                whole.model.head(expected.float()).argmax(-1),
-            )
+            assert torch.equal(found, expected)

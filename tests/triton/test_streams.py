@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dsv4_plugin.kernels.streams import Mixer, Spread, kernel, reference
-from lab.kit.order import seeded
 
 pytestmark = pytest.mark.usefixtures("made_on_device")
 
@@ -63,26 +62,32 @@ def test_streams(gpu, tokens, r, d, dtype, place):
     torch.testing.assert_close(found[2].mixing, again.mixing, rtol=1e-5, atol=1e-6)
 
 
+def launched(monkeypatch, **changes):
+    """Streams are dealt out as on any chip, but for what is said."""
+    monkeypatch.setattr(kernel, "LAUNCHES", {"any": replace(kernel.LAUNCHES["any"], **changes)})
+
+
 def test_a_token_does_not_depend_on_its_batch(gpu, monkeypatch):
-    monkeypatch.setattr(kernel, "FEW", 4)  # so that five tokens are a large batch
-    out, h, by = case(5, 4, 264, torch.bfloat16)
+    """Forty tokens in shares of three tiles and less, Sinkhorn for eight at a time, twice in slabs;
+    the last of them alone."""
+    out, h, by = case(40, 4, 264, torch.bfloat16)
     mixer = mixer_of(4, 264, 24)
-    alone = kernel.streams(out[3:4], h[3:4], Spread(by.post[3:4], by.mixing[3:4]), mixer)
-    many = kernel.streams(out, h, by, mixer)
-    assert torch.equal(alone[0], many[0][3:4])
-    assert torch.equal(alone[1], many[1][3:4])
-    assert torch.equal(alone[2].mixing, many[2].mixing[3:4])
+    last = Spread(by.post[39:].clone(), by.mixing[39:].clone())
+    alone = kernel.streams(out[39:].clone(), h[39:].clone(), last, mixer)
+    close(alone[1], reference.streams(out[39:], h[39:], last, mixer)[1], torch.bfloat16)
+    for changes in ({"parts": 1}, {"parts": 2}, {"slab": 32}):
+        launched(monkeypatch, few=4, **changes)
+        many = kernel.streams(out, h, by, mixer)
+        for one, all_ in ((alone[0], many[0]), (alone[1], many[1])):
+            assert torch.equal(one, all_[39:])
+        assert torch.equal(alone[2].post, many[2].post[39:])
+        assert torch.equal(alone[2].mixing, many[2].mixing[39:])
 
 
-def test_the_order_of_programs_does_not_matter(gpu):
-    """Three chunks of two tiles: whichever program is the last, the bits are the same."""
-    out, h, by = case(5, 4, 600, torch.bfloat16)
-    mixer = mixer_of(4, 600, 24)
-    found = []
-    for seed in range(4):
-        with seeded(seed):
-            h_out, x, after = kernel.streams(out, h, by, mixer)
-        found.append((h_out, x, after.post, after.mixing))
-    close(found[0][1], reference.streams(out, h, by, mixer)[1], torch.bfloat16)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_join_alone_is_that_of_the_whole(gpu, dtype):
+    """What a pipeline stage sends are the streams that its next sublayer would have had."""
+    out, h, by = case(5, 4, 1100, dtype)
+    found = kernel.spread(out, h, by)
+    close(found, reference.spread(out, h, by), dtype)
+    assert torch.equal(found, kernel.streams(out, h, by, mixer_of(4, 1100, 24))[0])

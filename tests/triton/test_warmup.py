@@ -63,7 +63,7 @@ import logging, sys
 import torch
 from dsv4_plugin import load
 from dsv4_plugin.kernels.step import StepBuilder
-from dsv4_plugin.warmup import nothing, warm_up
+from dsv4_plugin.warmup import Padding, nothing, warm_up
 from lab.kit.targets import FakeGPU
 
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -71,7 +71,8 @@ with FakeGPU("sm80"):
     whole = load(sys.argv[1], dtype="bfloat16", kv_dtype="fp8")
     caches, tables, _ = nothing(whole.model, whole.layout, torch.device("cpu"))
     steps = StepBuilder(whole.config, whole.layout, 1, "cpu")
-    warm_up(whole.model, steps, caches, tables, 1, 1, 1)
+    padding = Padding(whole.model, steps, caches, tables)
+    warm_up(padding, torch.device("cpu"), [(1, 1, 1)])
 """
 
 

@@ -15,28 +15,19 @@ from vllm_ext.cache import MetadataBuilder
 from vllm_ext.config import PluginConfig
 
 
-def config(drafts: object = None) -> SimpleNamespace:
+def config() -> SimpleNamespace:
     return SimpleNamespace(
         device_config=SimpleNamespace(device="cpu"),
-        speculative_config=drafts,
         model_config=SimpleNamespace(max_model_len=4096),
     )
 
 
-@pytest.mark.parametrize(
-    ("kernels", "given", "supported"),
-    [
-        ("triton", {}, True),
-        ("torch", {}, False),
-        ("triton", {"drafts": object()}, False),
-    ],
-)
-def test_decode_steps_of_the_device(monkeypatch, kernels, given, supported):
-    """Without a word from the user, in every layout of GPUs."""
+@pytest.mark.parametrize(("kernels", "supported"), [("triton", True), ("torch", False)])
+def test_decode_steps_of_the_device(monkeypatch, kernels, supported):
+    """Without a word from the user, with drafts and without, in every layout of GPUs."""
     mode.kernels(monkeypatch, kernels)
-    yes, no = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, AttentionCGSupport.NEVER
-    found = MetadataBuilder.get_cudagraph_support(config(**given), None)
-    assert found == (yes if supported else no)
+    found = MetadataBuilder.get_cudagraph_support(config(), None)
+    assert found == (AttentionCGSupport.UNIFORM_BATCH if supported else AttentionCGSupport.NEVER)
 
 
 def test_a_captured_step_reads_vllm_s_buffers(monkeypatch):

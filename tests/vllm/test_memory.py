@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.config import SWA
-from lab.kernels.sizes import flash
+from dsv4_plugin.tools.kernel_work import flash
 from vllm_ext.cache import cache_spec
 
 RATIOS = [0, 0] + [4 if i % 2 == 0 else 128 for i in range(41)]

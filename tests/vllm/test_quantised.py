@@ -23,7 +23,7 @@ from vllm_ext._compat import FP4_INDEXER
 from vllm_ext.active import VISION_ARCHITECTURE
 from vllm_ext.config import SERVED_TYPE, cache_layout, model_config_of
 
-VARIANTS = ("fp8-fp4", "base", "nvfp4", "0731", "vision", "ct-nvfp4", "ct-w4a16")
+VARIANTS = ("fp8-fp4", "base", "nvfp4", "0731", "vision", "ct-nvfp4", "ct-w4a16", "gptq")
 GUIDE = (
     "--trust-remote-code --kv-cache-dtype fp8 --block-size 256 --max-num-batched-tokens 65536 "
     "--max-num-seqs 1024 --attention_config.use_fp4_indexer_cache=True "

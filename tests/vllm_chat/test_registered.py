@@ -20,30 +20,28 @@ REGISTRIES = {
 }
 
 
+@pytest.fixture(params=list(active.CHAT))
+def mode(request):
+    return request.param
+
+
 @pytest.fixture
-def registered(monkeypatch):
+def registered(monkeypatch, mode):
     """Register twice where the engine's own stand; what stands there afterwards."""
 
     def register(choice):
         monkeypatch.setenv("DSV4_CHAT", choice)
         for owner, name in REGISTRIES.values():
-            monkeypatch.setattr(owner, name, {active.MODE: OWN})
+            monkeypatch.setattr(owner, name, dict.fromkeys(active.CHAT, OWN))
         vllm_ext.register()
         vllm_ext.register()
-        return {
-            what: getattr(owner, name)[active.MODE] for what, (owner, name) in REGISTRIES.items()
-        }
+        return {what: getattr(owner, name)[mode] for what, (owner, name) in REGISTRIES.items()}
 
     return register
 
 
-def test_the_plugins_chat_replaces_the_engines(registered):
-    assert registered("plugin") == {
-        "tokenizer mode": active.TOKENIZER,
-        "renderer": active.RENDERER,
-        "tool parser": active.TOOL_PARSER,
-        "reasoning parser": active.REASONING_PARSER,
-    }
+def test_the_plugins_chat_replaces_the_engines(registered, mode):
+    assert registered("plugin") == active.CHAT[mode]
     active.check_active()
 
 
@@ -52,9 +50,9 @@ def test_native_leaves_the_engines_in_place(registered):
 
 
 @pytest.mark.parametrize("what", list(REGISTRIES))
-def test_another_plugin_is_noticed(registered, what):
+def test_another_plugin_is_noticed(registered, mode, what):
     registered("plugin")
     owner, name = REGISTRIES[what]
-    getattr(owner, name)[active.MODE] = ("other.module", "Other")
-    with pytest.raises(RuntimeError, match=f"its {what} is not active: .* other.module"):
+    getattr(owner, name)[mode] = ("other.module", "Other")
+    with pytest.raises(RuntimeError, match=f"its {what} {mode} is not active: .* other.module"):
         active.check_active()

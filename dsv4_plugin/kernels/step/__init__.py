@@ -59,6 +59,11 @@ class StepBuilder:
 
             arrival.prepare(self.cis.device)
 
+    def window_cis(self, position: Tensor) -> Tensor:
+        """Of rows that no step places: int [T] -> float32 [T, rope_dim], as `Step.cis` of SWA."""
+        angle = position.float()[:, None] * self.frequency[0]
+        return torch.stack([angle.cos(), angle.sin()], -1).flatten(1)
+
     def build(
         self,
         tables: BlockTables,

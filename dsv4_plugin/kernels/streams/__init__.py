@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dsv4_plugin.kernels.dispatch import implementation
@@ -54,9 +53,9 @@ def streams(
 
 
 def spread(out: Tensor | None, h: Tensor, by: Spread | None) -> Tensor:
-    """h'[k] = post[k] * out + sum_j mixing[k, j] h[j], in float32: out [T, D], h [T, R, D] -> h's
-    shape, out's dtype."""
+    """h'[k] = post[k] * out + sum_j mixing[k, j] h[j], summed in float32: out [T, D], h [T, R, D]
+    -> h's shape, out's dtype. The join alone, of the values that `streams` returns."""
     if out is None or by is None:
         return h
-    mixed = torch.baddbmm(by.post[..., None] * out.float()[:, None], by.mixing, h.float())
-    return mixed.to(out.dtype)
+    joined: Tensor = implementation(__name__, h.device).spread(out, h, by)
+    return joined

@@ -14,11 +14,8 @@ from dsv4_plugin.kernels.streams import Mixer, Spread
 def streams(
     out: Tensor | None, h: Tensor, by: Spread | None, mixer: Mixer
 ) -> tuple[Tensor, Tensor, Spread | None]:
-    dtype, h32 = h.dtype if out is None else out.dtype, h.float()
-    if out is not None:
-        assert by is not None
-        mixed = torch.baddbmm(by.post[..., None] * out[:, None], by.mixing, h32)
-        h32 = mixed.to(dtype).float()
+    dtype = h.dtype if out is None else out.dtype
+    h32 = h.float() if out is None or by is None else spread(out, h, by).float()
     r = h.shape[1]
     flat = h32.flatten(1)
     m = torch.nn.functional.linear(flat, mixer.fn).mul_(inverse_rms(flat, mixer.norm_eps))
@@ -31,6 +28,11 @@ def streams(
         return h32, x, None
     mixing = sinkhorn(m[:, 2 * r :].unflatten(-1, (r, r)), mixer.iters, mixer.eps)
     return h32, x, Spread(gates[:, r:] * 2, mixing)
+
+
+def spread(out: Tensor, h: Tensor, by: Spread) -> Tensor:
+    joined = torch.baddbmm(by.post[..., None] * out[:, None], by.mixing, h.float())
+    return joined.to(out.dtype)
 
 
 def _weighted_sum(weight: Tensor, h: Tensor) -> Tensor:

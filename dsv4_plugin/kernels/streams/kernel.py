@@ -1,70 +1,193 @@
-"""One launch: programs spread and multiply, CHUNK columns of every stream at a time; the last one
-of a tile of tokens adds the chunks up in order, so that a token's sums do not depend on its batch.
+"""Two launches: `mix_part` lets the output join the streams and multiplies a chunk of columns of
+each by fn, every chunk's sums apart; `mix_end` adds them up in one order for all, makes the next
+`Spread` for several tokens at a time (Sinkhorn), and collapses the streams of each.
 
-The product is float32 in effect: bfloat16 streams times three bfloat16 parts of each weight.
+The product is float32 in effect: bfloat16 streams times three bfloat16 parts of each weight, into
+which a program splits its columns of fn once. A token's bits depend neither on the number of tokens
+nor on which program takes it, because the chunks are the same for all.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4_plugin.kernels.arrival import counters, is_last
-from dsv4_plugin.kernels.launch import require
+from dsv4_plugin.kernels.launch import pick, require
+from dsv4_plugin.kernels.pin import pin
 from dsv4_plugin.kernels.streams import Mixer, Spread
 
-CHUNK = 256
-"""Columns of each stream that one program takes."""
-FEW = 128
-"""Up to this many tokens, products of 16; above, of 32."""
-GROUP = 4
-"""Tokens whose `Spread` is made at once."""
+TILE = 16
+"""Tokens that are multiplied together."""
 WIDTH = 32
-"""Columns of the partial products: N outputs, padding, and last the sum of squares."""
+"""Columns of the partial sums: N outputs, padding, and last the sum of squares."""
+SHARES = 8
+"""Of the chunks; each is added up in order, then the shares."""
+COLUMNS = 1024
+"""That a program of `join` takes."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How streams are dealt out to programs.
+
+    block: columns of every stream in a chunk; group: tokens whose `Spread` is made together. The
+    order of sums follows from these. few: of up to so many tokens, a program takes one tile, and
+    asks for it before it splits its weights; of more, it takes one of `parts` shares, its next
+    tiles on their way into `stages` buffers. slab: most tokens whose partial sums are kept at a
+    time, 128 bytes for each and chunk.
+    """
+
+    block: int
+    few: int
+    parts: int
+    stages: int
+    group: int
+    slab: int
+    warps: int
+    end_warps: int
+
+
+LAUNCHES = {
+    # measured: H200, Flash, 1 / 64 / 4,096 tokens: 11 / 12 / 227 us (one launch: 55 / 72 / 657);
+    # blocks of 32 columns: 10 / 12 / 282; slabs of 1,024 tokens: 254; 16 warps at the end: 2 more
+    "hopper": Launch(64, few=64, parts=4, stages=3, group=8, slab=4096, warps=4, end_warps=8),
+    # compiled: no spills; guessed: as on Hopper
+    "any": Launch(64, few=64, parts=4, stages=3, group=8, slab=4096, warps=4, end_warps=8),
+}
 
 
 @triton.jit
-def _outputs(partial, rms, base, scale, t, chunks, n, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
-    """Outputs n [O] of the mixing product of tokens t [G]: the sum over chunks, normed, scaled."""
-    chunk = tl.arange(0, CHUNKS)[None, :, None]
-    at = (t[:, None, None] * chunks + chunk) * WIDTH + n[None, None, :]
-    parts = tl.load(partial + at, mask=chunk < chunks, other=0.0, cache_modifier=".cg")
-    return tl.sum(parts, 1) * rms[:, None] * tl.load(scale + n) + tl.load(base + n)
+def _tile(begin, end, M: tl.constexpr):
+    """M tokens from begin on, int64, and which there are; begin's number is that of the others."""
+    t = begin + tl.arange(0, M)
+    return tl.where(t < end, t, begin).to(tl.int64), t < end
 
 
 @triton.jit
-def _inverse_rms(partial, t, chunks, size, eps, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
-    """Of the streams of tokens t [G], `size` values each."""
-    chunk = tl.arange(0, CHUNKS)[None, :]
-    at = (t[:, None] * chunks + chunk) * WIDTH + WIDTH - 1
-    parts = tl.load(partial + at, mask=chunk < chunks, other=0.0, cache_modifier=".cg")
-    return tl.rsqrt(tl.sum(parts, 1) / size + eps)
+def _joined(given, streams, post, mixing, tk, R: tl.constexpr):
+    """Stream k of tokens t [M] after the output `given` has joined, float32; tk: t * R + k."""
+    value = tl.load(post + tk)[:, None] * given.to(tl.float32)
+    for j in tl.static_range(R):
+        share = tl.load(mixing + tk * R + j)[:, None]
+        value = tl.fma(share, streams[j].to(tl.float32), value)  # not left to the compiler
+    return value
+
+
+@triton.jit
+def _asked(out, h, t, real, d, D: tl.constexpr, R: tl.constexpr, SPREAD: tl.constexpr):
+    """Columns d of tokens t [M]: R streams and, if SPREAD, the output."""
+    inside = real[:, None] & (d < D)[None, :]
+    at = (t * R * D)[:, None] + d[None, :]
+    asked: tl.tuple = ()
+    for k in tl.static_range(R):
+        asked += (tl.load(h + at + k * D, mask=inside, other=0.0),)
+    if SPREAD:
+        at = (t * D)[:, None] + d[None, :]
+        asked += (tl.load(out + at, mask=inside, other=0.0),)
+    return asked
+
+
+@triton.jit
+def _split(
+    fn, k, d,
+    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """fn's columns d of stream k, [len(d), WIDTH], as values of KIND that add up to them, the least
+    first."""
+    n = tl.arange(0, WIDTH)
+    at = n[None, :] * (R * D) + k * D + d[:, None]
+    w = tl.load(fn + at, mask=(n < N)[None, :] & (d < D)[:, None], other=0.0)
+    if KIND == tl.float32:  # noqa: SIM300
+        return (w,)
+    high = w.to(KIND)
+    w -= high.to(tl.float32)
+    middle = w.to(KIND)
+    return (w - middle.to(tl.float32)).to(KIND), middle, high
+
+
+@triton.jit
+def _multiply(
+    asked, weights, post, mixing, h_out, partial, t, real, d,
+    D: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, SPREAD: tl.constexpr,
+):  # fmt: skip
+    """A chunk's sums of tokens t [M], stored at partial [M]; the new streams into h_out."""
+    n = tl.arange(0, WIDTH)
+    total = tl.zeros((t.shape[0], WIDTH), tl.float32)
+    squares = tl.zeros((t.shape[0],), tl.float32)
+    for k in tl.static_range(R):
+        x = asked[k]
+        if SPREAD:
+            x = pin(_joined(asked[R], asked, post, mixing, t * R + k, R).to(x.dtype))
+            at = ((t * R + k) * D)[:, None] + d[None, :]
+            tl.store(h_out + at, x, mask=real[:, None] & (d < D)[None, :])
+        wide = x.to(tl.float32)
+        squares += tl.sum(wide * wide, 1)
+        for part in tl.static_range(len(weights[k])):
+            total = tl.dot(x, weights[k][part], total, input_precision="ieee")
+    total = tl.where((n == WIDTH - 1)[None, :], squares[:, None], total)
+    tl.store(partial[:, None] + n[None, :], total, mask=real[:, None])
+
+
+@triton.jit(do_not_specialize=["first", "end", "rows", "chunks"])
+def mix_part(
+    out, h, post, mixing, fn, h_out, partial, first, end, rows, chunks,
+    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, SPREAD: tl.constexpr, M: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (chunk, share of `rows` of the tokens first .. end - 1). partial float32 [tokens,
+    chunks, WIDTH]. STAGES 0: a share is one tile."""
+    chunk = tl.program_id(0)
+    d = chunk * BLOCK + tl.arange(0, BLOCK)
+    begin = first + tl.program_id(1) * rows
+    stop = tl.minimum(begin + rows, end)
+    partial += chunk * WIDTH
+    if STAGES == 0:
+        t, real = _tile(begin, stop, M)
+        asked = _asked(out, h, t, real, d, D, R, SPREAD)
+    weights: tl.tuple = ()
+    for k in tl.static_range(R):
+        weights += (_split(fn, k, d, D, R, N, WIDTH, h.dtype.element_ty),)
+    if STAGES == 0:
+        to = partial + (t - first) * chunks * WIDTH
+        _multiply(asked, weights, post, mixing, h_out, to, t, real, d, D, R, WIDTH, SPREAD)
+    else:
+        for tile in tl.range(0, tl.cdiv(stop - begin, M), num_stages=STAGES):
+            t, real = _tile(begin + tile * M, stop, M)
+            asked = _asked(out, h, t, real, d, D, R, SPREAD)
+            to = partial + (t - first) * chunks * WIDTH
+            _multiply(asked, weights, post, mixing, h_out, to, t, real, d, D, R, WIDTH, SPREAD)
+
+
+@triton.jit
+def _sums(partial, chunks, n, SHARES: tl.constexpr, PER: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns n [O] of the sums at partial [G]: over SHARES times PER chunks, those of a share in
+    order."""
+    chunk = (tl.arange(0, SHARES) * PER)[None, :, None]
+    at = partial[:, None, None] + chunk * WIDTH + n[None, None, :]
+    total = tl.load(at, mask=chunk < chunks, other=0.0)
+    for i in tl.static_range(1, PER):
+        total += tl.load(at + i * WIDTH, mask=chunk + i < chunks, other=0.0)
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def _outputs(
+    partial, base, scale, chunks, n, eps, SIZE: tl.constexpr, SHARES: tl.constexpr,
+    PER: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Outputs n [O] of the mixing product at partial [G], of SIZE values each: normed, scaled."""
+    squares = _sums(partial, chunks, WIDTH - 1 + tl.arange(0, 1), SHARES, PER, WIDTH)
+    m = _sums(partial, chunks, n, SHARES, PER, WIDTH) * tl.rsqrt(squares / SIZE + eps)
+    return m * tl.load(scale + n) + tl.load(base + n)
 
 
 @triton.jit
 def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _collapse(
-    h, norm, x_out, pre, t, D, eps, NORM: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """The next sublayer's input of token t: its streams by their weights pre [R], normed."""
-    r = tl.arange(0, R)
-    d = tl.arange(0, COLUMNS)
-    y = tl.zeros((COLUMNS,), tl.float32)
-    for k in tl.static_range(R):
-        at = (t * R + k) * D + d
-        stream = tl.load(h + at, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
-        y += tl.sum(tl.where(r == k, pre, 0.0), 0) * stream
-    y = y.to(h.dtype.element_ty).to(tl.float32)
-    if NORM:
-        y = y * tl.rsqrt(tl.sum(y * y, 0) / D + eps)
-        y = y * tl.load(norm + d, mask=d < D, other=0.0)
-    tl.store(x_out + t * D + d, y, mask=d < D)
 
 
 @triton.jit
@@ -81,142 +204,80 @@ def _sinkhorn(m, iters, eps, R: tl.constexpr):
 
 
 @triton.jit
-def _finish(
-    h,
-    x_out,
-    post_out,
-    mixing_out,
-    partial,
-    base,
-    scale,
-    norm,
-    first,
-    end,
-    D,
-    chunks,
-    iters,
-    eps,
-    norm_eps,
-    NORM: tl.constexpr,
-    R: tl.constexpr,
-    N: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Tokens first .. end - 1, whose streams h and sums `partial` are complete."""
-    g = tl.arange(0, GROUP)
+def _make_spreads(
+    partial, base, scale, post_out, mixing_out, t, real, chunks, iters, eps, norm_eps,
+    D: tl.constexpr, R: tl.constexpr, SHARES: tl.constexpr, PER: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Of tokens t [G], whose sums are at partial [G]."""
     r = tl.arange(0, R)
-    for begin in tl.range(first, end, GROUP, disable_licm=True):
-        t = begin + g.to(tl.int64)
-        some = t < end
-        t = tl.where(some, t, begin)
-        rms = _inverse_rms(partial, t, chunks, R * D, norm_eps, CHUNKS, WIDTH)
-        if N > R:
-            m = _outputs(partial, rms, base, scale, t, chunks, R + r, CHUNKS, WIDTH)
-            at = t[:, None] * R + r[None, :]
-            tl.store(post_out + at, 2.0 * _sigmoid(m), mask=some[:, None])
-            n = 2 * R + tl.arange(0, R * R)
-            m = _outputs(partial, rms, base, scale, t, chunks, n, CHUNKS, WIDTH)
-            c = _sinkhorn(m, iters, eps, R)
-            at = (t * (R * R))[:, None, None] + r[None, None, :] * R + r[None, :, None]
-            tl.store(mixing_out + at, c, mask=some[:, None, None])
-        pre = _outputs(partial, rms, base, scale, t, chunks, r, CHUNKS, WIDTH)
-        pre = _sigmoid(pre) + eps
-        for i in tl.range(0, tl.minimum(GROUP, end - begin), disable_licm=True):
-            mine = tl.sum(tl.where((g == i)[:, None], pre, 0.0), 0)
-            token = tl.sum(tl.where(g == i, t, 0), 0)
-            _collapse(h, norm, x_out, mine, token, D, norm_eps, NORM, R, COLUMNS)
+    post = _outputs(partial, base, scale, chunks, R + r, norm_eps, R * D, SHARES, PER, WIDTH)
+    tl.store(post_out + t[:, None] * R + r[None, :], 2.0 * _sigmoid(post), mask=real[:, None])
+    n = 2 * R + tl.arange(0, R * R)
+    mixing = _outputs(partial, base, scale, chunks, n, norm_eps, R * D, SHARES, PER, WIDTH)
+    at = (t * (R * R))[:, None, None] + r[None, None, :] * R + r[None, :, None]
+    tl.store(mixing_out + at, _sinkhorn(mixing, iters, eps, R), mask=real[:, None, None])
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "rows"])
-def mix(
-    out,
-    h,
-    post,
-    mixing,
-    fn,
-    base,
-    scale,
-    norm,
-    h_out,
-    x_out,
-    post_out,
-    mixing_out,
-    partial,
-    counter,
-    tokens,
-    rows,
-    D,
-    chunks,
-    iters,
-    eps,
+@triton.jit
+def _collapse(
+    h, partial, base, scale, norm, x_out, t, chunks, eps, norm_eps,
+    D: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, SHARES: tl.constexpr, PER: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The next sublayer's input of token t [1]: its streams by their weights, normed."""
+    r = tl.arange(0, R)
+    d = tl.arange(0, COLUMNS)
+    streams: tl.tuple = ()
+    for k in tl.static_range(R):
+        streams += (tl.load(h + (t * R + k) * D + d, mask=d < D, other=0.0),)
+    m = _outputs(partial, base, scale, chunks, r, norm_eps, R * D, SHARES, PER, WIDTH)
+    pre = tl.reshape(_sigmoid(m) + eps, (R,))
+    y = tl.zeros((COLUMNS,), tl.float32)
+    for k in tl.static_range(R):
+        y += tl.sum(tl.where(r == k, pre, 0.0), 0) * streams[k].to(tl.float32)
+    y = y.to(h.dtype.element_ty).to(tl.float32)
+    if NORM:
+        y = y * tl.rsqrt(tl.sum(y * y, 0) / D + norm_eps)
+        y = y * tl.load(norm + d, mask=d < D, other=0.0)
+    tl.store(x_out + t * D + d, y, mask=d < D)
+
+
+@triton.jit(do_not_specialize=["first", "end", "chunks"])
+def mix_end(
+    h, partial, base, scale, norm, x_out, post_out, mixing_out, first, end, chunks, iters, eps,
     norm_eps,
-    NORM: tl.constexpr,
-    R: tl.constexpr,
-    N: tl.constexpr,
-    SPREAD: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, SPREADS: tl.constexpr,
+    SHARES: tl.constexpr, PER: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
-):
-    """Program (tile of `rows` tokens, chunk)."""
-    first = tl.program_id(0) * rows
-    end = tl.minimum(first + rows, tokens)
-    t = first.to(tl.int64) + tl.arange(0, TILE)
-    chunk = tl.program_id(1)
-    real = t < end
-    n = tl.arange(0, WIDTH)
-    total = tl.zeros((TILE, WIDTH), tl.float32)
-    squares = tl.zeros((TILE,), tl.float32)
-    for start in tl.range(0, CHUNK, BLOCK, disable_licm=True):
-        d = chunk * CHUNK + start + tl.arange(0, BLOCK)
-        inside = real[:, None] & (d < D)[None, :]
-        if SPREAD:
-            given = tl.load(out + t[:, None] * D + d[None, :], mask=inside, other=0.0)
-            given = given.to(tl.float32)
-        for k in range(R):
-            at = (t[:, None] * R + k) * D + d[None, :]
-            if SPREAD:
-                weight = tl.load(post + t * R + k, mask=real, other=0.0)
-                value = weight[:, None] * given
-                for j in tl.static_range(R):
-                    source = (t[:, None] * R + j) * D + d[None, :]
-                    stream = tl.load(h + source, mask=inside, other=0.0).to(tl.float32)
-                    share = tl.load(mixing + (t * R + k) * R + j, mask=real, other=0.0)
-                    value += share[:, None] * stream
-                x = value.to(h.dtype.element_ty)
-                tl.store(h_out + at, x, mask=inside)
-            else:
-                x = tl.load(h + at, mask=inside, other=0.0)
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-            place = n[None, :] * (R * D) + k * D + d[:, None]
-            used = (n < N)[None, :] & (d < D)[:, None]
-            w = tl.load(fn + place, mask=used, other=0.0)
-            if h.dtype.element_ty == tl.bfloat16:
-                high = w.to(tl.bfloat16)
-                w = w - high.to(tl.float32)
-                middle = w.to(tl.bfloat16)
-                low = (w - middle.to(tl.float32)).to(tl.bfloat16)
-                total = tl.dot(x, low, total)
-                total = tl.dot(x, middle, total)
-                total = tl.dot(x, high, total)
-            else:
-                total = tl.dot(x, w, total, input_precision="ieee")
-    total = tl.where((n == WIDTH - 1)[None, :], squares[:, None], total)
-    at = (t[:, None] * chunks + chunk) * WIDTH + n[None, :]
-    tl.store(partial + at, total, mask=real[:, None])
-    if is_last(counter + tl.program_id(0), chunks):
-        _finish(
-            h_out, x_out, post_out, mixing_out, partial, base, scale, norm, first, end, D,
-            chunks, iters, eps, norm_eps, NORM, R, N, WIDTH, CHUNKS, COLUMNS, GROUP,
+):  # fmt: skip
+    """Of tokens first .. end - 1, whose streams h and sums `partial` are complete: if SPREADS, the
+    first programs make the `Spread` of GROUP tokens each; then one a token makes x."""
+    makers = tl.cdiv(end - first, GROUP) if SPREADS else 0
+    program = tl.program_id(0)
+    if program < makers:
+        t, real = _tile(first + program * GROUP, end, GROUP)
+        _make_spreads(
+            partial + (t - first) * chunks * WIDTH, base, scale, post_out, mixing_out, t, real,
+            chunks, iters, eps, norm_eps, D, R, SHARES, PER, WIDTH,
         )  # fmt: skip
+    else:
+        token = first + program - makers + tl.arange(0, 1).to(tl.int64)
+        _collapse(
+            h, partial + (token - first) * chunks * WIDTH, base, scale, norm, x_out, token,
+            chunks, eps, norm_eps, D, R, NORM, SHARES, PER, WIDTH, COLUMNS,
+        )  # fmt: skip
+
+
+@triton.jit
+def join(out, h, post, mixing, h_out, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (token, BLOCK columns): the join of `mix_part` alone."""
+    t, real = _tile(tl.program_id(0), tl.num_programs(0), 1)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (d < D)[None, :]
+    asked = _asked(out, h, t, real, d, D, R, True)
+    for k in tl.static_range(R):
+        x = _joined(asked[R], asked, post, mixing, t * R + k, R)
+        tl.store(h_out + ((t * R + k) * D)[:, None] + d[None, :], x, mask=inside)
 
 
 def streams(
@@ -225,32 +286,40 @@ def streams(
     tokens, r, d = h.shape
     require(out, h, mixer.fn, mixer.base, mixer.scale, mixer.weight)
     assert mixer.fn.dtype == torch.float32
-    if by is not None:
-        require(by.post, by.mixing)
-    chunks, head = triton.cdiv(d, CHUNK), len(mixer.fn) == r
-    partial = h.new_empty((tokens, chunks, WIDTH), dtype=torch.float32)
+    spreading, plain, head = by is not None, mixer.weight is None, len(mixer.fn) == r
+    launch = pick(LAUNCHES)
+    chunks, slab = triton.cdiv(d, launch.block), min(tokens, launch.slab)
+    partial = h.new_empty((slab, chunks, WIDTH), dtype=torch.float32)
     x = h.new_empty((tokens, d))
-    spreading, plain = out is not None and by is not None, mixer.weight is None
     h_out = torch.empty_like(h) if spreading else h
     post = partial if head else h.new_empty((tokens, r), dtype=torch.float32)
     mixing = partial if head else h.new_empty((tokens, r, r), dtype=torch.float32)
-    rows = _rows(tokens)
-    tiles = triton.cdiv(tokens, rows)
-    mix[(tiles, chunks)](
-        out if spreading else h, h, by.post if by else partial, by.mixing if by else partial,
-        mixer.fn, mixer.base, mixer.scale, mixer.base if plain else mixer.weight,
-        h_out, x, post, mixing,
-        partial, counters("streams", h.device, tiles),
-        tokens, rows, d, chunks, mixer.iters, mixer.eps, mixer.norm_eps,
-        NORM=not plain, R=r, N=len(mixer.fn), SPREAD=spreading, TILE=16 if tokens <= FEW else 32,
-        CHUNK=CHUNK, BLOCK=32, WIDTH=WIDTH, CHUNKS=triton.next_power_of_2(chunks),
-        COLUMNS=triton.next_power_of_2(d), GROUP=GROUP, num_warps=4, num_stages=1,
-    )  # fmt: skip
+    few = tokens <= launch.few
+    for first in range(0, tokens, launch.slab):
+        end = min(first + launch.slab, tokens)
+        rows = TILE if few else TILE * triton.cdiv(triton.cdiv(end - first, launch.parts), TILE)
+        mix_part[(chunks, triton.cdiv(end - first, rows))](
+            out if spreading else h, h, by.post if by else partial, by.mixing if by else partial,
+            mixer.fn, h_out, partial, first, end, rows, chunks,
+            D=d, R=r, N=len(mixer.fn), SPREAD=spreading, M=TILE, BLOCK=launch.block, WIDTH=WIDTH,
+            STAGES=0 if few else launch.stages, num_warps=launch.warps,
+        )  # fmt: skip
+        makers = 0 if head else triton.cdiv(end - first, launch.group)
+        mix_end[(makers + end - first,)](
+            h_out, partial, mixer.base, mixer.scale, mixer.base if plain else mixer.weight,
+            x, post, mixing, first, end, chunks, mixer.iters, mixer.eps, mixer.norm_eps,
+            D=d, R=r, NORM=not plain, SPREADS=not head, WIDTH=WIDTH, SHARES=SHARES,
+            PER=triton.cdiv(chunks, SHARES), COLUMNS=triton.next_power_of_2(d), GROUP=launch.group,
+            num_warps=launch.end_warps,
+        )  # fmt: skip
     return h_out, x, None if head else Spread(post, mixing)
 
 
-def _rows(tokens: int) -> int:
-    """Tokens of a program: few, where they are few, so that many programs finish."""
-    if tokens > FEW:
-        return 32
-    return 4 if tokens <= FEW // 8 else 8
+def spread(out: Tensor, h: Tensor, by: Spread) -> Tensor:
+    tokens, r, d = h.shape
+    require(out, h, by.post, by.mixing)
+    h_out = torch.empty_like(h)
+    join[(tokens, triton.cdiv(d, COLUMNS))](
+        out, h, by.post, by.mixing, h_out, D=d, R=r, BLOCK=COLUMNS, num_warps=4
+    )
+    return h_out

@@ -12,11 +12,14 @@ from dsv4_plugin.kernels.streams import Mixer, Spread
 def streams(
     out: Tensor | None, h: Tensor, by: Spread | None, mixer: Mixer
 ) -> tuple[Tensor, Tensor, Spread | None]:
-    if out is not None:
-        assert by is not None
-        mixed = by.mixing @ h.float() + by.post[..., None] * out.float()[:, None]
-        h = mixed.to(h.dtype)
+    if out is not None and by is not None:
+        h = spread(out, h, by)
     return h, *collapse(h, mixer)
+
+
+def spread(out: Tensor, h: Tensor, by: Spread) -> Tensor:
+    joined = by.mixing @ h.float() + by.post[..., None] * out.float()[:, None]
+    return joined.to(out.dtype)
 
 
 def collapse(h: Tensor, mixer: Mixer) -> tuple[Tensor, Spread | None]:

@@ -13,11 +13,13 @@ from dsv4_plugin.tools.inspect import describe
 from dsv4_plugin.tools.make import PRESETS, make_checkpoint
 from dsv4_plugin.tools.mini import make_mini
 
+MINI = ("mini", "mini-dspark")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     make = actions.add_parser("make", help="random weights (mini: trained), real tokenizer")
-    make.add_argument("--preset", choices=sorted([*PRESETS, "mini"]), required=True)
+    make.add_argument("--preset", choices=sorted([*PRESETS, *MINI]), required=True)
     make.add_argument("--format", choices=FORMATS, default="bf16", dest="fmt")
     make.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     make.add_argument("--seed", type=int, default=0)
@@ -39,10 +41,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _make(args: argparse.Namespace) -> int:
     check_numbers(args, {"experts": Whole(1, 1 << 13)})
-    if args.preset == "mini":
+    if args.preset in MINI:
         if args.fmt != "bf16" or args.experts is not None:
-            raise ValueError("preset mini is trained in bf16: make it, then `checkpoint convert`")
-        return _done(args.out, make_mini(args.out))
+            raise ValueError(
+                f"preset {args.preset} is trained in bf16: make it, then `checkpoint convert`"
+            )
+        return _done(args.out, make_mini(args.out, dspark=args.preset == "mini-dspark"))
     overrides = {} if args.experts is None else {"n_routed_experts": args.experts}
     config = make_checkpoint(args.out, args.preset, args.seed, overrides, fmt=args.fmt)
     return _done(args.out, config)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.tools.cli import gpu_model
-from dsv4_plugin.tools.cli.gpu_work import WORK, Work, World
+from dsv4_plugin.tools.kernel_work import FLASH, WORK, Work, World
 
 Size = tuple[int, int, int]
 """Requests, tokens of each in the step, and tokens they then have."""
@@ -38,6 +38,8 @@ TIMES = {
     "prefill of 4,096 at 8,192": (1, 4096, 1 << 13),
 }
 QUICK_TIMES = {"decode of 1 at 65,536": TIMES["decode of 1 at 65,536"]}
+CONFIG, EXPERTS = FLASH, 64
+"""Experts of a layer: fewer than Flash's 256, so that bfloat16 ones fit everywhere."""
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 REPEATS = 20
 BEYOND_L2 = 256 << 20
@@ -115,7 +117,7 @@ def check(device: torch.device, sizes: dict[str, Size] = CHECKS) -> list[dict[st
     """Every kernel at every size: its name and what is wrong, '' for nothing."""
 
     def one(make: Callable[[World], Work], shape: Size) -> dict[str, Any]:
-        work = make(World.of(device, *shape))
+        work = make(World.of(device, *shape, config=CONFIG, experts=EXPERTS))
         return {"error": compare(work.launch(), work.expect())}
 
     return [
@@ -146,7 +148,7 @@ def times(
     """Seconds of a kernel, beside what moving its bytes at a copy's speed would take."""
 
     def one(make: Callable[[World], Work], shape: Size) -> dict[str, Any]:
-        work = make(World.of(device, *shape))
+        work = make(World.of(device, *shape, config=CONFIG, experts=EXPERTS))
         seconds, by = device_seconds(work.again or work.launch, device)
         floor = work.nbytes / copy_rate
         found = {"seconds": seconds, "by": by, "bytes": work.nbytes}

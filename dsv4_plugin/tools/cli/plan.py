@@ -7,6 +7,7 @@ import argparse
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.fields import Number, Whole
 from dsv4_plugin.json_file import read_object
+from dsv4_plugin.serving import with_int4
 from dsv4_plugin.tools.cli.arguments import check_numbers, checkpoint_path
 from dsv4_plugin.tools.plan import GIB, GPUS, Layout, Plan, checkpoint_bytes, gpu_memory, plan
 
@@ -46,11 +47,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give one of --gpu and --memory")
     check_numbers(args, LIMITS)
     path = checkpoint_path(args.config, "a checkpoint folder or its config.json")
-    config = (
-        ModelConfig.from_pretrained(path)
-        if path.is_dir()
-        else ModelConfig.from_hf(read_object(path))
-    )
+    if path.is_dir():
+        config = with_int4(ModelConfig.from_pretrained(path), str(path))
+    else:
+        config = ModelConfig.from_hf(read_object(path))
     memory = (gpu_memory(args.gpu) if args.gpu else args.memory) * GIB
     layout = Layout(args.tp, args.pp, args.dp, args.ep, args.speculative_tokens)
     found = plan(

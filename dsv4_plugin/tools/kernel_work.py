@@ -1,14 +1,16 @@
-"""What `dsv4 gpu-check` runs: every kernel, on inputs of a given size.
+"""Every kernel's launch on inputs of a given size: the one list that `dsv4 gpu-check`, the budgets
+of compiled code and the kernels' report take theirs from.
 
-Shapes are Flash's: 64 heads of 512, 4 streams of 4,096, 256 experts, pages of 256 tokens.
+On the device `meta` inputs have shapes and no values: launches can be compiled, not run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -17,18 +19,32 @@ from dsv4_plugin.cache.layout import BlockLayout, CacheLayout
 from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.cache.rows import RowFormat, RowPool
 from dsv4_plugin.cache.step import Step
-from dsv4_plugin.config import CSA, HCA, SWA, ModelConfig
+from dsv4_plugin.config import CSA, FP8_BLOCK, HCA, SWA, ModelConfig
 from dsv4_plugin.kernels.compress import of_cache
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix
 from dsv4_plugin.kernels.step import Rows
 from dsv4_plugin.kernels.streams import Mixer, Spread
 
 Outputs = list[Tensor]
-HEADS, D, ROPE, HIDDEN, STREAMS, EXPERTS, INDEX_HEADS, INDEX_D = 64, 512, 64, 4096, 4, 256, 64, 128
-EPS = 1e-6
-TOPK = 512
-ROUTED, CHOSEN, EXPERT_WIDTH, LIMIT = 64, 6, 2048, 10.0
-"""Experts that are there, of a token, their width and their SwiGLU's limit."""
+
+
+def flash(ratios: Sequence[int]) -> ModelConfig:
+    """Flash with layers of these kinds."""
+    return ModelConfig(
+        vocab_size=129280, hidden_size=4096, num_hidden_layers=len(ratios), num_attention_heads=64,
+        head_dim=512, qk_rope_head_dim=64, q_lora_rank=1024, o_groups=8, o_lora_rank=1024,
+        sliding_window=128, compress_ratios=tuple(ratios), index_n_heads=64, index_head_dim=128,
+        index_topk=512, n_routed_experts=256, num_experts_per_tok=6, moe_intermediate_size=2048,
+        num_hash_layers=0, routed_scaling_factor=1.5, max_position_embeddings=1 << 20, yarn=None,
+    )  # fmt: skip
+
+
+FLASH = flash([SWA, CSA, HCA])
+PRO = replace(
+    FLASH, hidden_size=7168, num_attention_heads=128, q_lora_rank=1536, o_groups=16,
+    index_topk=1024, n_routed_experts=384, moe_intermediate_size=3072, routed_scaling_factor=2.5,
+)  # fmt: skip
+"""A layer of each kind as Flash and Pro have them."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,12 @@ class Work:
 @dataclass(frozen=True)
 class World:
     """One layer of each kind with its caches, `requests` requests of `length` tokens each, which
-    bring `tokens` tokens each in this step."""
+    bring `tokens` tokens each in this step.
+
+    experts: how many of a layer's are there. layers: so many parts of blocks lie side by side, of
+    which these are the first. written: caches have random rows; else zeros that take no memory
+    until they are read.
+    """
 
     device: torch.device
     config: ModelConfig
@@ -54,33 +75,42 @@ class World:
     requests: int
     tokens: int
     length: int
+    experts: int
+    layers: int = 1
+    written: bool = True
 
     @classmethod
     def of(
-        cls, device: torch.device, requests: int, tokens: int, length: int, kv_dtype: str = "fp8"
+        cls,
+        device: torch.device,
+        requests: int,
+        tokens: int,
+        length: int,
+        kv_dtype: str = "fp8",
+        index_dtype: str = "auto",
+        config: ModelConfig = FLASH,
+        experts: int | None = None,
+        layers: int = 1,
+        written: bool = True,
     ) -> World:
-        config = ModelConfig(
-            vocab_size=129280, hidden_size=HIDDEN, num_hidden_layers=3, num_attention_heads=HEADS,
-            head_dim=D, qk_rope_head_dim=ROPE, q_lora_rank=1024, o_groups=8, o_lora_rank=1024,
-            sliding_window=128, compress_ratios=(SWA, CSA, HCA), index_n_heads=INDEX_HEADS,
-            index_head_dim=INDEX_D, index_topk=TOPK, n_routed_experts=EXPERTS,
-            num_experts_per_tok=6, moe_intermediate_size=2048, num_hash_layers=0,
-            routed_scaling_factor=1.5,
-            max_position_embeddings=1 << 20, yarn=None,
-        )  # fmt: skip
-        layout = CacheLayout.of(config, kv_dtype)
-        return cls(device, config, layout, requests, tokens, length)
+        layout = CacheLayout.of(config, kv_dtype, index_dtype=index_dtype)
+        experts = experts or config.n_routed_experts
+        return cls(device, config, layout, requests, tokens, length, experts, layers, written)
 
     @property
     def rows(self) -> int:
         return self.requests * self.tokens
 
     def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device=self.device)
         generator = torch.Generator(self.device).manual_seed(len(shape) + sum(shape))
         return torch.randn(shape, device=self.device, generator=generator).to(dtype)
 
     def bytes(self, low: int, high: int, *shape: int) -> Tensor:
         """uint8 from low to high - 1."""
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=torch.uint8, device=self.device)
         generator = torch.Generator(self.device).manual_seed(sum(shape))
         return torch.randint(
             low, high, shape, device=self.device, generator=generator, dtype=torch.uint8
@@ -91,7 +121,7 @@ class World:
         *e, n_out, n_in = shape
         if kind == "fp8":
             codes = self.bytes(0, 256, *shape)
-            codes[codes & 0x7F == 0x7F] = 0  # NaN
+            codes.masked_fill_(codes & 0x7F == 0x7F, 0)  # NaN
             scale = self.random(*e, -(-n_out // 128), -(-n_in // 128)).abs() * 2.0**-12
             return FP8Matrix(codes, scale)
         data = self.bytes(0, 256, *e, n_out, n_in // 2)
@@ -102,9 +132,10 @@ class World:
 
     def routed(self) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs of the experts, the choices of each row and their weights."""
-        ids = self.random(self.rows, ROUTED).topk(CHOSEN).indices
-        x = self.random(self.rows, HIDDEN, dtype=torch.bfloat16)
-        return x, ids, self.random(self.rows, CHOSEN).sigmoid()
+        c = self.config
+        ids = self.random(self.rows, self.experts).topk(c.num_experts_per_tok).indices
+        x = self.random(self.rows, c.hidden_size, dtype=torch.bfloat16)
+        return x, ids, self.random(self.rows, c.num_experts_per_tok).sigmoid()
 
     def blocks(self, tokens: int) -> Tensor:
         """Block numbers int32 [B, n], the last block first."""
@@ -119,7 +150,8 @@ class World:
         numbers = torch.arange(self.requests, dtype=torch.int32, device=self.device)
         window = self.blocks(self.layout.window_block)
         pages = self.blocks(self.layout.page_size)
-        return BlockTables(window, pages, numbers, self.layout.window.words, page, ring)
+        words = (n * self.layers for n in (self.layout.window.words, page, ring))
+        return BlockTables(window, pages, numbers, *words)
 
     def start(self) -> Tensor:
         return torch.arange(self.requests + 1, dtype=torch.int32, device=self.device) * self.tokens
@@ -140,8 +172,9 @@ class World:
 
         rows, tables = self.places(), self.tables(ratio)
         words, block = self.layout.window.parts["kv"].codec.words, self.layout.window_block
-        place(tables, self.start(), self.lengths(), block, words, self.grains(), rows)
-        angle = self.random(self.rows, ROPE // 2)
+        if self.device.type != "meta":
+            place(tables, self.start(), self.lengths(), block, words, self.grains(), rows)
+        angle = self.random(self.rows, self.config.qk_rope_head_dim // 2)
         cis = torch.stack([angle.cos(), angle.sin()], -1).flatten(1)
         return Step(
             self.layout, tables, self.start(), self.lengths(), rows.position, rows.request,
@@ -162,9 +195,13 @@ class World:
 
     def _filled(self, layout: BlockLayout, tokens: int) -> Tensor:
         """Blocks of `tokens` tokens, their rows random."""
-        blocks = self.requests * -(-self.length // tokens)
-        storage = torch.zeros(blocks * layout.words, dtype=torch.int32, device=self.device)
-        first = torch.arange(blocks, device=self.device)[:, None] * layout.words
+        blocks, stride = self.requests * -(-self.length // tokens), layout.words * self.layers
+        if not self.written:
+            return torch.from_numpy(numpy.zeros(blocks * stride, numpy.int32))
+        storage = torch.zeros(blocks * stride, dtype=torch.int32, device=self.device)
+        if self.device.type == "meta":
+            return storage
+        first = torch.arange(blocks, device=self.device)[:, None] * stride
         for part in layout.parts.values():
             inside = torch.arange(part.rows, device=self.device) * part.codec.words
             pool = RowPool(storage, part.codec)
@@ -198,11 +235,11 @@ def place(world: World) -> Work:
 def latent_norm(world: World) -> Work:
     from dsv4_plugin.kernels.norm import kernel, reference
 
-    x = world.random(world.rows, 1024, dtype=torch.bfloat16)
-    weight = world.random(1024)
+    n, eps = world.config.q_lora_rank, world.config.rms_norm_eps
+    x, weight = world.random(world.rows, n, dtype=torch.bfloat16), world.random(n)
     return Work(
-        lambda: [kernel.rms_norm(x, weight, EPS)],
-        lambda: [reference.rms_norm(x, weight, EPS)],
+        lambda: [kernel.rms_norm(x, weight, eps)],
+        lambda: [reference.rms_norm(x, weight, eps)],
         2 * x.nbytes,
     )
 
@@ -210,20 +247,20 @@ def latent_norm(world: World) -> Work:
 def queries_and_window(world: World) -> Work:
     from dsv4_plugin.kernels.qkv import kernel, reference
 
-    s = world.step(SWA)
-    q = world.random(world.rows, HEADS, D, dtype=torch.bfloat16)
-    kv = world.random(world.rows, D, dtype=torch.bfloat16)
-    weight = world.random(D)
+    s, c = world.step(SWA), world.config
+    q = world.random(world.rows, c.num_attention_heads, c.head_dim, dtype=torch.bfloat16)
+    kv = world.random(world.rows, c.head_dim, dtype=torch.bfloat16)
+    weight, eps = world.random(c.head_dim), c.rms_norm_eps
     empty = world.window()
     codec = world.layout.window.parts["kv"].codec
     same = RowPool(empty, codec)
 
     def run(op: Callable[..., Tensor]) -> Outputs:
         pool = RowPool(empty.clone(), codec)
-        return [op(q, kv, weight, EPS, s.cis[SWA], s.window_write, pool), pool.storage]
+        return [op(q, kv, weight, eps, s.cis[SWA], s.window_write, pool), pool.storage]
 
     nbytes = 2 * q.nbytes + kv.nbytes + 4 * codec.words * world.rows
-    again = partial(kernel.qkv, q, kv, weight, EPS, s.cis[SWA], s.window_write, same)
+    again = partial(kernel.qkv, q, kv, weight, eps, s.cis[SWA], s.window_write, same)
     return Work(lambda: run(kernel.qkv), lambda: run(reference.qkv), nbytes, again)
 
 
@@ -233,17 +270,18 @@ def compressor(world: World, ratio: int) -> Work:
     s, cache = world.step(ratio), world.cache(ratio)
     assert cache.kv is not None
     assert cache.sums is not None
-    halves, channels = (2, D + INDEX_D) if ratio == CSA else (1, D)
+    c = world.config
+    halves, channels = (2, c.head_dim + c.index_head_dim) if ratio == CSA else (1, c.head_dim)
     y = world.random(world.rows, 2, halves, channels)
     ape = world.random(ratio, halves, channels)
-    weights = world.random(D), world.random(INDEX_D)
+    weights = world.random(c.head_dim), world.random(c.index_head_dim)
     page, ring = cache.kv.storage, cache.sums.storage
 
     def on(op: Callable[..., None], to: LayerCache) -> Outputs:
         assert to.kv is not None
         assert to.sums is not None
         targets, state = of_cache(to, weights)
-        op(y, ape, EPS, s, ratio, targets, state, torch.bfloat16)
+        op(y, ape, c.rms_norm_eps, s, ratio, targets, state, torch.bfloat16)
         return [to.kv.storage, to.sums.storage]
 
     def run(op: Callable[..., None]) -> Outputs:
@@ -255,33 +293,53 @@ def compressor(world: World, ratio: int) -> Work:
     return Work(lambda: run(kernel.compress), lambda: run(reference.compress), nbytes, again)
 
 
-def residual_streams(world: World) -> Work:
+def residual_streams(world: World, head: bool = False) -> Work:
+    """Before a sublayer; head: the last collapse."""
     from dsv4_plugin.kernels.streams import kernel, reference
 
-    n, r = world.rows, STREAMS
-    outputs = (2 + r) * r
-    fn = world.random(outputs, r * HIDDEN) * (r * HIDDEN) ** -0.5
-    base, weight = world.random(outputs), world.random(HIDDEN)
-    mixer = Mixer(fn, base, torch.ones_like(base), weight, 20, EPS, EPS)
-    out = world.random(n, HIDDEN, dtype=torch.bfloat16)
-    h = world.random(n, r, HIDDEN, dtype=torch.bfloat16)
+    c, n, r = world.config, world.rows, world.config.hc_mult
+    d, outputs = c.hidden_size, r if head else (2 + r) * r
+    fn = world.random(outputs, r * d) * (r * d) ** -0.5
+    base, weight = world.random(outputs), world.random(d)
+    iters = 0 if head else c.hc_sinkhorn_iters
+    mixer = Mixer(fn, base, torch.ones_like(base), weight, iters, c.hc_eps, c.rms_norm_eps)
+    out = world.random(n, d, dtype=torch.bfloat16)
+    h = world.random(n, r, d, dtype=torch.bfloat16)
     by = Spread(world.random(n, r).sigmoid(), world.random(n, r, r).sigmoid())
 
     def run(op: Callable[..., tuple[Tensor, Tensor, Spread | None]]) -> Outputs:
         streams_, x, spread = op(out, h, by, mixer)
-        assert spread is not None
-        return [streams_, x, spread.post, spread.mixing]
+        return [streams_, x] if spread is None else [streams_, x, spread.post, spread.mixing]
 
     nbytes = 2 * h.nbytes + 2 * out.nbytes + fn.nbytes
     return Work(lambda: run(kernel.streams), lambda: run(reference.streams), nbytes)
 
 
-def router(world: World) -> Work:
+def joined_streams(world: World) -> Work:
+    """Behind a pipeline stage's last layer."""
+    from dsv4_plugin.kernels.streams import kernel, reference
+
+    n, r, d = world.rows, world.config.hc_mult, world.config.hidden_size
+    out = world.random(n, d, dtype=torch.bfloat16)
+    h = world.random(n, r, d, dtype=torch.bfloat16)
+    by = Spread(world.random(n, r).sigmoid(), world.random(n, r, r).sigmoid())
+    return Work(
+        lambda: [kernel.spread(out, h, by)],
+        lambda: [reference.spread(out, h, by)],
+        2 * h.nbytes + out.nbytes,
+    )
+
+
+def router(world: World, hashed: bool = False) -> Work:
     from dsv4_plugin.kernels.gate import kernel, reference
 
-    logits, bias = 3 * world.random(world.rows, EXPERTS), world.random(EXPERTS)
-    ids = torch.zeros(world.rows, dtype=torch.int64, device=world.device)
-    args = (logits, 6, 1.5, bias, None, ids, ids)
+    c, n = world.config, world.config.n_routed_experts
+    logits = 3 * world.random(world.rows, n)
+    zeros = partial(torch.zeros, dtype=torch.int64, device=world.device)
+    ids = zeros(world.rows)
+    table = zeros(c.vocab_size, c.num_experts_per_tok) if hashed else None
+    bias = None if hashed else world.random(n)
+    args = (logits, c.num_experts_per_tok, c.routed_scaling_factor, bias, table, ids, ids.int())
     return Work(
         lambda: list(kernel.gate(*args)), lambda: list(reference.gate(*args)), logits.nbytes
     )
@@ -290,25 +348,28 @@ def router(world: World) -> Work:
 def shared_activation(world: World) -> Work:
     from dsv4_plugin.kernels.swiglu import kernel, reference
 
-    gate, up = (world.random(world.rows, EXPERT_WIDTH, dtype=torch.bfloat16) for _ in range(2))
-    args = (gate, -up, LIMIT, torch.bfloat16)
+    shape = world.rows, world.config.moe_intermediate_size
+    gate, up = (world.random(*shape, dtype=torch.bfloat16) for _ in range(2))
+    args = (gate, -up, world.config.swiglu_limit, torch.bfloat16)
     return Work(lambda: [kernel.swiglu(*args)], lambda: [reference.swiglu(*args)], 3 * gate.nbytes)
 
 
 def _read(world: World, nbytes: int) -> int:
     """Of all experts' weights, those that the rows choose, at most."""
-    return nbytes // ROUTED * min(ROUTED, world.rows * CHOSEN)
+    n = world.experts
+    return nbytes // n * min(n, world.rows * world.config.num_experts_per_tok)
 
 
 def plain_experts(world: World) -> Work:
     from dsv4_plugin.kernels.experts import cpu, kernel
 
-    x, ids, weight = world.routed()
+    (x, ids, weight), c = world.routed(), world.config
+    d, f = c.hidden_size, c.moe_intermediate_size
     w13, w2 = (
-        world.random(ROUTED, *shape, dtype=torch.bfloat16).mul_(shape[0] ** -0.5)
-        for shape in ((HIDDEN, 2 * EXPERT_WIDTH), (EXPERT_WIDTH, HIDDEN))
+        world.random(world.experts, *shape, dtype=torch.bfloat16).mul_(shape[0] ** -0.5)
+        for shape in ((d, 2 * f), (f, d))
     )
-    args = (x, ids, weight, w13, w2, LIMIT)
+    args = (x, ids, weight, w13, w2, c.swiglu_limit)
     return Work(
         lambda: [kernel.experts(*args)],
         lambda: [cpu.experts(*args)],
@@ -316,14 +377,15 @@ def plain_experts(world: World) -> Work:
     )
 
 
-def packed_experts(world: World, kind: str) -> Work:
-    """Inputs as they are: a sum in another order may round to another e4m3 value."""
+def packed_experts(world: World, kind: str, rounding: bool = False) -> Work:
+    """Without rounding of inputs, where results are compared: a sum in another order may round to
+    another e4m3 value."""
     from dsv4_plugin.kernels.experts import cpu, kernel
 
-    x, ids, weight = world.routed()
-    d, f = HIDDEN, EXPERT_WIDTH
-    w1, w3, w2 = (world.packed(kind, ROUTED, *s) for s in ((f, d), (f, d), (d, f)))
-    args = (x, ids, weight, w1, w3, w2, LIMIT, False)
+    (x, ids, weight), c = world.routed(), world.config
+    n, d, f = world.experts, c.hidden_size, c.moe_intermediate_size
+    w1, w3, w2 = (world.packed(kind, n, *s) for s in ((f, d), (f, d), (d, f)))
+    args = (x, ids, weight, w1, w3, w2, c.swiglu_limit, rounding)
     stored = sum(t.nbytes for w in (w1, w3, w2) for t in vars(w).values() if torch.is_tensor(t))
     return Work(
         lambda: [kernel.packed_experts(*args)],
@@ -332,24 +394,41 @@ def packed_experts(world: World, kind: str) -> Work:
     )
 
 
-def fp8_linear(world: World, n_out: int, n_in: int) -> Work:
+def fp8_linear(world: World, n_in: str, n_out: str, factor: int = 1) -> Work:
+    """By the names of the config's fields; n_out times `factor`."""
     from dsv4_plugin.kernels.packed import cpu, kernel
 
-    x, matrix = (
-        world.random(world.rows, n_in, dtype=torch.bfloat16),
-        world.packed("fp8", n_out, n_in),
-    )
+    inputs, outputs = getattr(world.config, n_in), factor * getattr(world.config, n_out)
+    x = world.random(world.rows, inputs, dtype=torch.bfloat16)
+    matrix = world.packed("fp8", outputs, inputs)
     return Work(
         lambda: [kernel.product(x, matrix)],
         lambda: [cpu.product(x, matrix)],
-        n_out * n_in + x.nbytes + 2 * n_out * world.rows,
+        outputs * inputs + x.nbytes + 2 * outputs * world.rows,
+    )
+
+
+def grouped_linear(world: World) -> Work:
+    """wo_a, with a scale for every row."""
+    from dsv4_plugin.kernels.packed import cpu, kernel
+
+    c, groups = world.config, world.config.o_groups
+    inputs = c.num_attention_heads * c.head_dim // groups
+    x = world.random(world.rows, groups, inputs, dtype=torch.bfloat16)
+    blocks = world.packed("fp8", groups * c.o_lora_rank, inputs)
+    assert isinstance(blocks, FP8Matrix)
+    matrix = FP8Matrix(blocks.codes, blocks.scale.repeat_interleave(FP8_BLOCK, 0), height=1)
+    return Work(
+        lambda: [kernel.grouped_product(x, matrix)],
+        lambda: [cpu.grouped_product(x, matrix)],
+        matrix.codes.nbytes + x.nbytes + 2 * groups * c.o_lora_rank * world.rows,
     )
 
 
 def rounded_inputs(world: World) -> Work:
     from dsv4_plugin.kernels.packed import cpu, kernel
 
-    x = world.random(world.rows, HIDDEN, dtype=torch.bfloat16)
+    x = world.random(world.rows, world.config.hidden_size, dtype=torch.bfloat16)
     return Work(
         lambda: [kernel.round_inputs(x)],
         lambda: [cpu.round_inputs(x)],
@@ -365,16 +444,17 @@ def _entries(world: World, ratio: int) -> int:
 def index_queries(world: World) -> Work:
     from dsv4_plugin.kernels.index import kernel, reference
 
-    cis = world.step(CSA).cis[CSA]
-    q = world.random(world.rows, INDEX_HEADS, INDEX_D, dtype=torch.bfloat16)
-    weight = world.random(world.rows, INDEX_HEADS)
+    cis, c = world.step(CSA).cis[CSA], world.config
+    q = world.random(world.rows, c.index_n_heads, c.index_head_dim, dtype=torch.bfloat16)
+    weight = world.random(world.rows, c.index_n_heads)
+    kind = world.layout.page[CSA].parts["key"].codec.format
 
     def expect() -> Outputs:
         """With the dims of a head in the kernel's order: every fourth together."""
-        turned, scaled = reference.queries(q, weight, cis, RowFormat.FP8)
+        turned, scaled = reference.queries(q, weight, cis, kind)
         return [turned.unflatten(-1, (-1, 4)).transpose(-1, -2).flatten(-2), scaled]
 
-    return Work(lambda: list(kernel.queries(q, weight, cis, RowFormat.FP8)), expect, 2 * q.nbytes)
+    return Work(lambda: list(kernel.queries(q, weight, cis, kind)), expect, 2 * q.nbytes)
 
 
 def index(world: World) -> Work:
@@ -382,9 +462,9 @@ def index(world: World) -> Work:
     from dsv4_plugin.kernels.index import kernel, reference
     from dsv4_plugin.kernels.index.topk import topk
 
-    s, cache = world.step(CSA), world.cache(CSA)
-    q = world.random(world.rows, INDEX_HEADS, INDEX_D, dtype=torch.bfloat16)
-    weight = world.random(world.rows, INDEX_HEADS)
+    s, cache, c = world.step(CSA), world.cache(CSA), world.config
+    q = world.random(world.rows, c.index_n_heads, c.index_head_dim, dtype=torch.bfloat16)
+    weight = world.random(world.rows, c.index_n_heads)
     keys = cache.keys(s.tables)
     n, kind = world.length // CSA, keys.pool.codec.format
     turned = kernel.queries(q, weight, s.cis[CSA], kind)
@@ -396,7 +476,7 @@ def index(world: World) -> Work:
 
     def launch() -> Outputs:
         score = score_all()
-        return [topk(score, s.position, CSA, TOPK)]
+        return [topk(score, s.position, CSA, c.index_topk)]
 
     def expect() -> Outputs:
         # By the kernel's scores: sums of another order may choose another entry.
@@ -407,7 +487,7 @@ def index(world: World) -> Work:
         close = 1e-3 * float(plain[seen].abs().max())
         # The kernel's rows are a little longer than there are entries.
         torch.testing.assert_close(score[:, :n][seen], plain[seen], rtol=0, atol=close)
-        return [reference.topk(score, s.position, CSA, TOPK)]
+        return [reference.topk(score, s.position, CSA, c.index_topk)]
 
     row = 4 * keys.pool.codec.words
     nbytes = _entries(world, CSA) // world.tokens * row + q.nbytes
@@ -417,21 +497,21 @@ def index(world: World) -> Work:
 def attention(world: World, ratio: int) -> Work:
     from dsv4_plugin.kernels.attention import kernel, reference
 
-    s, cache = world.step(ratio), world.cache(ratio)
-    q = world.random(world.rows, HEADS, D, dtype=torch.bfloat16)
-    sink = world.random(HEADS)
+    s, cache, c = world.step(ratio), world.cache(ratio), world.config
+    q = world.random(world.rows, c.num_attention_heads, c.head_dim, dtype=torch.bfloat16)
+    sink = world.random(c.num_attention_heads)
     window = cache.window_rows(s.tables)
     entries = cache.entries(s.tables) if ratio else None
     chosen = None
-    read = min(128, world.length)
+    read = min(c.sliding_window, world.length)
     if ratio == CSA:
-        n = max(1, world.length // CSA)
-        pick = torch.arange(TOPK, device=world.device) * max(1, n // TOPK)
+        n, k = max(1, world.length // CSA), c.index_topk
+        pick = torch.arange(k, device=world.device) * max(1, n // k)
         chosen = pick.where(pick < n, -1).int().repeat(world.rows, 1)
-        read += min(TOPK, n)
+        read += min(k, n)
     elif ratio == HCA:
         read += world.length // HCA
-    args = (q, sink, s.cis[ratio], s, window, 128, entries, ratio, chosen)
+    args = (q, sink, s.cis[ratio], s, window, c.sliding_window, entries, ratio, chosen)
     row = 4 * window.pool.codec.words
     nbytes = read * row * (world.rows if ratio == CSA else world.requests) + 2 * q.nbytes
     return Work(
@@ -448,6 +528,7 @@ WORK: dict[str, Callable[[World], Work]] = {
     "compressor, CSA": partial(compressor, ratio=CSA),
     "compressor, HCA": partial(compressor, ratio=HCA),
     "residual streams": residual_streams,
+    "residual streams, joined": joined_streams,
     "router": router,
     "shared expert's SwiGLU": shared_activation,
     "index queries": index_queries,
@@ -459,7 +540,10 @@ WORK: dict[str, Callable[[World], Work]] = {
     "experts, FP8": partial(packed_experts, kind="fp8"),
     "experts, MXFP4": partial(packed_experts, kind="fp4"),
     "experts, NVFP4": partial(packed_experts, kind="nvfp4"),
-    "FP8 linear, latent": partial(fp8_linear, n_out=1024, n_in=HIDDEN),
-    "FP8 linear, queries": partial(fp8_linear, n_out=HEADS * D, n_in=1024),
+    "FP8 linear, latent": partial(fp8_linear, n_in="hidden_size", n_out="q_lora_rank"),
+    "FP8 linear, queries": partial(
+        fp8_linear, n_in="q_lora_rank", n_out="num_attention_heads", factor=FLASH.head_dim
+    ),
+    "FP8 linear, groups of heads": grouped_linear,
     "rounded inputs": rounded_inputs,
 }
