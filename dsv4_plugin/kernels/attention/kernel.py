@@ -67,7 +67,7 @@ class Launch:
 LAUNCHES = {
     # measured, an H200, with other sums and cells of 128 keys: 32 keys; 4 columns for one row, 2
     # for many; a window alone not dealt out. compiled: 13 spilled words, of wgmma's descriptors
-    "hopper": Launch(64, 32, 40, (Way(32, 4, 4, deal=4), Way(inf, 2, 4)), 2),
+    "hopper": Launch(64, 32, 40, (Way(32, 4, 4, deal=4), Way(inf, 2, 4))),
     # compiled: no spills; 64 heads would spill, 32 keys more of them
     "a100": Launch(32, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 8)), 2),
     # compiled: no spills, 66 KiB
