@@ -529,6 +529,7 @@ def index_queries(world: World) -> Work:
 def index(world: World) -> Work:
     """Scores and their top-k, from given queries."""
     from dsv4_plugin.kernels.index import kernel, reference
+    from dsv4_plugin.kernels.index.topk import topk
 
     s, cache, c = world.step(CSA), world.cache(CSA), world.config
     q = world.random(world.rows, c.index_n_heads, c.index_head_dim, dtype=torch.bfloat16)
@@ -538,13 +539,17 @@ def index(world: World) -> Work:
     turned = kernel.queries(q, weight, s.cis[CSA], kind)
     at = s.position, s.request
 
+    def score_all() -> Tensor:
+        flat = kernel.gathered(keys, s.seq_lens, CSA, n) if s.tiles else None
+        return kernel.scores(*turned, keys, *at, CSA, n, flat)
+
     def launch() -> Outputs:
-        score = kernel.scores(*turned, keys, *at, CSA, n, s.tiles)
-        return [kernel.topk(score, s.position, CSA, c.index_topk)]
+        score = score_all()
+        return [topk(score, s.position, CSA, c.index_topk)]
 
     def expect() -> Outputs:
         # By the kernel's scores: sums of another order may choose another entry.
-        score = kernel.scores(*turned, keys, *at, CSA, n, s.tiles)
+        score = score_all()
         plain_queries = reference.queries(q, weight, s.cis[CSA], kind)
         plain = reference.scores(*plain_queries, keys, *at, CSA, n)
         seen = ~plain.isnan()

@@ -99,6 +99,9 @@ ATTENTION: dict[str, Case] = {
     "indexer, decode of 64, fp4 keys": case(index, 64, index_dtype="fp4"),
     "indexer, decode of 64, Pro": case(index, 64, config=PRO),
     "indexer, prefill": case(index, 1, CHUNK),
+    "indexer, prefill, fp4 keys": case(index, 1, CHUNK, index_dtype="fp4"),
+    "indexer, decode of 64 at 65,536": case(index, 64, length=1 << 16),
+    "indexer, decode of 64 at 8,192": case(index, 64, length=1 << 13),
 }
 AROUND: dict[str, Case] = {
     "step metadata": case(place, 1024, 8),
