@@ -124,7 +124,7 @@ MUTANTS = [
     Mutant("sums of the slab before", STREAMS, "to = partial + (t - first) * chunks * WIDTH\n            _multiply", "to = partial + t * chunks * WIDTH\n            _multiply", "triton/test_streams", "batch"),
     Mutant("a stream joins with the next one's weight", STREAMS, "mixing + tk * R + j", "mixing + tk * R + (j + 1) % R", "triton/test_streams", "2-4-72"),
     Mutant("the limit bounds the gate below too", PRODUCT, "gate = tl.minimum(gate.to(tl.float32), limit)", "gate = tl.maximum(tl.minimum(gate.to(tl.float32), limit), -limit)", "triton/test_experts", "plain"),
-    Mutant("the limit bounds the shared expert's gate below too", SWIGLU, "g = tl.minimum(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), limit)", "g = tl.maximum(tl.minimum(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), limit), -limit)", "triton/test_swiglu"),
+    Mutant("the limit bounds the shared expert's gate below too", SWIGLU, "gate = tl.minimum(gate, limit)", "gate = tl.maximum(tl.minimum(gate, limit), -limit)", "triton/test_swiglu"),
     Mutant("padding chooses experts", GATE, "tl.where(tl.load(position + t) < 0, -1, ids)", "tl.where(tl.load(position + t) < -9, -1, ids)", "triton/test_gate"),
     Mutant("the tensor's scale is dropped", PACKED, "one *= tl.load(top) * FP4_UNIT", "one *= FP4_UNIT", "triton/test_experts", "packed_product and nvfp4"),
     Mutant("the last piece is left out", PRODUCT, "for piece in tl.static_range(1, PIECES):", "for piece in tl.static_range(1, PIECES - 1):", "triton/test_experts", "company"),
