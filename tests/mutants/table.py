@@ -109,7 +109,6 @@ MUTANTS = [
     Mutant("quarters are counted on, past the last", ATTENTION, "dim = (first ^ i) * W + w", "dim = (first + i) * W + w", "triton/test_attention", "decode"),
     # Arithmetic that is nearly right
     Mutant("the sink is left out", ATTENTION, "_fold(tl.exp2(at - m), alpha, l_i, beta)", "_fold(0.0 * at, alpha, l_i, beta)", "triton/test_attention", "prefill"),
-    Mutant("Triton goes on from the first product", ATTENTION, "return tl.fma(a, 1.0, b)", "return a + b", "triton/test_attention", "bits and fp8", compiled=True),
     Mutant("what is far below the maximum weighs more", ATTENTION, "tl.where(n < -64.0, 0.0, bits.to", "tl.where(n < -999.0, 0.0, 2e18 * bits.to", "triton/test_attention", "far"),
     Mutant("a scale by multiplication", BITS, "(bits & 0x7FFFFF) > 0x600000", "(bits & 0x7FFFFF) >= 0x600000", "triton/test_kit"),
     Mutant("ties of e4m3 away from zero", BITS, "size + 0x7FFFF + ((size >> 20) & 1)", "size + 0x80000", "triton/test_kit"),
@@ -148,7 +147,7 @@ MUTANTS = [
     Mutant("counts of this pass, not of the one before", INDEX_TOPK, "(2 * t + (PASS + 1) % 2)", "(2 * t + PASS % 2)", "triton/test_index", "in_chunks"),
     Mutant("the last digit is not looked at", INDEX_TOPK, "take = (real & (order > least))", "take = (real & ((order >> 8) > (least >> 8)))", "triton/test_index", "in_chunks"),
     Mutant("cells are folded from the last on", ATTENTION, "place = (t * places + cell) * H + h\n            x =", "place = (t * places + end - 1 - cell + piece * own) * H + h\n            x =", "triton/test_attention", "order"),
-    Mutant("dealt tiles know no pieces", ATTENTION, "own = PIECE // each", "own = PIECE", "triton/test_attention", "order"),
+    Mutant("dealt tiles know no pieces", ATTENTION, "own = PIECE // each", "own = 1", "triton/test_attention", "order"),
     Mutant("a cell more than there is", ATTENTION, "end = tl.minimum(piece * own + own, cells)", "end = piece * own + own", "triton/test_attention", "order"),
     # Graphs
     Mutant("attention is captured with its metadata", BLOCK, "self.attend = parallel.breaking(self.attn.forward)", "self.attend = self.attn.forward", "triton/test_vllm", compiled=True),

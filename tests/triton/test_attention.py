@@ -143,6 +143,7 @@ def test_the_same_bits_alone_in_company_and_in_pieces(gpu, monkeypatch, kind):
     """Rows of up to three pieces of the list, a row of one tile, and one of padding."""
     case = world([[33000 // 128 * 128 - 1], [20000, 20001], [3], [None]], 8, kind, 128)
     case["entries"] = paged(kv_codec(kind), [257, 156, 0, 0], 2, 5)
+    case["q"] *= 20  # Large scores, whose last bits weigh something.
     dealt = launched(monkeypatch, case, WAYS["dealt"])
     assert error(dealt, reference(**case)) < ATTENTION_BF16
     for name, ways in WAYS.items():
@@ -161,7 +162,7 @@ def test_the_order_of_tiles_matters_and_that_of_programs_does_not(gpu, monkeypat
     case = world([[30000], [9000], [3]], 16, "bfloat16", 128, d=64, rope=16, span=32)
     case["q"].zero_()
     entries = case["entries"]
-    for first, value in ((0, 2.0**20), (32, -(2.0**20))):
+    for first, value in ((0, 2.0**20), (64, -(2.0**20))):  # in two pieces
         i = torch.arange(first, first + 32, device=mode.DEVICE)
         rows, _ = entries.read(torch.zeros_like(i), i)
         rows[:, 0] = value
