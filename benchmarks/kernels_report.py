@@ -101,16 +101,17 @@ def one_request(context: int, index_dtype: str = "auto") -> World:
 
 
 def attention_work(context: int, ratio: int, many: bool) -> Counted:
-    """many: by the launch that serves the request in company, which keeps no partial sums."""
+    """many: by the launch that serves the request in company."""
     kind = "CSA" if ratio == CSA else "HCA"
     how = "in company" if many else "alone"
-    launch = attention.LAUNCH["any"]
-    attention.LAUNCH["any"] = replace(launch, split=0) if many else launch
+    table = attention.LAUNCHES
+    of_many = {family: replace(row, ways=row.ways[-1:]) for family, row in table.items()}
+    attention.LAUNCHES = of_many if many else table
     try:
         work = kernel_work.attention(one_request(context), ratio)
         return count(f"{kind} attention, {context >> 10}K, {how}", work)
     finally:
-        attention.LAUNCH["any"] = launch
+        attention.LAUNCHES = table
 
 
 def index_work(context: int, kind: str = "fp8") -> Counted:

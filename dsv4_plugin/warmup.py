@@ -46,14 +46,16 @@ Shape = tuple[int, int, int]
 
 
 def shapes(rows: int, requests: int, longest: int, drafts: int = 0) -> list[Shape]:
-    """Of the steps to run: decoding alone and in company, with and without drafts, short prompts
-    and long ones, at every length that changes a launch."""
-    from dsv4_plugin.kernels.index.kernel import BLOCKS
-    from dsv4_plugin.kernels.packed.fp8 import LINE
+    """Of the steps to run: decoding alone and in company, with and without drafts, short
+    prompts and long ones, at every length that changes a launch."""
+    from dsv4_plugin.kernels.index.topk import BLOCKS, LAUNCHES
+    from dsv4_plugin.kernels.launch import pick
+    from dsv4_plugin.kernels.packed.fp8 import LINEARS
 
     few = (1, 256)  # no compressed rows; some, but not more than are chosen
-    lengths = sorted({min(n, longest) for n in (*few, *(4 * b for b in BLOCKS))} | {longest})
-    looked, short = 1 + drafts, min(rows, LINE)
+    scores = *BLOCKS, pick(LAUNCHES).long
+    lengths = sorted({min(n, longest) for n in (*few, *(4 * b for b in scores))} | {longest})
+    looked, short = 1 + drafts, min(rows, pick(LINEARS).line)
     batches = sorted({
         (1, 1), (requests, 1), (short, short), (rows, rows),
         *((min(n * looked, rows), min(looked, rows)) for n in (1, requests)),

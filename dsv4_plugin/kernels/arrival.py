@@ -20,7 +20,8 @@ from triton.language.target_info import is_hip
 
 COUNTERS = 1 << 16
 """Of a kernel. (256 KiB)"""
-KERNELS = ("attention", "index", "packed", "experts", "linear")
+KERNELS = ("experts", "linear", "packed")
+"""Those that have counters."""
 
 
 def counters(kernel: str, device: torch.device, needed: int) -> Tensor:

@@ -18,6 +18,7 @@ from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import CSA, SWA, ModelConfig
 from dsv4_plugin.kernels.attention import attention
+from dsv4_plugin.kernels.packed import Both, plain
 from dsv4_plugin.kernels.qkv import qkv
 from dsv4_plugin.model.compressor import Compressor, Compressors
 from dsv4_plugin.model.indexer import Indexer
@@ -45,6 +46,7 @@ class Attention(nn.Module):
         rounds = takes_rounded(self.wo_b)
         self.wo_a = grouped_linear(parallel, groups, d, c.o_lora_rank, f"{prefix}.wo_a", rounds)
         self.output_groups = groups
+        self.takes_rounded = takes_rounded(self.wq_a, self.wkv)
         sink = torch.empty(self.heads, dtype=torch.float32)
         self.attn_sink = nn.Parameter(sink, requires_grad=False)
         if self.ratio != SWA:
@@ -81,7 +83,7 @@ class Attention(nn.Module):
         nobody = x.new_empty(len(x), 0, self.dim)
         qkv(nobody, self.wkv(x), self.kv_norm.weight, self.eps, cis, window_write, cache.window)
 
-    def forward(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
+    def forward(self, x: Tensor | Both, step: Step, cache: LayerCache) -> Tensor:
         """x [T, D], normed -> [T, D]. Writes this step's rows, then reads what each token sees."""
         cis = step.cis[self.ratio]
         qr, kv = self.down(x)
@@ -92,10 +94,10 @@ class Attention(nn.Module):
         q = qkv(q, kv, kv_weight, self.eps, cis, step.window_write, cache.window)
         entries = chosen = None
         if self.ratio != SWA:
-            self.compressors(x, step, cache)
+            self.compressors(plain(x), step, cache)
             entries = cache.entries(step.tables)
         if choosing:
-            chosen = self.indexer(x, *index_q, cis, step, cache)
+            chosen = self.indexer(plain(x), *index_q, cis, step, cache)
         window, size = cache.window_rows(step.tables), self.sliding_window + step.together
         o = attention(q, self.attn_sink, cis, step, window, size, entries, self.ratio, chosen)
         o = o.to(x.dtype).view(-1, self.groups, self.heads * self.dim // self.groups)

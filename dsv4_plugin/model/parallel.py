@@ -29,6 +29,7 @@ from dsv4_plugin.kernels.linear import (
     pack_rows,
     reference,
 )
+from dsv4_plugin.kernels.packed import Both
 from dsv4_plugin.model.loading import give, give_below, shard
 
 
@@ -75,7 +76,7 @@ class OutputGroups:
         return out
 
 
-Attend = Callable[[Tensor, Step, LayerCache], Tensor]
+Attend = Callable[[Tensor | Both, Step, LayerCache], Tensor]
 """x [T, D], normed -> [T, D]."""
 
 

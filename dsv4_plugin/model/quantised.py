@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dsv4_plugin.config import FP8_BLOCK, INT4, Experts, ModelConfig
 from dsv4_plugin.kernels.experts import packed_experts
 from dsv4_plugin.kernels.packed import (
+    Both,
     FP4Matrix,
     FP8Matrix,
     Inputs,
@@ -167,7 +168,7 @@ class QuantisedLinear(nn.Module):
         """The same weight, as it will be multiplied."""
         self.matrix, self.weight.data, self.scale.data = matrix, matrix.codes, matrix.scale
 
-    def forward(self, x: Inputs) -> Tensor:
+    def forward(self, x: Inputs | Both) -> Tensor:
         """x [T, in], rounded here if it is not."""
         y = product(rounded(x, self), self.stored())
         return y if self.reduce is None else self.reduce(y)
@@ -178,9 +179,11 @@ def takes_rounded(*linears: nn.Module) -> bool:
     return all(isinstance(linear, QuantisedLinear) and linear.rounds for linear in linears)
 
 
-def rounded(x: Inputs, *linears: nn.Module) -> Inputs:
-    """x [T, in] as all of the linears take it; as it is where they do not agree."""
-    return round_rows(x) if isinstance(x, Tensor) and takes_rounded(*linears) else x
+def rounded(x: Inputs | Both, linear: nn.Module) -> Inputs:
+    """x [T, in] as the linear takes it."""
+    if isinstance(x, Both):
+        return x.rounded if takes_rounded(linear) else x.plain
+    return round_rows(x) if isinstance(x, Tensor) and takes_rounded(linear) else x
 
 
 class Beside:
@@ -210,13 +213,12 @@ class Beside:
         first.hold(self.matrix.part(0, self.outputs[0]))
         second.hold(self.matrix.part(self.outputs[0], sum(self.outputs)))
 
-    def __call__(self, x: Inputs) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Inputs | Both) -> tuple[Tensor, Tensor]:
         """x [T, in] -> the products [T, out] with both."""
         first, second = self.linears
-        x = rounded(x, first, second)
         if self.matrix is None:
-            return first(x), second(x)
-        return products(x, self.matrix, self.outputs)
+            return first(rounded(x, first)), second(rounded(x, second))
+        return products(rounded(x, first), self.matrix, self.outputs)
 
 
 class Gated(Beside):
@@ -226,10 +228,10 @@ class Gated(Beside):
         super().__init__(w1, w3)
         self.limit, self.rounded = limit, rounded
 
-    def swiglu(self, x: Inputs) -> Inputs:
+    def swiglu(self, x: Inputs | Both) -> Inputs:
         """x [T, in] -> [T, F]."""
         if self.matrix is not None:
-            x = rounded(x, *self.linears)
+            x = rounded(x, self.linears[0])
             return gated_product(x, self.matrix, self.limit, self.rounded)
         return swiglu(*self(x), self.limit, x.dtype)
 

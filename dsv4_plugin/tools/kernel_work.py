@@ -21,7 +21,17 @@ from dsv4_plugin.cache.rows import RowFormat, RowPool
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import CSA, FP8_BLOCK, HCA, SWA, ModelConfig
 from dsv4_plugin.kernels.compress import of_cache
-from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Inputs, Matrix, NVFP4Matrix, Rounded
+from dsv4_plugin.kernels.packed import (
+    Both,
+    FP4Matrix,
+    FP8Matrix,
+    Inputs,
+    Int4Matrix,
+    Matrix,
+    NVFP4Matrix,
+    Rounded,
+    plain,
+)
 from dsv4_plugin.kernels.step import Rows
 from dsv4_plugin.kernels.streams import Mixer, Spread
 
@@ -232,30 +242,18 @@ def place(world: World) -> Work:
     )
 
 
-def latent_norm(world: World) -> Work:
+def latent_norm(world: World, rounded: bool = False) -> Work:
+    """rounded: not to be compared, because another last bit may be rounded to another value."""
     from dsv4_plugin.kernels.norm import kernel, reference
 
+    op = "rounded_norm" if rounded else "rms_norm"
     n, eps = world.config.q_lora_rank, world.config.rms_norm_eps
     x, weight = world.random(world.rows, n, dtype=torch.bfloat16), world.random(n)
     return Work(
-        lambda: [kernel.rms_norm(x, weight, eps)],
-        lambda: [reference.rms_norm(x, weight, eps)],
+        lambda: [_values(getattr(kernel, op)(x, weight, eps))],
+        lambda: [_values(getattr(reference, op)(x, weight, eps))],
         2 * x.nbytes,
     )
-
-
-def rounded_norm(world: World) -> Work:
-    """The same, rounded to e4m3 for the FP8 linears that follow."""
-    from dsv4_plugin.kernels.norm import kernel, reference
-
-    n, eps = world.config.q_lora_rank, world.config.rms_norm_eps
-    x, weight = world.random(world.rows, n, dtype=torch.bfloat16), world.random(n)
-
-    def run(op: Callable[..., Rounded]) -> Outputs:
-        return [op(x, weight, eps).values()]
-
-    nbytes = 3 * x.nbytes // 2
-    return Work(lambda: run(kernel.rounded_norm), lambda: run(reference.rounded_norm), nbytes)
 
 
 def queries_and_window(world: World) -> Work:
@@ -307,8 +305,8 @@ def compressor(world: World, ratio: int) -> Work:
     return Work(lambda: run(kernel.compress), lambda: run(reference.compress), nbytes, again)
 
 
-def residual_streams(world: World, head: bool = False) -> Work:
-    """Before a sublayer; head: the last collapse."""
+def residual_streams(world: World, head: bool = False, rounds: bool = False) -> Work:
+    """Before a sublayer; head: the last collapse; rounds: its input too, which is not compared."""
     from dsv4_plugin.kernels.streams import kernel, reference
 
     c, n, r = world.config, world.rows, world.config.hc_mult
@@ -316,14 +314,15 @@ def residual_streams(world: World, head: bool = False) -> Work:
     fn = world.random(outputs, r * d) * (r * d) ** -0.5
     base, weight = world.random(outputs), world.random(d)
     iters = 0 if head else c.hc_sinkhorn_iters
-    mixer = Mixer(fn, base, torch.ones_like(base), weight, iters, c.hc_eps, c.rms_norm_eps)
+    mixer = Mixer(fn, base, torch.ones_like(base), weight, iters, c.hc_eps, c.rms_norm_eps, rounds)
     out = world.random(n, d, dtype=torch.bfloat16)
     h = world.random(n, r, d, dtype=torch.bfloat16)
     by = Spread(world.random(n, r).sigmoid(), world.random(n, r, r).sigmoid())
 
-    def run(op: Callable[..., tuple[Tensor, Tensor, Spread | None]]) -> Outputs:
+    def run(op: Callable[..., tuple[Tensor, Tensor | Both, Spread | None]]) -> Outputs:
         streams_, x, spread = op(out, h, by, mixer)
-        return [streams_, x] if spread is None else [streams_, x, spread.post, spread.mixing]
+        found = [streams_, plain(x)]
+        return found if spread is None else [*found, spread.post, spread.mixing]
 
     nbytes = 2 * h.nbytes + 2 * out.nbytes + fn.nbytes
     return Work(lambda: run(kernel.streams), lambda: run(reference.streams), nbytes)
@@ -424,8 +423,12 @@ def packed_experts(world: World, kind: str, rounding: bool = False) -> Work:
     )
 
 
+def _values(x: Inputs) -> Tensor:
+    return x.values() if isinstance(x, Rounded) else x
+
+
 def fp8_linear(world: World, n_in: str, n_out: str, factor: int = 1, rounded: bool = True) -> Work:
-    """By the names of the config's fields; n_out times `factor`. rounded: its inputs are."""
+    """By the names of the config's fields; n_out times `factor`. rounded: so are its inputs."""
     from dsv4_plugin.kernels.packed import cpu, kernel
 
     inputs, outputs = getattr(world.config, n_in), factor * getattr(world.config, n_out)
@@ -441,31 +444,40 @@ def fp8_linear(world: World, n_in: str, n_out: str, factor: int = 1, rounded: bo
     )
 
 
-def _values(found: Inputs) -> Outputs:
-    """Of a product whose result is not rounded, so that it can be compared."""
-    assert isinstance(found, Tensor)
-    return [found]
-
-
-def gated_linear(world: World) -> Work:
-    """The shared expert's w1 and w3 side by side, and its SwiGLU."""
+def gated_linear(world: World, rounded: bool = False) -> Work:
+    """The shared expert's w1 and w3; rounded: as its w2 takes them, not to be compared."""
     from dsv4_plugin.kernels.packed import cpu, kernel
 
-    c, d, width = world.config, world.config.hidden_size, world.config.moe_intermediate_size
-    matrix = world.packed("fp8", 2 * width, d)
+    c = world.config
+    x = world.random(world.rows, c.hidden_size, dtype=torch.bfloat16)
+    matrix = world.packed("fp8", 2 * c.moe_intermediate_size, c.hidden_size)
     assert isinstance(matrix, FP8Matrix)
-    x = kernel.round_rows(world.random(world.rows, d, dtype=torch.bfloat16))
-    arranged = kernel.arranged(matrix, rounded=True)
-
+    given, arranged = kernel.round_rows(x), kernel.arranged(matrix, rounded=True)
     return Work(
-        lambda: _values(kernel.gated_product(x, arranged, c.swiglu_limit, False)),
-        lambda: _values(cpu.gated_product(x, matrix, c.swiglu_limit, False)),
-        matrix.codes.nbytes + x.data.nbytes + 2 * width * world.rows,
+        lambda: [_values(kernel.gated_product(given, arranged, c.swiglu_limit, rounded))],
+        lambda: [_values(cpu.gated_product(given, matrix, c.swiglu_limit, rounded))],
+        matrix.codes.nbytes + x.nbytes + 2 * c.moe_intermediate_size * world.rows,
     )
 
 
-def grouped_linear(world: World) -> Work:
-    """wo_a, with a scale for every row."""
+def int4_linear(world: World) -> Work:
+    """Of the latent, in blocks of 128."""
+    from dsv4_plugin.kernels.packed import cpu, kernel
+
+    c = world.config
+    x = world.random(world.rows, c.hidden_size, dtype=torch.bfloat16)
+    data = world.bytes(0, 256, c.q_lora_rank, c.hidden_size // 2)
+    scale = world.random(c.q_lora_rank, c.hidden_size // 128).abs() * 2.0**-7
+    matrix = Int4Matrix(data, scale.bfloat16())
+    return Work(
+        lambda: [kernel.product(x, matrix)],
+        lambda: [cpu.product(x, matrix)],
+        data.nbytes + x.nbytes + 2 * c.q_lora_rank * world.rows,
+    )
+
+
+def grouped_linear(world: World, rounded: bool = False) -> Work:
+    """wo_a, with a scale for every row; rounded: as wo_b takes them, not to be compared."""
     from dsv4_plugin.kernels.packed import cpu, kernel
 
     c, groups = world.config, world.config.o_groups
@@ -476,8 +488,8 @@ def grouped_linear(world: World) -> Work:
     matrix = FP8Matrix(blocks.codes, blocks.scale.repeat_interleave(FP8_BLOCK, 0), height=1)
     arranged = kernel.arranged(matrix, rounded=False)
     return Work(
-        lambda: _values(kernel.grouped_product(x, arranged, False)),
-        lambda: _values(cpu.grouped_product(x, matrix, False)),
+        lambda: [_values(kernel.grouped_product(x, arranged, rounded))],
+        lambda: [_values(cpu.grouped_product(x, matrix, rounded))],
         matrix.codes.nbytes + x.nbytes + 2 * groups * c.o_lora_rank * world.rows,
     )
 
@@ -517,6 +529,7 @@ def index_queries(world: World) -> Work:
 def index(world: World) -> Work:
     """Scores and their top-k, from given queries."""
     from dsv4_plugin.kernels.index import kernel, reference
+    from dsv4_plugin.kernels.index.topk import topk
 
     s, cache, c = world.step(CSA), world.cache(CSA), world.config
     q = world.random(world.rows, c.index_n_heads, c.index_head_dim, dtype=torch.bfloat16)
@@ -526,13 +539,17 @@ def index(world: World) -> Work:
     turned = kernel.queries(q, weight, s.cis[CSA], kind)
     at = s.position, s.request
 
+    def score_all() -> Tensor:
+        flat = kernel.gathered(keys, s.seq_lens, CSA, n) if s.tiles else None
+        return kernel.scores(*turned, keys, *at, CSA, n, flat)
+
     def launch() -> Outputs:
-        score = kernel.scores(*turned, keys, *at, CSA, n, s.tiles)
-        return [kernel.topk(score, s.position, CSA, c.index_topk)]
+        score = score_all()
+        return [topk(score, s.position, CSA, c.index_topk)]
 
     def expect() -> Outputs:
         # By the kernel's scores: sums of another order may choose another entry.
-        score = kernel.scores(*turned, keys, *at, CSA, n, s.tiles)
+        score = score_all()
         plain_queries = reference.queries(q, weight, s.cis[CSA], kind)
         plain = reference.scores(*plain_queries, keys, *at, CSA, n)
         seen = ~plain.isnan()
@@ -576,7 +593,6 @@ def attention(world: World, ratio: int) -> Work:
 WORK: dict[str, Callable[[World], Work]] = {
     "step metadata": place,
     "latent norm": latent_norm,
-    "latent norm, rounded": rounded_norm,
     "queries and window rows": queries_and_window,
     "compressor, CSA": partial(compressor, ratio=CSA),
     "compressor, HCA": partial(compressor, ratio=HCA),
@@ -600,6 +616,7 @@ WORK: dict[str, Callable[[World], Work]] = {
         fp8_linear, n_in="q_lora_rank", n_out="num_attention_heads", factor=FLASH.head_dim
     ),
     "FP8 linear, groups of heads": grouped_linear,
-    "FP8 linears with SwiGLU": gated_linear,
+    "FP8 linear, gated": gated_linear,
+    "int4 linear, latent": int4_linear,
     "rounded inputs": rounded_inputs,
 }

@@ -28,6 +28,7 @@ from dsv4_plugin.tools.kernel_work import (
     grouped_linear,
     index,
     index_queries,
+    int4_linear,
     joined_streams,
     latent_norm,
     packed_experts,
@@ -35,7 +36,7 @@ from dsv4_plugin.tools.kernel_work import (
     plain_experts,
     queries_and_window,
     residual_streams,
-    rounded_norm,
+    rounded_inputs,
     router,
     shared_activation,
 )
@@ -98,10 +99,14 @@ ATTENTION: dict[str, Case] = {
     "indexer, decode of 64, fp4 keys": case(index, 64, index_dtype="fp4"),
     "indexer, decode of 64, Pro": case(index, 64, config=PRO),
     "indexer, prefill": case(index, 1, CHUNK),
+    "indexer, prefill, fp4 keys": case(index, 1, CHUNK, index_dtype="fp4"),
+    "indexer, decode of 64 at 65,536": case(index, 64, length=1 << 16),
+    "indexer, decode of 64 at 8,192": case(index, 64, length=1 << 13),
 }
 AROUND: dict[str, Case] = {
     "step metadata": case(place, 1024, 8),
     "latent norm, Pro": case(latent_norm, 1, CHUNK, config=PRO),
+    "latent norm, Pro, rounded": case(latent_norm, 1, CHUNK, config=PRO, rounded=True),
     "queries and window rows, 64 heads": case(queries_and_window, 1),
     "queries and window rows, 128 heads, bfloat16": case(
         queries_and_window, 1, CHUNK, config=PRO, kv_dtype="bfloat16"
@@ -110,6 +115,7 @@ AROUND: dict[str, Case] = {
     "compressor, CSA, fp4 keys": case(compressor, 1024, index_dtype="fp4", ratio=CSA),
     "compressor, HCA": case(compressor, 1024, 8, ratio=HCA),
     "streams, Flash, decode": case(residual_streams, 1),
+    "streams, Flash, rounded": case(residual_streams, 64, rounds=True),
     "streams, Pro, prefill": case(residual_streams, 1, CHUNK, config=PRO),
     "streams, Pro, head": case(residual_streams, 64, config=PRO, head=True),
     "streams between stages": case(joined_streams, 64),
@@ -138,17 +144,19 @@ PRODUCTS: dict[str, Case] = {
         packed_experts, 1024, config=RANK_OF_8, kind="fp4", rounding=True
     ),
     "FP8 linear, decode": case(latent, 1),
-    "FP8 linear, decode of 64": case(queries, 64),
+    "FP8 linear, decode of 64": case(latent, 64),
     "FP8 linear, prefill": case(queries, 1, CHUNK),
     "FP8 linear of inputs as they are, decode": case(latent, 1, rounded=False),
     "FP8 linear of inputs as they are, prefill": case(queries, 1, CHUNK, rounded=False),
-    "latent norm, rounded": case(rounded_norm, 1, CHUNK, config=PRO),
-    "FP8 SwiGLU, decode": case(gated_linear, 1),
-    "FP8 SwiGLU, decode of 64": case(gated_linear, 64),
-    "FP8 SwiGLU, prefill": case(gated_linear, 1, CHUNK),
-    "FP8 grouped linear, decode": case(grouped_linear, 1),
-    "FP8 grouped linear, decode of 64": case(grouped_linear, 64),
-    "FP8 grouped linear, prefill": case(grouped_linear, 1, CHUNK),
+    "FP8 grouped linear, decode": case(grouped_linear, 1, rounded=True),
+    "FP8 grouped linear, decode of 64": case(grouped_linear, 64, rounded=True),
+    "FP8 grouped linear, prefill": case(grouped_linear, 1, CHUNK, rounded=True),
+    "FP8 SwiGLU, decode": case(gated_linear, 1, rounded=True),
+    "FP8 SwiGLU, decode of 64": case(gated_linear, 64, rounded=True),
+    "FP8 SwiGLU, prefill": case(gated_linear, 1, CHUNK, rounded=True),
+    "int4 linear, decode": case(int4_linear, 1),
+    "int4 linear, prefill": case(int4_linear, 1, CHUNK),
+    "rounded inputs": case(rounded_inputs, 1, CHUNK),
 }
 GROUPS = ("ATTENTION", "AROUND", "PRODUCTS")
 """Of cases; no two of them launch the same kernel."""

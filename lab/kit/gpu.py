@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
@@ -30,6 +31,11 @@ def _stop_at_ptx(
         return "stop at ptx", "stop at ptx"
     stages["cubin"] = lambda ptx, metadata: b""
     return None
+
+
+def _flat(given: Iterable[Any]) -> list[Any]:
+    """Arguments, or their types, with those of tuples in their places."""
+    return [x for a in given for x in (_flat(a) if isinstance(a, tuple) else [a])]
 
 
 class EmulatedGPU(FakeGPU):
@@ -60,8 +66,8 @@ class EmulatedGPU(FakeGPU):
             threads = metadata.num_warps * 32
             self._emulators[metadata.hash] = Emulator(ptx, threads, metadata.shared)
         emulator = self._emulators[metadata.hash]
-        kinds = source.signature.values()
-        given = [a for t, a in zip(kinds, args, strict=True) if t != "constexpr"]
+        kinds = _flat(source.signature.values())
+        given = [a for t, a in zip(kinds, _flat(args), strict=True) if t != "constexpr"]
         tensors = [a for a in given if isinstance(a, torch.Tensor)]
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given]
         emulator.counters = Counters() if self.count else None

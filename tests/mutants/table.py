@@ -41,6 +41,8 @@ STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX, SWIGLU = 
     ]
 )
 FP8 = f"{KERNELS}/packed/fp8.py"
+ATTENTION_KEYS = f"{KERNELS}/attention/keys.py"
+INDEX_TOPK = f"{KERNELS}/index/topk.py"
 BLOCK, TRANSFORMER, DSPARK = (
     f"dsv4_plugin/model/{name}.py" for name in ("block", "transformer", "dspark")
 )
@@ -67,14 +69,14 @@ MUTANTS = [
     Mutant("columns past the last", STREAMS, "mask=(n < N)[None, :] & (d < D)[:, None]", "mask=(n < N)[None, :] & (d < D + 9)[:, None]", "triton/test_streams"),
     Mutant("a share's tile past its end", STREAMS, "stop = tl.minimum(begin + rows, end)", "stop = begin + rows", "triton/test_streams", "batch"),
     Mutant("experts past the last compete", GATE, "tl.where(e < E, (ordered", "tl.where(e < E + 1, (ordered", "triton/test_gate"),
-    Mutant("no guard for a block that nobody sees", ATTENTION, 'safe = tl.where(m_new == float("-inf"), 0.0, m_new)', "safe = m_new", "triton/test_attention", "decode"),
-    Mutant("entries that do not exist yet are seen", ATTENTION, "sees = i[None, :] < seen[:, None]", "sees = i[None, :] <= seen[:, None]", "triton/test_attention", "prefill"),
-    Mutant("entries that a row does not see are chosen", INDEX, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "triton/test_index", "topk"),
     Mutant("rows of no pair are stored", PRODUCT, "gate, mask=real[:, None] &", "gate, mask=(pair[:, None] >= 0) &", "triton/test_experts", "nobody or one_expert"),
     Mutant("rows of nobody are added", EXPERTS, "here = (id >= 0) & (id < E)", "here = id < E", "triton/test_experts", "nobody"),
     Mutant("outputs past the last", PRODUCT, "inside = n < N\n", "inside = n < N + 9\n", "triton/test_experts", "packed_experts and fp8"),
+    Mutant("entries that a row does not see are chosen", INDEX_TOPK, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "triton/test_index", "topk"),
+    Mutant("no guard for a tile that nobody sees", ATTENTION, "m = tl.maximum(tl.ceil(tl.max(s, 1) * scale), LOWEST)", "m = tl.ceil(tl.max(s, 1) * scale)", "triton/test_attention", "decode"),
+    Mutant("entries that do not exist yet are seen", ATTENTION, "seen = (pos + 1) // RATIO if", "seen = (pos + RATIO) // RATIO if", "triton/test_attention", "prefill"),
     # Off by one
-    Mutant("the window is one too long", ATTENTION, "i[None, :] > pos[:, None] - SLIDING_WINDOW", "i[None, :] >= pos[:, None] - SLIDING_WINDOW", "triton/test_attention", "prefill or tiles"),
+    Mutant("the window is one too long", ATTENTION, "front = tl.minimum(pos + 1, SPAN)", "front = tl.minimum(pos + 1, SPAN + 1)", "triton/test_attention", "prefill"),
     Mutant("an entry closes a token late", COMPRESS, "(begin + R <= end)", "(begin + R < end)", "triton/test_compress", "csa"),
     Mutant("early windows are too few", COMPRESS, "early = begin + HALVES", "early = begin + HALVES - 1", "triton/test_compress", "csa"),
     Mutant("the ring's row after, not before", COMPRESS, "(first + RING_ROWS - 1) % RING_ROWS", "first % RING_ROWS", "triton/test_compress", "drafts"),
@@ -85,16 +87,15 @@ MUTANTS = [
     Mutant("blocks of the expert before", EXPERTS, "first = tl.sum(tl.where(number < e,", "first = tl.sum(tl.where(number < e - 1,", "triton/test_experts", "place"),
     # Wrong index
     Mutant("scales start a word late", DEVICE, "word = PLAIN // 4 + (D - PLAIN) // 2 + tl", "word = PLAIN // 4 + (D - PLAIN) // 2 + 1 + tl", "triton/test_qkv"),
-    Mutant("scales of the wrong blocks", ATTENTION, "(b % 4) * 8", "(b % 2) * 8", "triton/test_attention", "decode"),
     Mutant("the angles of the next pair", DEVICE, "cis + even_at - PLAIN + 1", "cis + even_at - PLAIN + 2", "triton/test_qkv"),
     Mutant("rows and columns of the mixing change places", STREAMS, "r[None, None, :] * R + r[None, :, None]", "r[None, :, None] * R + r[None, None, :]", "triton/test_streams", "2-4-72"),
     Mutant("the other half is pooled", COMPRESS, "token += (HALVES - 1) * C", "token += 0 * C", "triton/test_compress", "csa"),
     Mutant("ties go to the higher entry", GATE, "| (EXPERTS - 1 - e)", "| e", "triton/test_gate"),
-    Mutant("the key's scale is dropped", INDEX, "0) * scale\n", "0) * 256.0\n", "triton/test_index", "scores"),
-    Mutant("choices of another row", ATTENTION, "at = chosen + first.to(tl.int64) * choices + i", "at = chosen + i", "triton/test_attention", "decode"),
+    Mutant("the key's scale is dropped", INDEX, "1) * scale\n", "1) * 256.0\n", "triton/test_index", "scores"),
     Mutant("nibbles change places", PACKED, "even = tl.join(tl.join(k0, k4)", "even = tl.join(tl.join(k4, k0)", "triton/test_experts", "every_code"),
     Mutant("the scale of the next block", PACKED, "* (COUNT // 4) + word[None, :]", "* (COUNT // 4) + 0 * word[None, :]", "triton/test_experts", "every_code"),
     Mutant("one scale for all rows", FP8, "scale = (w_scale + row * BLOCKS)[:, None]", "scale = (w_scale + row // 128 * BLOCKS)[:, None]", "triton/test_packed", "grouped"),
+    Mutant("what is rounded is not of the model's dtype", STREAMS, "        y = y.to(h.dtype.element_ty).to(tl.float32)\n        store", "        store", "triton/test_packed", "sublayer"),
     Mutant("codes lie as in the checkpoint", FP8, "codes.view(rows, -1, 4, 32).transpose(2, 3).reshape(rows, -1)", "codes.clone()", "triton/test_packed", "every_code and bits"),
     Mutant("a row's scale is its first block's", FP8, "by = tl.load(x_scale + i)", "by = tl.load(x_scale)", "triton/test_packed", "test_product and codes"),
     Mutant("torch reads codes as they lie", "dsv4_plugin/kernels/packed/__init__.py", "if self.bits:", "if False:", "triton/test_packed", "torch_reads"),
@@ -103,7 +104,12 @@ MUTANTS = [
     Mutant("inputs in the order of another format", PRODUCT, "i % EACH * (BLOCK // EACH) + i // EACH", "i % (BLOCK // EACH) * EACH + i // (BLOCK // EACH)", "triton/test_experts", "packed_experts and fp4"),
     Mutant("a placed pair is its own forerunner", EXPERTS, "i[:, None] < i[None, :]", "i[:, None] <= i[None, :]", "triton/test_experts", "place"),
     Mutant("a placed block is not filled up", EXPERTS, "rest < ((first + blocks) * M)", "rest < ((first + blocks) * M - 1)", "triton/test_experts", "place"),
+    Mutant("scales of the wrong blocks", ATTENTION_KEYS, "(u // 8 % 4 * 8)", "(u // 8 % 2 * 8)", "triton/test_attention", "decode"),
+    Mutant("choices of another row", ATTENTION, "chosen + t * choices + begin", "chosen + begin", "triton/test_attention", "decode"),
+    Mutant("quarters are counted on, past the last", ATTENTION, "dim = (first ^ i) * W + w", "dim = (first + i) * W + w", "triton/test_attention", "decode"),
     # Arithmetic that is nearly right
+    Mutant("the sink is left out", ATTENTION, "_fold(tl.exp2(at - m), alpha, l_i, beta)", "_fold(0.0 * at, alpha, l_i, beta)", "triton/test_attention", "prefill"),
+    Mutant("what is far below the maximum weighs more", ATTENTION, "tl.where(n < -64.0, 0.0, bits.to", "tl.where(n < -999.0, 0.0, 2e18 * bits.to", "triton/test_attention", "far"),
     Mutant("a scale by multiplication", BITS, "(bits & 0x7FFFFF) > 0x600000", "(bits & 0x7FFFFF) >= 0x600000", "triton/test_kit"),
     Mutant("ties of e4m3 away from zero", BITS, "size + 0x7FFFF + ((size >> 20) & 1)", "size + 0x80000", "triton/test_kit"),
     Mutant("no rounding to the model's dtype", QKV, "(x.to(tl.float32) * rms * w).to(kind).to(tl.float32)", "x.to(tl.float32) * rms * w", "triton/test_qkv", "real"),
@@ -116,7 +122,6 @@ MUTANTS = [
     Mutant("a share's last chunk is left out", STREAMS, "for i in tl.static_range(1, PER):", "for i in tl.static_range(1, PER - 1):", "triton/test_streams", "4096"),
     Mutant("sums of the slab before", STREAMS, "to = partial + (t - first) * chunks * WIDTH\n            _multiply", "to = partial + t * chunks * WIDTH\n            _multiply", "triton/test_streams", "batch"),
     Mutant("a stream joins with the next one's weight", STREAMS, "mixing + tk * R + j", "mixing + tk * R + (j + 1) % R", "triton/test_streams", "2-4-72"),
-    Mutant("the sink is left out", ATTENTION, "l_total = tl.full((M,), 1.0, tl.float32)", "l_total = tl.full((M,), 0.0, tl.float32)", "triton/test_attention", "prefill"),
     Mutant("the limit bounds the gate below too", PRODUCT, "gate = tl.minimum(gate.to(tl.float32), limit)", "gate = tl.maximum(tl.minimum(gate.to(tl.float32), limit), -limit)", "triton/test_experts", "plain"),
     Mutant("the limit bounds the shared expert's gate below too", SWIGLU, "gate = tl.minimum(gate, limit)", "gate = tl.maximum(tl.minimum(gate, limit), -limit)", "triton/test_swiglu"),
     Mutant("padding chooses experts", GATE, "tl.where(tl.load(position + t) < 0, -1, ids)", "tl.where(tl.load(position + t) < -9, -1, ids)", "triton/test_gate"),
@@ -132,20 +137,25 @@ MUTANTS = [
     Mutant("counters are not put back", ARRIVAL, "tl.store(counter, 0)", "pass", "triton/test_arrival"),
     Mutant("no barrier before an arrival", ARRIVAL, "    tl.debug_barrier()", "    # tl.debug_barrier()", "triton/test_arrival"),
     Mutant("an arrival orders nothing", ARRIVAL, 'sem="acq_rel"', 'sem="relaxed"', "triton/test_arrival"),
-    Mutant("pieces are merged from the last one's on", ATTENTION, "cell = (t * places + piece) * H + h\n        m_i =", "cell = (t * places + (piece + tl.program_id(2)) % pieces) * H + h\n        m_i =", "triton/test_attention", "order"),
-    Mutant("pieces past a row's last are waited for", ATTENTION, "tl.minimum(pieces, step)):", "tl.minimum(places, step)):", "triton/test_attention", "order"),
-    Mutant("head blocks share a counter", ATTENTION, "tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)\n            if", "tl.program_id(0)\n            if", "triton/test_attention", "decode and 64-fp8-4-512"),
-    Mutant("the last program chooses among its own", INDEX, "j < parts * K", "j < K", "triton/test_index", "many_blocks"),
     Mutant("the last piece adds the others to its own", FP8, "        one = _merged(mine, at, SIZE, PIECES)\n", "        others = _merged(mine, at, SIZE, PIECES) - tl.load(mine + piece * SIZE + at)\n        one += others\n", "triton/test_packed", "test_pieces"),
     Mutant("output tiles share a counter", FP8, "slot = group * tl.num_programs(0) + tl.program_id(0)", "slot = group", "triton/test_packed", "company"),
-    Mutant("pieces follow from the rows", FP8, "columns = tiles_of.of(rows), triton.cdiv(n, tiles_of.few.outputs) * groups", "columns = tiles_of.of(rows), triton.cdiv(n, tiles_of.few.outputs) * groups * rows", "triton/test_packed", "company"),
+    Mutant("pieces follow from the rows", FP8, "columns = triton.cdiv(n, tiles_of.few.outputs) * groups", "columns = triton.cdiv(n, tiles_of.few.outputs) * groups * rows", "triton/test_packed", "company"),
+    Mutant("all gather the first request's keys", INDEX, "at = who * padded + entry", "at = entry", "triton/test_index", "gathered"),
+    Mutant("an entry less is gathered", INDEX, "n = (tl.load(lengths + who) // ratio)", "n = (tl.load(lengths + who) // ratio - 1)", "triton/test_index", "gathered"),
+    Mutant("ties of the chunks before are not counted", INDEX_TOPK, "left = room - tied_before", "left = room", "triton/test_index", "in_chunks"),
+    Mutant("a chunk writes where the one before does", INDEX_TOPK, "h = _counts(last, p, GROUP)", "h = _counts(last, p - 1, GROUP)", "triton/test_index", "in_chunks"),
+    Mutant("counts of this pass, not of the one before", INDEX_TOPK, "(2 * t + (PASS + 1) % 2)", "(2 * t + PASS % 2)", "triton/test_index", "in_chunks"),
+    Mutant("the last digit is not looked at", INDEX_TOPK, "take = (real & (order > least))", "take = (real & ((order >> 8) > (least >> 8)))", "triton/test_index", "in_chunks"),
+    Mutant("cells are folded from the last on", ATTENTION, "place = (t * places + cell) * H + h\n            x =", "place = (t * places + end - 1 - cell + piece * own) * H + h\n            x =", "triton/test_attention", "order"),
+    Mutant("dealt tiles know no pieces", ATTENTION, "own = PIECE // each", "own = 1", "triton/test_attention", "order"),
+    Mutant("a cell more than there is", ATTENTION, "end = tl.minimum(piece * own + own, cells)", "end = piece * own + own", "triton/test_attention", "order"),
     # Graphs
     Mutant("attention is captured with its metadata", BLOCK, "self.attend = parallel.breaking(self.attn.forward)", "self.attend = self.attn.forward", "triton/test_vllm", compiled=True),
     # Addresses
     Mutant("int32 page addresses", COMPRESS, "number = tl.load(page_table + begin // PAGE).to(tl.int64)", "number = tl.load(page_table + begin // PAGE)", "triton/test_compress", "gigabytes"),
     Mutant("int32 addresses of experts", PRODUCT, "e = tl.load(expert_of + block).to(tl.int64)", "e = tl.load(expert_of + block)", "triton/test_experts", "gigabytes"),
     Mutant("int32 window addresses", STEP, "mask=real, other=-1).to(tl.int64)", "mask=real, other=-1)", "triton/test_step"),
-    Mutant("int32 block addresses", DEVICE, "mask=ok, other=-1).to(tl.int64)\n    ok", "mask=ok, other=-1)\n    ok", "triton/test_attention", "gigabytes"),
+    Mutant("int32 block addresses", ATTENTION_KEYS, "mask=real, other=-1).to(tl.int64)", "mask=real, other=-1)", "triton/test_attention", "gigabytes"),
     Mutant("int32 key addresses", DEVICE, "mask=ok, other=-1).to(tl.int64)\n    ok", "mask=ok, other=-1)\n    ok", "triton/test_index", "gigabytes"),
     # The network on CPUs
     Mutant("decoding misses the entry that it closes", GROUPS, "visible = (position + 1) // ratio", "visible = position // ratio", "core/test_exact", "ragged"),
@@ -157,7 +167,7 @@ MUTANTS = [
     Mutant("a block is seeded a position early", SPECULATE, 'step = batch.step(running, torch.full_like(running, ids.shape[1]), "block")', 'batch.lengths[running] -= 1\n        step = batch.step(running, torch.full_like(running, ids.shape[1]), "block")', "core/test_dspark", "a_block"),
     Mutant("streams are normed before their mean", TRANSFORMER, "spread(*now).float().mean(1)", "torch.nn.functional.rms_norm(spread(*now).float(), h.shape[-1:]).mean(1)", "core/test_dspark", "a_block"),
     Mutant("streams are read before the layer", TRANSFORMER, "            now = block(now, input_ids, step, cache)\n            if means", "            before, now = now, block(now, input_ids, step, cache)\n            if means and int(layer) in means:\n                means[int(layer)] = spread(*before).float().mean(1).to(h.dtype)\n            elif means", "core/test_dspark", "a_block"),
-    Mutant("the collapsed state is read, not the mean", TRANSFORMER, "spread(*now).float().mean(1).to(h.dtype)", "streams(*now, block.hc_attn.mixer(block.attn_norm))[1]", "core/test_dspark", "a_block"),
+    Mutant("the collapsed state is read, not the mean", TRANSFORMER, "spread(*now).float().mean(1).to(h.dtype)", "plain(streams(*now, block.hc_attn.mixer(block.attn_norm))[1])", "core/test_dspark", "a_block"),
     Mutant("rows of a block see those before them only", GROUPS, "last = seq_lens[request] - 1", "last = seq_lens[request] - count[request] + rows - query_start[request]", "core/test_dspark", "see_one_another"),
     Mutant("a block sees a row less of the window", GROUPS, "self.window = layout.sliding_window + together", "self.window = layout.sliding_window + max(0, together - 1)", "core/test_dspark", "visible"),
     Mutant("noise takes the anchor's place", DSPARK, "torch.cat([anchor[:, None], noise], 1)", "torch.cat([noise, anchor[:, None]], 1)", "core/test_dspark", "a_block"),
@@ -168,7 +178,7 @@ MUTANTS = [
     Mutant("window layers turn as compressed ones do", "dsv4_plugin/kernels/step/__init__.py", "kinds = [SWA] + [CSA]", "kinds = [CSA] + [CSA]", "core/test_dspark", "a_block"),
     Mutant("stages are always three", "dsv4_plugin/checkpoint/names.py", "stages=1 + max(stages)", "stages=3", "core/test_dspark", "how_many"),
     Mutant("a stage's tensor too many is passed over", FILES, "(mtp or not name.startswith(MTP))", "not name.startswith(MTP)", "core/test_dspark", "too_many"),
-    Mutant("kernels see a block as a text", ATTENTION, "q, sink, step.sees,", "q, sink, step.position,", "triton/test_attention", "blocks"),
+    Mutant("kernels see a block as a text", ATTENTION, "sees = step.sees[rows]", "sees = step.position[rows]", "triton/test_attention", "blocks"),
     Mutant("the drafter's head is normed", STREAMS, "NORM=not plain", "NORM=True", "triton/test_streams", "plain"),
     Mutant("a file's end is not checked", FILES, "if size != end:", "if size < first:", "core/test_bad_input"),
     # Checkpoints of others

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 
 import pytest
 import torch
 
 from dsv4_plugin.cache.rows import Float32Rows, RowPool
-from dsv4_plugin.cache.step import TILED
 from dsv4_plugin.kernels.attention import kernel
 from dsv4_plugin.kernels.attention.kernel import attention
 from dsv4_plugin.kernels.attention.reference import attention as reference
@@ -61,10 +61,6 @@ def some(case, rows):
     return case | {"q": case["q"][rows], "cis": case["cis"][rows], "step": fewer}
 
 
-def in_tiles(case):
-    return case | {"step": replace(case["step"], longest_query=TILED)}
-
-
 def error(found, expected):
     """Of the worst row: norm of the difference over the norm."""
     assert found.isfinite().all()
@@ -96,9 +92,9 @@ def test_small_heads_of_the_tiny_model(gpu, kind):
 
 
 PREFILL = [
-    # a chunk that starts inside a window, two requests in one tile, padding at the end
+    # a chunk that starts inside a window, two requests, padding at the end
     ([range(150, 157), range(5), [None] * 3], 8, "fp8", 0),
-    # rows 14 and 15 share a tile, but only the latter sees an entry
+    # row 15 is the first that sees an entry
     ([range(300, 309), range(121, 131)], 8, "fp8", 128),
     ([range(1, 6)], 128, "bfloat16", 128),
 ]
@@ -107,8 +103,7 @@ PREFILL = [
 @pytest.mark.parametrize(("positions", "heads", "kind", "ratio"), PREFILL)
 def test_prefill(gpu, positions, heads, kind, ratio):
     case = world(positions, heads, kind, ratio)
-    found = attention(**in_tiles(case))
-    assert error(found, reference(**case)) < ATTENTION_BF16
+    assert error(attention(**case), reference(**case)) < ATTENTION_BF16
 
 
 @pytest.mark.parametrize("kind", ["fp8", interpreted_first("bfloat16")])
@@ -124,42 +119,77 @@ def test_blocks_whose_rows_see_one_another(gpu, kind):
     assert error(alone[:4], expected[:4]) > 0.05
 
 
+LAUNCH = kernel.LAUNCHES["any"]
+ONE, MANY = LAUNCH.ways
+WAYS = {
+    "dealt": [replace(ONE, deal=0)],
+    "in pieces": [replace(ONE, deal=inf)],
+    "in company": [MANY],
+    "halves": [replace(MANY, columns=2)],
+}
+
+
+def launched(monkeypatch, case, ways, **changes):
+    """attention(**case), launched so: of pieces of three tiles."""
+    ways = tuple(replace(w, below=inf) for w in ways)
+    table = {"any": replace(LAUNCH, piece=3, ways=ways, **changes)}
+    monkeypatch.setattr(kernel, "LAUNCHES", table)
+    return attention(**case)
+
+
 @pytest.mark.skipif(mode.INTERPRET, reason="numpy sums in another order for other shapes")
-def test_the_same_bits_alone_in_company_in_tiles_and_in_pieces(gpu, monkeypatch):
-    """Split over programs or not, one query or a tile of two: every row comes out the same."""
-    case = world([range(440, 447), [100]], 8, "fp8", 128)
-    tiles = attention(**in_tiles(case))
-    pieces = attention(**case)
-    one = attention(**some(case, slice(3, 4)))
-    launch = replace(kernel.LAUNCH["any"], split=0)
-    monkeypatch.setattr(kernel, "LAUNCH", {"any": launch})
-    whole = attention(**case)
-    assert torch.equal(pieces, whole)
-    assert torch.equal(tiles, whole)
-    assert torch.equal(one, whole[3:4])
+@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+def test_the_same_bits_alone_in_company_and_in_pieces(gpu, monkeypatch, kind):
+    """Rows of up to three pieces of the list, a row of one tile, and one of padding."""
+    case = world([[33000 // 128 * 128 - 1], [20000, 20001], [3], [None]], 8, kind, 128)
+    case["entries"] = paged(kv_codec(kind), [257, 156, 0, 0], 2, 5)
+    case["q"] *= 20  # Large scores, whose last bits weigh something.
+    dealt = launched(monkeypatch, case, WAYS["dealt"])
+    assert error(dealt, reference(**case)) < ATTENTION_BF16
+    for name, ways in WAYS.items():
+        assert torch.equal(launched(monkeypatch, case, ways), dealt), name
+        alone = launched(monkeypatch, some(case, slice(1, 2)), ways)
+        assert torch.equal(alone, dealt[1:2]), name
+    monkeypatch.setattr(kernel, "SCRATCH_BYTES", 1 << 18)  # two rows at a time
+    assert torch.equal(launched(monkeypatch, case, WAYS["in pieces"]), dealt)
+    monkeypatch.setattr(kernel, "DEALT_BYTES", 0)
+    assert torch.equal(launched(monkeypatch, case, WAYS["dealt"]), dealt)
 
 
-def test_the_order_of_programs_does_not_matter(gpu):
-    """Rows of four pieces, three and one in one launch: whichever program merges, the same bits.
-
-    All keys weigh the same. In one dim two pieces cancel out, but not what rounding loses where
-    they come first: another order of merging gives another sum."""
-    case = world([[82000], [40000], [3]], 16, "bfloat16", 128, d=64, rope=16, span=32)
-    assert error(attention(**case), reference(**case)) < ATTENTION_BF16
+def test_the_order_of_tiles_matters_and_that_of_programs_does_not(gpu, monkeypatch):
+    """All keys weigh the same. In one dim two tiles cancel out, but not what rounding loses where
+    they come first: another order of folding gives another sum."""
+    case = world([[30000], [9000], [3]], 16, "bfloat16", 128, d=64, rope=16, span=32)
     case["q"].zero_()
     entries = case["entries"]
-    for first, value in ((0, 2.0**20), (256, -(2.0**20))):
-        i = torch.arange(first, first + 256, device=mode.DEVICE)
+    for first, value in ((0, 2.0**20), (64, -(2.0**20))):  # in two pieces
+        i = torch.arange(first, first + 32, device=mode.DEVICE)
         rows, _ = entries.read(torch.zeros_like(i), i)
         rows[:, 0] = value
         block = entries.table[0, i // entries.rows].long() * entries.stride
         at = block + entries.offset + i % entries.rows * entries.pool.codec.words
         entries.pool.write(at, rows)
     found = []
-    for seed in range(5):
-        with seeded(seed):
-            found.append(attention(**case))
+    for seed in range(3):
+        for ways in WAYS.values():
+            with seeded(seed):
+                found.append(launched(monkeypatch, case, ways))
+    assert error(found[0][:, :, 1:], reference(**case)[:, :, 1:]) < ATTENTION_BF16
     assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+def test_what_is_far_from_the_greatest_score_is_nothing(gpu):
+    """A tile whose scores are 2^200 times lighter than another's, before it and after it."""
+    case = world([[700], [700]], 16, "bfloat16", 0, d=64, rope=16)
+    window = case["window"]
+    q = case["q"].float()
+    for request, at in ((0, 600), (1, 690)):
+        i = torch.tensor([at], device=mode.DEVICE)
+        block = window.table[request, i // window.rows].long() * window.stride
+        to = block + window.offset + i % window.rows * window.pool.codec.words
+        window.pool.write(to, 40 * q[request].mean(0, keepdim=True).sign() * 8)
+    case["q"] = (q.mean(1, keepdim=True).sign() + 0.1 * q).bfloat16()
+    assert error(attention(**case), reference(**case)) < ATTENTION_BF16
 
 
 def test_blocks_taken_back_are_not_read(gpu):

@@ -34,7 +34,7 @@ def built(request: pytest.FixtureRequest) -> list[Built]:
 
 def budget(b: Built) -> dict[str, int]:
     table = BUDGETS[b.kernel]
-    return {"mma": 0, "bytes": 0} | table | table.get(b.target, {})
+    return {"mma": 0, "bytes": 0, "loop_spills": 0} | table | table.get(b.target, {})
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_budgets(built: list[Built], target: str):
     over = []
     for b in mine:
         allowed = budget(b)
-        if b.spill > allowed["spill"] or b.loop_spills:
+        if b.spill > allowed["spill"] or b.loop_spills > allowed["loop_spills"]:
             over.append(f"{b.kernel} ({b.case}) spills {b.spill} bytes, {b.loop_spills} in loops")
         if b.byte_loads > allowed["bytes"]:
             over.append(f"{b.kernel} ({b.case}) has {b.byte_loads} byte-wide loads")

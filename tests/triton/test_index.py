@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.kernels import index
-from dsv4_plugin.kernels.index import kernel, reference
+from dsv4_plugin.kernels.index import kernel, reference, topk
 from lab.kernels.cases import far, generator, key_codec, paged, pairs, step_of_rows
 from lab.kit import mode
+from lab.kit.mode import interpreted_first
 from lab.kit.order import seeded
 from tests.tolerances import FP16, OP_FP32
 
@@ -71,21 +74,29 @@ def world(positions, heads=64, c=128, kind="fp8", seed=0):
     return stored(q, kind), q, rest
 
 
+def gathered(positions, keys):
+    """As for a step of prompts of these rows."""
+    lengths = [max(some) + 1 for some in positions]
+    return kernel.gathered(keys, ints(*lengths), RATIO, max(1, max(lengths) // RATIO))
+
+
 SCORES = [
-    # positions of each request's rows, heads, c, format, tiles
+    # positions of each request's rows, heads, c, format, are keys gathered
     ([[1100], [3], [2]], 64, 128, "fp8", False),
     ([[700], [-1, -1]], 64, 128, "bfloat16", False),
     ([[300]], 32, 32, "fp8", False),
     ([[700], [20]], 64, 128, "fp4", False),
     ([[90]], 32, 32, "fp4", False),
     ([range(500, 507), range(252, 260), [-1]], 64, 128, "fp8", True),
+    ([range(517, 520), [3]], 8, 128, "bfloat16", True),
+    ([range(90, 94)], 32, 32, "fp4", True),
 ]
 
 
-@pytest.mark.parametrize(("positions", "heads", "c", "kind", "tiles"), SCORES)
-def test_scores(gpu, positions, heads, c, kind, tiles):
+@pytest.mark.parametrize(("positions", "heads", "c", "kind", "flat"), SCORES)
+def test_scores(gpu, positions, heads, c, kind, flat):
     q, plain, rest = world(positions, heads, c, kind)
-    found = kernel.scores(q, *rest, tiles=tiles)
+    found = kernel.scores(q, *rest, gathered(positions, rest[1]) if flat else None)
     expected = reference.scores(plain, *rest)
     seen = ~expected.isnan()
     tolerance = FP16 if kind == "bfloat16" else OP_FP32
@@ -93,14 +104,24 @@ def test_scores(gpu, positions, heads, c, kind, tiles):
     assert (found - expected)[seen].abs().max() <= tolerance * expected[seen].abs().max()
 
 
-def test_the_same_scores_in_tiles(gpu):
-    q, _, rest = world([range(300, 305)])
+@pytest.mark.parametrize("kind", ["fp8", interpreted_first("bfloat16"), interpreted_first("fp4")])
+def test_the_same_scores_of_gathered_keys(gpu, kind):
+    positions = [range(300, 305), range(40, 44)]
+    q, _, rest = world(positions, kind=kind)
     seen = torch.arange(76, device=q.device) < (rest[2][:, None] + 1) // RATIO
-    alone, tiles = kernel.scores(q, *rest), kernel.scores(q, *rest, tiles=True)
+    alone = kernel.scores(q, *rest)[seen]
+    flat = kernel.scores(q, *rest, gathered(positions, rest[1]))[seen]
     if mode.INTERPRET:  # numpy sums in another order for other shapes
-        torch.testing.assert_close(alone[seen], tiles[seen], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone, flat, rtol=1e-5, atol=1e-5)
     else:
-        assert torch.equal(alone[seen], tiles[seen])
+        assert torch.equal(alone, flat)
+
+
+def test_keys_that_would_take_too_much_are_not_gathered(gpu, monkeypatch):
+    positions = [range(300, 305)]
+    _, _, (_, keys, *_) = world(positions)
+    monkeypatch.setattr(kernel, "FLAT_BYTES", 1 << 14)
+    assert gathered(positions, keys) is None
 
 
 def test_scores_of_pages_beyond_two_gigabytes_and_of_holes(gpu):
@@ -108,9 +129,10 @@ def test_scores_of_pages_beyond_two_gigabytes_and_of_holes(gpu):
     expected = kernel.scores(q, weight, keys, *rest)[:, :132]
     assert torch.equal(kernel.scores(q, weight, far(keys), *rest)[:, :132], expected)
     keys.table[0, 1] = -1
-    found = kernel.scores(q, weight, keys, *rest)[:, :132]
-    assert not found[0, 64:128].any()
-    assert torch.equal(found[0, :64], expected[0, :64])
+    for flat in (None, gathered([[530]], keys)):
+        found = kernel.scores(q, weight, keys, *rest, flat)[:, :132]
+        assert not found[0, 64:128].any()
+        torch.testing.assert_close(found[0, :64], expected[0, :64])
 
 
 TIES = torch.tensor([0.0, -0.0, 1.0, 1.0, -1.0, 3.4e38, 1e-40, -1e-40])
@@ -133,31 +155,50 @@ def test_topk(gpu, lengths, n, k):
     position = ints(*(RATIO * x - 1 for x in lengths))
     score = score.to(mode.DEVICE)
     assert torch.equal(
-        kernel.topk(score, position, RATIO, k), reference.topk(score, position, RATIO, k)
+        topk.topk(score, position, RATIO, k), reference.topk(score, position, RATIO, k)
     )
 
 
 @pytest.mark.parametrize("few", [True, False])
-def test_topk_of_many_blocks(gpu, monkeypatch, few):
-    """As for contexts of a million tokens: the last program of a row chooses among all blocks'."""
-    monkeypatch.setattr(kernel, "BLOCKS", (512,))
-    n, k = 3000, 64
-    score = torch.stack([tied(n, 1), normal(n, seed=2).cpu()]).to(mode.DEVICE)
-    position = ints(4 * 2990 - 1, 4 * 40 - 1 if few else 4 * n - 1)
+def test_topk_in_chunks(gpu, monkeypatch, few):
+    """As for contexts of a million tokens: a row that many chunks are counted of, and a short one;
+    ties within a chunk and across chunks."""
+    launch = replace(topk.LAUNCHES["any"], least=0, small_chunk=256)
+    monkeypatch.setattr(topk, "LAUNCHES", {"any": launch})
+    n, k = 9000, 64
+    score = torch.stack([tied(n, 1), normal(n, seed=2).cpu(), torch.ones(n)])
+    score[2, [100, 3000]] = 2.0
+    score = score.to(mode.DEVICE)
+    position = ints(4 * 8990 - 1, 4 * 40 - 1 if few else 4 * n - 1, 4 * 5000 - 1)
     expected = reference.topk(score, position, RATIO, k)
-    for seed in range(3):
+    for seed in range(2):
         with seeded(seed):
-            assert torch.equal(kernel.topk(score, position, RATIO, k), expected)
+            assert torch.equal(topk.topk(score, position, RATIO, k), expected)
 
 
-def test_more_entries_than_two_rounds_choose_from(monkeypatch):
-    monkeypatch.setattr(kernel, "BLOCKS", (512,))
-    with pytest.raises(ValueError, match="64 of 5000 entries are too many; at most 4096 entries"):
-        kernel.topk(normal(1, 5000), ints(19_999), RATIO, 64)
+def test_topk_in_chunks_of_every_kind(gpu, monkeypatch):
+    """Infinities, NaN, subnormals, numbers that differ in their last bits, more chosen than there
+    are of any one kind."""
+    launch = replace(topk.LAUNCHES["any"], least=0, small_chunk=256)
+    monkeypatch.setattr(topk, "LAUNCHES", {"any": launch})
+    n, k = 1500, 512
+    kinds = torch.tensor([float("inf"), float("-inf"), float("nan"), 1e-45, -1e-45, 0.0, -0.0])
+    score = torch.stack(
+        [
+            kinds[torch.randint(0, 7, (n,), generator=generator(3))],
+            1 + torch.randint(0, 300, (n,), generator=generator(4)) * 2.0**-23,
+        ]
+    ).to(mode.DEVICE)
+    position = ints(4 * n - 1, 4 * n - 1)
+    whole = replace(launch, least=n)
+    chunks = topk.topk(score, position, RATIO, k)
+    monkeypatch.setattr(topk, "LAUNCHES", {"any": whole})
+    assert torch.equal(topk.topk(score, position, RATIO, k), chunks)
+    assert torch.equal(chunks[1:], reference.topk(score[1:], position[1:], RATIO, k))
 
 
 def test_choices_in_turns(gpu, monkeypatch):
-    """Scores of two rows at a time, and no rows at all; scores are summed over ranks."""
+    """Scores of four rows at a time, and no rows at all; scores are summed over ranks."""
     mode.kernels(monkeypatch, "triton")
     _, _, (_, keys, position, request, _, n) = world([range(700, 705)])
     q = normal(5, 64, 128, seed=7, dtype=torch.bfloat16)
@@ -172,7 +213,7 @@ def test_choices_in_turns(gpu, monkeypatch):
         *kernel.queries(q, weight, cis, of("fp8")), keys, position, request, RATIO, n
     )
     assert torch.equal(expected, reference.topk(score[:, :n], position, RATIO, 64))
-    monkeypatch.setattr(index, "SCORE_VALUES", 2 * n)
+    monkeypatch.setattr(kernel, "SCORE_VALUES", 4 * n)
     assert torch.equal(choose(), expected)
     worst = reference.topk(-score[:, :n], position, RATIO, 64)
     assert torch.equal(choose(reduce=torch.neg), worst)

@@ -13,6 +13,7 @@ from dsv4_plugin.cache.rows import RowPool
 from dsv4_plugin.config import CSA, HCA
 from dsv4_plugin.kernels.attention import kernel as attention
 from dsv4_plugin.kernels.index import kernel as index
+from dsv4_plugin.kernels.index.topk import topk
 from dsv4_plugin.tools.kernel_work import flash
 from lab.kernels.cases import step_of_rows
 from lab.kit import mode
@@ -51,9 +52,8 @@ def launches(monkeypatch, rows, limit):
     scores (CSA)."""
     attend, scores = Launch(), Launch()
     monkeypatch.setattr(attention, "attend", attend)
+    monkeypatch.setattr(attention, "merge", Launch())
     monkeypatch.setattr(index, "index_scores", scores)
-    counters = torch.empty(1 << 16, dtype=torch.int32, device="meta")
-    monkeypatch.setattr(attention, "counters", lambda *_: counters)
     layout = CacheLayout.of(flash([CSA, HCA]), "fp8")
     with FakeGPU("sm80"), torch.device("meta"):
         at = torch.empty(rows, dtype=torch.int32)
@@ -79,10 +79,17 @@ def test_the_documented_table(monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 8, 53, 256])
 def test_programs_do_not_grow_with_the_limit(monkeypatch, rows):
-    """Beyond what fills a card: as many as there are rows and heads, or a constant."""
-    programs, _, scores, _ = launches(monkeypatch, rows, LIMITS[-1])
-    assert programs <= max(2 * attention.LAUNCH["any"].split, rows * 4)
-    assert scores <= index.LAUNCH["any"].programs + rows
+    """Beyond what fills a card: as many as there are rows, head blocks and pieces, or a constant;
+    and scratch within its bounds."""
+    programs, scratch, scores, _ = launches(monkeypatch, rows, LIMITS[-1])
+    launch = attention.LAUNCHES["a100"]
+    few, many = launch.ways
+    cell = 64 * 514 * 4
+    pieces = -(-(LIMITS[-1] // HCA + 128) // (launch.keys * launch.piece))
+    dealt = 2 * few.columns * (attention.DEALT_BYTES // cell)
+    assert programs <= max(dealt, 2 * many.columns * pieces * rows, 2 * few.columns * pieces * rows)
+    assert scratch * 2**20 <= attention.SCRATCH_BYTES
+    assert scores <= index.LAUNCHES["any"].programs + rows
 
 
 def counted(run):
@@ -109,7 +116,7 @@ def test_a_short_request_moves_no_more_under_a_long_limit():
 
     def choose(n):
         score = index.scores(q, weight, keys, *at, ratio, n)
-        return index.topk(score, position, ratio, 64)
+        return topk(score, position, ratio, 64)
 
     near, bytes_near = counted(lambda: choose(n))
     far, bytes_far = counted(lambda: choose(1 << 15))

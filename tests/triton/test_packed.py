@@ -11,8 +11,10 @@ from torch import Tensor
 from dsv4_plugin.kernels import launch
 from dsv4_plugin.kernels.norm import kernel as norm
 from dsv4_plugin.kernels.norm import reference as norm_reference
-from dsv4_plugin.kernels.packed import FP8Matrix, Inputs, Rounded, fp8, reference
-from dsv4_plugin.kernels.packed.fp8 import EIGHT, LINE, LINEARS, Launch, Tile, Tiles, Way
+from dsv4_plugin.kernels.packed import Both, FP8Matrix, Inputs, Rounded, fp8, reference
+from dsv4_plugin.kernels.packed.fp8 import EIGHT, LINEARS, Launch, Tile, Tiles, Way
+from dsv4_plugin.kernels.streams import Mixer
+from dsv4_plugin.kernels.streams import kernel as streams
 from dsv4_plugin.quant.e4m3 import e4m3_values
 from lab.kernels.cases import generator
 from lab.kit import mode, order
@@ -48,6 +50,15 @@ def weight(n_out: int, n_in: int, height: int = 128, seed: int = 0) -> FP8Matrix
     codes[codes & 0x7F == 0x7F] = 0  # NaN
     scale = torch.rand(-(-n_out // height), -(-n_in // 128), generator=g) / 1000
     return FP8Matrix(codes.to(mode.DEVICE), scale.to(mode.DEVICE), height)
+
+
+def whole(rows: int, n_out: int, n_in: int) -> tuple[Tensor, FP8Matrix]:
+    """Small numbers, whose sums within a block are exact: only the order of blocks shows, in
+    float32. (Compiled, where these are no tensor cores' products, in bfloat16.)"""
+    matrix = weight(n_out, n_in)
+    matrix.codes.bitwise_and_(0x87).bitwise_or_(0x38)
+    x = torch.randint(-3, 4, (rows, n_in), generator=generator(rows))
+    return x.to(mode.DEVICE, torch.float32 if mode.INTERPRET else torch.bfloat16), matrix
 
 
 def values(x: Inputs) -> Tensor:
@@ -113,7 +124,7 @@ def test_pieces(gpu, way, rows, programs, monkeypatch):
     """Of 1, 2 and 4 blocks, whoever comes last: merged in order, whatever the programs' order."""
     for family, row in cut(programs).items():
         monkeypatch.setitem(LINEARS, family, row)
-    matrix, x = weight(64, 512), inputs(rows, 512)
+    x, matrix = whole(rows, 64, 512)
     arranged, given = fp8.arranged(matrix, True), fp8.round_rows(x)
     found = []
     for seed in range(4):
@@ -132,11 +143,19 @@ def test_pieces_follow_from_the_weight():
         assert fp8.pieces(tiles, inputs_, table) == expected
 
 
+@pytest.mark.parametrize("chip", [*launch.FAMILY, "gfx1100"])
+def test_chips_multiply_codes_from_sm89_on(chip, monkeypatch):
+    monkeypatch.setattr(launch, "architecture", lambda: chip)
+    eight = chip.startswith("sm") and int(chip[2:]) >= 89
+    assert (launch.pick(LINEARS).codes is not None) == eight
+
+
 def test_alone_and_in_company(gpu, way):
-    """The same bits on either side of LINE, and in every company up to it and beyond."""
-    matrix = fp8.arranged(weight(130, 1024), True)
-    x = inputs(LINE + 2, 1024)
-    few = [1, 16, 17, LINE] if mode.INTERPRET else [1, 17]
+    """The same bits in every company up to the line, and in every one beyond."""
+    line = launch.pick(LINEARS).line
+    x, matrix = whole(line + 2, 130, 1024)
+    matrix = fp8.arranged(matrix, True)
+    few = [1, 16, 17, line] if mode.INTERPRET else [1, 17]
     first = [fp8.product(fp8.round_rows(x[:n]), matrix)[0] for n in few]
     assert all(torch.equal(first[0], other) for other in first[1:])
     if mode.INTERPRET:
@@ -204,6 +223,25 @@ def test_rounded_norm(gpu, way, width):
     found = norm.rounded_norm(x, by, 1e-6)
     assert torch.equal(found.values(), reference.round_rows(norm.rms_norm(x, by, 1e-6)).values())
     close_rounded(found, norm_reference.rounded_norm(x, by, 1e-6))
+
+
+@pytest.mark.parametrize("width", [96, 264])
+def test_the_input_of_a_sublayer_also_rounded(gpu, way, width):
+    """As rounding what leaves the streams, in slabs too."""
+    mixer = Mixer(
+        inputs(24, 4 * width, torch.float32, 1) * width**-0.5,
+        inputs(1, 24, torch.float32)[0], torch.ones(24, device=mode.DEVICE),
+        inputs(1, width, torch.float32, 2)[0], 3, 1e-6, 1e-6, rounds=True,
+    )  # fmt: skip
+    h = inputs(9, 4 * width).view(9, 4, width)
+    _, found, by = streams.streams(None, h, None, mixer)
+    _, x, same = streams.streams(None, h, None, replace(mixer, rounds=False))
+    assert torch.equal(found.plain, x)
+    assert torch.equal(by.mixing, same.mixing)
+    assert (found.rounded.scale is None) == (way == "bits")
+    assert torch.equal(found.rounded.values(), reference.round_rows(x).values())
+    again = Both.of(*found.tensors()).rounded
+    assert torch.equal(again.values(), found.rounded.values())
 
 
 def test_torch_reads_arranged_weights(gpu, way):

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.step import Step
-from dsv4_plugin.kernels.dispatch import choice_for, implementation
-
-SCORE_VALUES = 1 << 26
-"""Most scores kept at a time (256 MiB): more rows take their turn."""
+from dsv4_plugin.kernels.dispatch import implementation
 
 
 def choose(
@@ -41,18 +37,5 @@ def choose(
         reduce: sums scores [T, n] over ranks, where each has some of the heads.
     """
     work = implementation(__name__, q.device)
-    if choice_for(q.device.type, q.device.index) == "torch":
-        found: Tensor = work.choose(q, weight, cis, keys, step, ratio, k, reduce)
-        return found
-    q, weight = work.queries(q, weight, cis, keys.pool.codec.format)
-    n = max(1, step.longest // ratio)
-    size = max(1, SCORE_VALUES // n)
-    parts = []
-    for first in range(0, max(1, len(q)), size):
-        rows = slice(first, first + size)
-        at = step.position[rows]
-        score = work.scores(
-            q[rows], weight[rows], keys, at, step.request[rows], ratio, n, step.tiles
-        )
-        parts.append(work.topk(reduce(score), at, ratio, k))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    found: Tensor = work.choose(q, weight, cis, keys, step, ratio, k, reduce)
+    return found

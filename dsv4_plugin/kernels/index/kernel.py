@@ -2,7 +2,9 @@
 
 Keys are read as words, whose bytes fall into four parts of the dims (4w, 4w + 1, ...), as the
 query is stored. e4m3 codes become float16 of the same bits, exactly; products are float16 with
-float32 sums, on every architecture.
+float32 sums, on every architecture. They are entries x heads, so that the sum over a row's heads
+stays within a few lanes. For a step of prompts each request's keys are gathered out of its pages
+once, decoded and side by side; the products add the same values in the same order.
 
 A captured step is launched for the longest request there may be. Programs go by the lengths on the
 device: they share the blocks of entries that are there, and a row of few takes a short way through
@@ -11,6 +13,7 @@ the choice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,30 +23,58 @@ from torch import Tensor
 
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
-from dsv4_plugin.kernels.arrival import counters, is_last
+from dsv4_plugin.cache.step import Step
 from dsv4_plugin.kernels.bits import e2m1_codes, e4m3_codes
 from dsv4_plugin.kernels.device import BFLOAT16, FP4, FP8, alignment, row_pointers
+from dsv4_plugin.kernels.index.topk import topk
 from dsv4_plugin.kernels.launch import pick, require
 
-BLOCKS = (1024, 4096, 16384)
-"""How many scores a program of the top-k looks at: the least that holds a row, or the most."""
+SCORE_VALUES = 1 << 26
+"""Most scores kept at a time (256 MiB): more rows take their turn."""
+
+
+FLAT_BYTES = 1 << 28
+"""Most of the keys that are gathered for a step of prompts: where they would take more, they are
+read in their pages."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """Warps of a program, stages of its loop over blocks."""
+
+    warps: int
+    stages: int
 
 
 @dataclass(frozen=True)
 class Launch:
-    """entries of a block; warps; programs that share the blocks, at least, where there are so
-    many; rows that share a read of the keys where requests bring many tokens, warps then, and
-    blocks that a program gets then where there are programs enough."""
+    """entries of a block; ways of keys in pages and of gathered ones, which have to add a row's
+    heads up in the same order: with as many warps. Programs that share a launch's blocks, at
+    least, where there are so many; of gathered ones a program gets `blocks` at most."""
 
     entries: int
-    warps: int
-    programs: int
-    rows: int
-    row_warps: int
-    blocks: int
+    paged: Way
+    flat: Way
+    programs: int = 864
+    blocks: int = 32
 
 
-LAUNCH = {"any": Launch(entries=64, warps=4, programs=864, rows=4, row_warps=8, blocks=8)}
+LAUNCHES = {
+    # measured, an H200: 5 us (65,536 tokens), 42 (a million) in pages; gathered, in blocks of 128,
+    # 243 us for 4,096 rows at 8,192 tokens, where 1,525 were without gathering
+    "any": Launch(entries=64, paged=Way(4, 1), flat=Way(4, 3)),
+}
+COUNTS = ("paged", "flat", "scales", "padded", "ratio", "out_stride")
+"""Arguments whose values are not compiled in."""
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Keys of all requests, side by side: float16 [B, N, c] in the order of the queries' dims, and
+    what they are to be multiplied by, float32 [B, N]."""
+
+    keys: Tensor
+    scale: Tensor
 
 
 @triton.jit
@@ -131,92 +162,6 @@ def _keys(row, ok, C: tl.constexpr, P: tl.constexpr):
     return k0, k1, k2, k3, scale * 256.0
 
 
-@triton.jit(do_not_specialize=["last", "table_stride", "rows", "out_stride"])
-def index_scores(
-    q,
-    weight,
-    position,
-    request,
-    storage,
-    table,
-    block_stride,
-    offset,
-    last,
-    table_stride,
-    out,
-    rows,
-    out_stride,
-    INDEX_HEADS,
-    IP: tl.constexpr,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    FORMAT: tl.constexpr,
-    WORDS: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    RATIO: tl.constexpr,
-    ROWS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
-    """Program (row tile, share of the blocks of ENTRIES entries that a row of the tile sees)."""
-    first = tl.program_id(0) * ROWS
-    tile = first + tl.arange(0, ROWS)
-    last_pos = tl.max(tl.load(position + tile, mask=tile < rows, other=-1), 0)
-    blocks = tl.cdiv((last_pos + 1) // RATIO, ENTRIES)
-    h = tl.arange(0, IP)
-    p = tl.arange(0, P)
-    some_q = (h < INDEX_HEADS)[:, None] & (p < C // 4)[None, :]
-    for block in range(tl.program_id(1), blocks, tl.num_programs(1)):
-        begin = block * ENTRIES
-        entry = begin + tl.arange(0, ENTRIES)
-        k0 = tl.zeros((ENTRIES, P), tl.float16)
-        k1 = k0
-        k2 = k0
-        k3 = k0
-        scale = tl.zeros((ENTRIES,), tl.float32)
-        holds = first * 0 - 1  # The request whose keys these are. (No constant: it changes.)
-        for j in range(ROWS):
-            t = first + j
-            pos = tl.load(position + t, mask=t < rows, other=-1)
-            who = tl.load(request + t, mask=t < rows, other=-1)
-            seen = (pos + 1) // RATIO
-            if begin < seen:
-                if who != holds:
-                    # All of the request's entries that a row of this tile may see.
-                    near = tile < rows
-                    mine = tl.load(request + tile, mask=near, other=-1) == who
-                    far = tl.max(tl.where(mine, tl.load(position + tile, mask=near, other=-1), -1))
-                    ok = entry < (far + 1) // RATIO
-                    row, ok = row_pointers(
-                        storage, table + who * table_stride, entry, ok, block_stride, offset, last,
-                        PAGE_ROWS, WORDS, ALIGN,
-                    )  # fmt: skip
-                    if FORMAT == FP8:
-                        k0, k1, k2, k3, scale = _keys(row, ok, C, P)
-                    elif FORMAT == FP4:
-                        k0, k1, k2, k3, scale = _narrow_keys(row, ok, C, P)
-                    else:
-                        tl.static_assert(FORMAT == BFLOAT16)
-                        k0, k1, k2, k3, scale = _wide_keys(row, ok, C, P)
-                    holds = who
-                at = q + (t.to(tl.int64) * INDEX_HEADS + h[:, None]) * C + p[None, :]
-                quarter: tl.constexpr = C // 4
-                q0 = tl.load(at, mask=some_q, other=0.0)
-                q1 = tl.load(at + quarter, mask=some_q, other=0.0)
-                q2 = tl.load(at + 2 * quarter, mask=some_q, other=0.0)
-                q3 = tl.load(at + 3 * quarter, mask=some_q, other=0.0)
-                s = tl.dot(q0, tl.trans(k0))
-                s = tl.dot(q1, tl.trans(k1), acc=s)
-                s = tl.dot(q2, tl.trans(k2), acc=s)
-                s = tl.dot(q3, tl.trans(k3), acc=s)
-                w = tl.load(
-                    weight + t.to(tl.int64) * INDEX_HEADS + h, mask=h < INDEX_HEADS, other=0.0
-                )
-                total = tl.sum(tl.maximum(s, 0.0) * w[:, None], 0) * scale
-                to = out + t.to(tl.int64) * out_stride + entry
-                tl.store(to, total, mask=entry < seen)
-
-
 @triton.jit
 def _wide_keys(row, ok, C: tl.constexpr, P: tl.constexpr):
     """A bfloat16 key's parts as float16 under a power of two, and that power [N]; even dims of
@@ -275,98 +220,124 @@ def _nibbles(words, factor, N: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _best(
-    score,
-    entry_in,
-    i,
-    real,
-    out,
-    score_out,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    LISTED: tl.constexpr,
-    SCORES: tl.constexpr,
-):
-    """The K best of the scores at places i that are real, in order of entry, -1 last.
-
-    LISTED: scores come with their entries (-1: none), as other programs left them; else entries
-    are the places. SCORES: write the chosen scores too.
-    """
-    past_l1: tl.constexpr = ".cg" if LISTED else ""
-    entry = i
-    if LISTED:
-        entry = tl.load(entry_in + i, mask=real, other=-1, cache_modifier=past_l1)
-        real = entry >= 0
-    x = tl.load(score + i, mask=real, other=0.0, cache_modifier=past_l1)
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
-    order = tl.where(real, order, 0)
-    # The largest threshold that at least K scores reach, bit by bit.
-    threshold = tl.full((), 0, tl.uint32)
-    for step in range(32):
-        trial = threshold | (tl.full((), 1, tl.uint32) << (31 - step))
-        reach = tl.sum((order >= trial).to(tl.int32), 0)
-        threshold = tl.where(reach >= K, trial, threshold)
-    above = order > threshold
-    tied = (order == threshold) & real
-    room = K - tl.sum(above.to(tl.int32), 0)
-    take = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
-    place = tl.cumsum(take.to(tl.int32), 0) - 1
-    tl.store(out + place, entry, mask=take)
-    rest = tl.arange(0, KP)
-    empty = (rest >= tl.sum(take.to(tl.int32), 0)) & (rest < K)
-    tl.store(out + rest, tl.full((KP,), -1, tl.int32), mask=empty)
-    if SCORES:  # read again: registers are short
-        again = tl.load(score + i, mask=take, other=0.0)
-        tl.store(score_out + place, again, mask=take)
-        tl.store(score_out + rest, tl.zeros((KP,), tl.float32), mask=empty)
-
-
-@triton.jit(do_not_specialize=["score_stride", "n"])
-def choose(
-    score,
-    position,
-    out,
-    part_entry,
-    part_score,
-    counter,
-    score_stride,
-    n,
-    K: tl.constexpr,
-    RATIO: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SMALL: tl.constexpr,
-    AGAIN: tl.constexpr,
-    KP: tl.constexpr,
-):
-    """Program (row, block): the K best of a block of scores, or of all SMALL ones at most. AGAIN:
-    of what all blocks of a row kept, not more than one block, the last program takes the K best."""
-    t = tl.program_id(0).to(tl.int64)
-    seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)
-    row = score + t * score_stride
-    if BLOCK > SMALL:  # noqa: SIM102  (decided when it is compiled)
-        if seen <= SMALL:
-            if tl.program_id(1) == 0:
-                few = tl.arange(0, SMALL)
-                _best(row, row, few, few < seen, out + t * K, row, K, KP, False, False)
-            return
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if not AGAIN:
-        _best(row, row, i, i < seen, out + t * K, row, K, KP, False, False)
+def _key_parts(row, ok, C: tl.constexpr, P: tl.constexpr, FORMAT: tl.constexpr):
+    """A key's four parts float16 [N, P], in the order of the queries' dims, and its scale [N]."""
+    if FORMAT == FP8:
+        found = _keys(row, ok, C, P)
+    elif FORMAT == FP4:
+        found = _narrow_keys(row, ok, C, P)
     else:
-        parts = tl.maximum(tl.cdiv(seen, BLOCK), 1)
-        mine = (t * tl.num_programs(1) + tl.program_id(1)) * K
-        kept = t * tl.num_programs(1) * K
-        if tl.program_id(1) < parts:
-            _best(
-                row, row, i, i < seen, part_entry + mine, part_score + mine, K, KP, False, True
+        tl.static_assert(FORMAT == BFLOAT16)
+        found = _wide_keys(row, ok, C, P)
+    return found
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def gather_keys(
+    paged, lengths, flat, scales, padded, ratio, C: tl.constexpr, P: tl.constexpr,
+    FORMAT: tl.constexpr, WORDS: tl.constexpr, PAGE_ROWS: tl.constexpr, ALIGN: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """Program (request, block of entries): keys as the products take them, side by side; those in
+    no page are zero. There is room for `padded` entries of each request."""
+    who = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1) * ENTRIES
+    n = (tl.load(lengths + who) // ratio).to(tl.int32)
+    if begin >= n:
+        return
+    storage, table, stride, offset, last, tables = paged
+    entry = begin + tl.arange(0, ENTRIES)
+    row, ok = row_pointers(
+        storage, table + who * tables, entry, entry < n, stride, offset, last, PAGE_ROWS, WORDS,
+        ALIGN,
+    )  # fmt: skip
+    k0, k1, k2, k3, scale = _key_parts(row, ok, C, P, FORMAT)
+    w = tl.arange(0, P)[None, :]
+    QUARTER: tl.constexpr = C // 4
+    to = flat + (who * padded + entry)[:, None] * C + w
+    # Blocks are read whole: what is past the last entry is zero, not what memory held.
+    tl.store(to, k0, mask=w < QUARTER)
+    tl.store(to + QUARTER, k1, mask=w < QUARTER)
+    tl.store(to + 2 * QUARTER, k2, mask=w < QUARTER)
+    tl.store(to + 3 * QUARTER, k3, mask=w < QUARTER)
+    tl.store(scales + who * padded + entry, scale)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def index_scores(
+    q, weight, position, request, paged, flat, scales, padded, out, out_stride, INDEX_HEADS,
+    IP: tl.constexpr, C: tl.constexpr, P: tl.constexpr, FORMAT: tl.constexpr, WORDS: tl.constexpr,
+    PAGE_ROWS: tl.constexpr, ALIGN: tl.constexpr, RATIO: tl.constexpr, ENTRIES: tl.constexpr,
+    FLAT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (row, share of the blocks of ENTRIES entries that it sees). FLAT: keys are
+    `gather_keys`'s, else they are read in their pages."""
+    t = tl.program_id(0).to(tl.int64)
+    seen = (tl.load(position + t) + 1) // RATIO
+    if tl.program_id(1) * ENTRIES >= seen:
+        return
+    who = tl.load(request + t).to(tl.int64)
+    h = tl.arange(0, IP)
+    real = h < INDEX_HEADS
+    weights = tl.load(weight + t * INDEX_HEADS + h, mask=real, other=0.0)
+    from_q = q + ((t * INDEX_HEADS + h) * C)[None, :]
+    QUARTER: tl.constexpr = C // 4
+    c = tl.arange(0, P)
+    some = real[None, :] & (c < QUARTER)[:, None]
+    q0 = tl.load(from_q + c[:, None], mask=some, other=0.0)
+    q1 = tl.load(from_q + QUARTER + c[:, None], mask=some, other=0.0)
+    q2 = tl.load(from_q + 2 * QUARTER + c[:, None], mask=some, other=0.0)
+    q3 = tl.load(from_q + 3 * QUARTER + c[:, None], mask=some, other=0.0)
+    storage, table, stride, offset, last, tables = paged
+    blocks = tl.cdiv(seen, ENTRIES)
+    for block in tl.range(tl.program_id(1), blocks, tl.num_programs(1), num_stages=STAGES):
+        entry = block * ENTRIES + tl.arange(0, ENTRIES)
+        if FLAT:
+            at = who * padded + entry
+            from_k = flat + at[:, None] * C + c[None, :]
+            near = (c < QUARTER)[None, :]
+            k0 = tl.load(from_k, mask=near, other=0.0)
+            k1 = tl.load(from_k + QUARTER, mask=near, other=0.0)
+            k2 = tl.load(from_k + 2 * QUARTER, mask=near, other=0.0)
+            k3 = tl.load(from_k + 3 * QUARTER, mask=near, other=0.0)
+            scale = tl.load(scales + at)
+        else:
+            row, ok = row_pointers(
+                storage, table + who * tables, entry, entry < seen, stride, offset, last,
+                PAGE_ROWS, WORDS, ALIGN,
             )  # fmt: skip
-            if is_last(counter + t, parts):
-                j = tl.arange(0, BLOCK)
-                _best(
-                    part_score + kept, part_entry + kept, j, j < parts * K,
-                    out + t * K, row, K, KP, True, False,
-                )  # fmt: skip
+            k0, k1, k2, k3, scale = _key_parts(row, ok, C, P, FORMAT)
+        # As many products of gathered keys: Triton lays them out by that, and the sum with them.
+        s = tl.dot(k0, q0)
+        s = tl.dot(k1, q1, acc=s)
+        s = tl.dot(k2, q2, acc=s)
+        s = tl.dot(k3, q3, acc=s)
+        total = tl.sum(tl.maximum(s, 0.0) * weights[None, :], 1) * scale
+        tl.store(out + t * out_stride + entry, total, mask=entry < seen)
+
+
+def choose(
+    q: Tensor,
+    weight: Tensor,
+    cis: Tensor,
+    keys: Paged,
+    step: Step,
+    ratio: int,
+    k: int,
+    reduce: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """As in `index`."""
+    q, weight = queries(q, weight, cis, keys.pool.codec.format)
+    n = max(1, step.longest // ratio)
+    flat = gathered(keys, step.seq_lens, ratio, n) if step.tiles else None
+    size = max(4, SCORE_VALUES // n // 4 * 4)  # Pointers stay aligned.
+    parts = []
+    for first in range(0, max(1, len(q)), size):
+        rows = slice(first, first + size)
+        at = step.position[rows]
+        score = scores(q[rows], weight[rows], keys, at, step.request[rows], ratio, n, flat)
+        parts.append(topk(reduce(score), at, ratio, k))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def queries(q: Tensor, weight: Tensor, cis: Tensor, keys: RowFormat) -> tuple[Tensor, Tensor]:
@@ -388,6 +359,26 @@ def queries(q: Tensor, weight: Tensor, cis: Tensor, keys: RowFormat) -> tuple[Te
     return out, scaled
 
 
+def gathered(keys: Paged, lengths: Tensor, ratio: int, n: int) -> Flat | None:
+    """All keys of requests that bring many rows, which so are found and decoded once; None where
+    they would take more than FLAT_BYTES. lengths: int [B] tokens of each request; n: most keys."""
+    requests, c = len(lengths), keys.pool.codec.width
+    block = pick(LAUNCHES).entries
+    padded = triton.cdiv(n, block) * block
+    if requests * padded * (2 * c + 4) > FLAT_BYTES:
+        return None
+    device = keys.table.device
+    found = Flat(
+        torch.empty((requests, padded, c), dtype=torch.float16, device=device),
+        torch.empty((requests, padded), dtype=torch.float32, device=device),
+    )
+    gather_keys[(requests, padded // block)](
+        _part(keys), lengths, found.keys, found.scale, padded, ratio, **_shape(keys, c),
+        ENTRIES=block, num_warps=4,
+    )  # fmt: skip
+    return found
+
+
 def scores(
     q: Tensor,
     weight: Tensor,
@@ -396,9 +387,9 @@ def scores(
     request: Tensor,
     ratio: int,
     n: int,
-    tiles: bool = False,
+    flat: Flat | None = None,
 ) -> Tensor:
-    """As in `reference`, but left unwritten where undefined.
+    """As in `reference`, but left unwritten where undefined. flat: the keys, gathered.
 
     Raises:
         ValueError: keys of a format the kernel does not read.
@@ -413,47 +404,32 @@ def scores(
     out = torch.empty((t, width), dtype=torch.float32, device=q.device)
     if t == 0:
         return out
-    launch = pick(LAUNCH)
-    rows = launch.rows if tiles else 1
-    tiles_of_rows, blocks = triton.cdiv(t, rows), triton.cdiv(n, launch.entries)
-    shares = triton.cdiv(launch.programs, tiles_of_rows)
-    if tiles:
-        shares = max(shares, triton.cdiv(blocks, launch.blocks))
-    index_scores[(tiles_of_rows, min(blocks, shares))](
-        q, weight, position, request, keys.pool.storage, keys.table, keys.stride, keys.offset,
-        keys.table.shape[1] - 1, keys.table.stride(0), out, t, width, heads,
-        IP=max(16, triton.next_power_of_2(heads)), C=c,
-        P=max(16, triton.next_power_of_2(c // 4)), FORMAT=int(stored),
-        WORDS=keys.pool.codec.words, PAGE_ROWS=keys.rows, ALIGN=alignment(keys), RATIO=ratio,
-        ROWS=rows, ENTRIES=launch.entries,
-        num_warps=launch.row_warps if rows > 1 else launch.warps, num_stages=1,
+    launch = pick(LAUNCHES)
+    way = launch.paged if flat is None else launch.flat
+    blocks = triton.cdiv(n, launch.entries)
+    shares = max(triton.cdiv(launch.programs, t), triton.cdiv(blocks, launch.blocks) if flat else 1)
+    index_scores[(t, min(blocks, shares))](
+        q, weight, position, request, _part(keys),
+        flat.keys if flat else q, flat.scale if flat else weight,
+        flat.keys.shape[1] if flat else 0, out, width, heads,
+        # With 16 heads ptxas takes 96 registers for sm_86, and spills in the loop.
+        IP=max(32, triton.next_power_of_2(heads)), **_shape(keys, c), RATIO=ratio,
+        ENTRIES=launch.entries, FLAT=flat is not None, STAGES=way.stages, num_warps=way.warps,
+        num_stages=1,
     )  # fmt: skip
     return out
 
 
-def topk(score: Tensor, position: Tensor, ratio: int, k: int) -> Tensor:
-    """As in `reference`: the best of every block of scores, then of those.
+def _part(keys: Paged) -> tuple[Tensor, Tensor, int, int, int, int]:
+    """As `row_pointers` takes it, and the row stride of the table."""
+    table = keys.table
+    return keys.pool.storage, table, keys.stride, keys.offset, table.shape[1] - 1, table.stride(0)
 
-    Raises:
-        ValueError: scores of a row that take more than these two rounds.
-    """
-    t, n = score.shape
-    require(position)
-    assert score.stride(1) == 1
-    block = next((b for b in BLOCKS if b >= n), BLOCKS[-1])
-    parts = triton.cdiv(n, block)
-    kept = parts * k if parts > 1 else 0
-    if kept > BLOCKS[-1]:
-        most = BLOCKS[-1] // k * block
-        raise ValueError(f"{k} of {n} entries are too many; at most {most} entries")
-    out = torch.empty((t, k), dtype=torch.int32, device=score.device)
-    part_entry = torch.empty((t, kept), dtype=torch.int32, device=score.device)
-    if t:
-        choose[(t, parts)](
-            score, position, out, part_entry, torch.empty_like(part_entry, dtype=torch.float32),
-            counters("index", score.device, t * (parts > 1)), score.stride(0), n,
-            K=k, RATIO=ratio, BLOCK=block, SMALL=BLOCKS[0], AGAIN=parts > 1,
-            KP=triton.next_power_of_2(k),
-            num_warps=16 if block > 4096 else 4,
-        )  # fmt: skip
-    return out
+
+def _shape(keys: Paged, c: int) -> dict[str, int]:
+    """What kernels that read keys are compiled for."""
+    return {
+        "C": c, "P": max(16, triton.next_power_of_2(c // 4)),
+        "FORMAT": int(keys.pool.codec.format), "WORDS": keys.pool.codec.words,
+        "PAGE_ROWS": keys.rows, "ALIGN": alignment(keys),
+    }  # fmt: skip

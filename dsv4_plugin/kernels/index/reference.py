@@ -1,14 +1,33 @@
-"""The three parts of a choice."""
+"""The definition: a choice, and its three parts."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
+from dsv4_plugin.cache.step import Step
 from dsv4_plugin.kernels import exact
 from dsv4_plugin.quant.e2m1 import round_mxfp4
+
+
+def choose(
+    q: Tensor,
+    weight: Tensor,
+    cis: Tensor,
+    keys: Paged,
+    step: Step,
+    ratio: int,
+    k: int,
+    reduce: Callable[[Tensor], Tensor],
+) -> Tensor:
+    q, weight = queries(q, weight, cis, keys.pool.codec.format)
+    n = max(1, step.longest // ratio)
+    score = scores(q, weight, keys, step.position, step.request, ratio, n)
+    return topk(reduce(score), step.position, ratio, k)
 
 
 def queries(q: Tensor, weight: Tensor, cis: Tensor, keys: RowFormat) -> tuple[Tensor, Tensor]:
@@ -43,7 +62,6 @@ def scores(
     request: Tensor,
     ratio: int,
     n: int,
-    tiles: bool = False,
 ) -> Tensor:
     """sum_h weight_h * relu(q_h . key): float32 [T, n], defined for the entries a row sees.
 

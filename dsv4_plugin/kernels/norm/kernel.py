@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_plugin.kernels.packed import ROUNDED, Rounded
-from dsv4_plugin.kernels.packed.fp8 import PLAIN, room, store_rounded
+from dsv4_plugin.kernels.packed.fp8 import PLAIN, room, store_rounded_row
 
 
 @triton.jit
@@ -24,12 +24,8 @@ def normalise(
     if FORM == PLAIN:
         tl.store(out + t * D + d, y, mask=d < D)
     else:
-        block = tl.arange(0, COLUMNS // BLOCK)[:, None]
-        at = block * BLOCK + tl.arange(0, BLOCK)[None, :]
-        y = tl.reshape(y.to(x.dtype.element_ty).to(tl.float32), (COLUMNS // BLOCK, BLOCK))
-        COUNT: tl.constexpr = (D + BLOCK - 1) // BLOCK
-        scale_at = out_scale + t * COUNT + block
-        store_rounded(y, out + t * D + at, at < D, scale_at, block < COUNT, 1, FORM)
+        y = y.to(x.dtype.element_ty).to(tl.float32)
+        store_rounded_row(y, out, out_scale, t, D, COLUMNS, BLOCK, FORM)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -117,6 +117,37 @@ class Rounded:
 
 
 @dataclass(frozen=True)
+class Both:
+    """The same rows as they are, [T, in], and rounded: the input of a sublayer, whose FP8 products
+    take the latter."""
+
+    plain: Tensor
+    rounded: Rounded
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.plain.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.plain.device
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it consists of."""
+        given = self.plain, self.rounded.data
+        return given if self.rounded.scale is None else (*given, self.rounded.scale)
+
+    @classmethod
+    def of(cls, plain: Tensor, data: Tensor, scale: Tensor | None = None) -> Both:
+        """Of its tensors."""
+        return cls(plain, Rounded(data, scale, plain.dtype))
+
+
+def plain(x: Tensor | Both) -> Tensor:
+    return x.plain if isinstance(x, Both) else x
+
+
+@dataclass(frozen=True)
 class FP4Matrix:
     """data uint8 [out, in / 2], low nibble first; scale uint8 UE8M0 [out, in / 32]."""
 

@@ -11,10 +11,10 @@ ways:
 - e4m3 x e4m3, where a chip multiplies these (from sm_89 on) and the inputs are rounded: they come
   as codes, with a power of two for each block.
 
-Up to LINE rows the inputs are cut into pieces, as many as the weight's shape says, so that there
-are programs enough; whoever of an output tile arrives last adds the pieces in order. Beyond, tiles
-are large and a program sums all of its inputs. So there are two families of bits, on either side of
-LINE; within each a row has the same sums in every company.
+Up to so many rows (`Launch.line`) the inputs are cut into pieces, as many as the weight's shape
+says, so that there are programs enough; whoever of an output tile arrives last adds the pieces in
+order. Beyond, tiles are large and a program sums all of its inputs. So there are two families of
+bits, on either side of that line; within each a row has the same sums in every company.
 
 Shapes: T rows, G groups, K inputs, N outputs of a group.
 """
@@ -44,11 +44,6 @@ VALUES = tl.constexpr(1)
 CODES = tl.constexpr(2)
 """What rows are written as: as they are; rounded, as values or as codes and scales."""
 
-FEW, LINE = 16, 128
-"""Rows up to which the smallest tile is taken, and up to which inputs are cut into pieces."""
-GROUP = 8
-"""Row tiles that are computed side by side, while the weight's tile is in L2."""
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -64,14 +59,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """few: up to FEW rows; some: up to LINE; many: beyond."""
+    """few: up to as many rows as the tile has; some: up to the line; many: beyond."""
 
     few: Tile
     some: Tile
     many: Tile
 
-    def of(self, rows: int) -> Tile:
-        return self.few if rows <= FEW else self.some if rows <= LINE else self.many
+    def of(self, rows: int, line: int) -> Tile:
+        return self.few if rows <= self.few.rows else self.some if rows <= line else self.many
 
 
 @dataclass(frozen=True)
@@ -86,13 +81,17 @@ class Way:
 
 @dataclass(frozen=True)
 class Launch:
-    """bits, codes (None: the chip has no such products): the tiles. Up to LINE rows inputs are cut
-    until `programs` run, into pieces of `least` inputs or more."""
+    """bits, codes (None: the chip has no such products): the tiles. Up to `line` rows inputs are
+    cut until `programs` run, into at most `most` pieces of `least` inputs or more. group: row tiles
+    that are computed side by side, while the weight's tile is in L2."""
 
     bits: Way
     codes: Way | None
     programs: int
     least: int = 512
+    most: int = 16
+    line: int = 128  # guessed: about where the large tiles become as fast
+    group: int = 8
 
 
 BITS = Way(
@@ -132,14 +131,12 @@ LINEARS = {
     "blackwell": Launch(BITS, EIGHT, programs=192),  # guessed: as hopper
     "any": Launch(LEAST_BITS, None, programs=192),  # guessed
 }
-MOST = 16
-"""Pieces of a sum."""
 
 
 def pieces(tiles: int, inputs: int, launch: Launch) -> int:
     """How many a linear's inputs are cut into: by its shape alone. tiles: of few rows."""
     count, blocks = 1, -(-inputs // ROUNDED)
-    while count < MOST and count * tiles < launch.programs:
+    while count < launch.most and count * tiles < launch.programs:
         if inputs < 2 * count * launch.least or blocks % (2 * count):
             break
         count *= 2
@@ -241,6 +238,21 @@ def store_rounded(y, at, used, scale_at, whole, AXIS: tl.constexpr, FORM: tl.con
         tl.store(scale_at, unit, mask=whole)
     else:
         tl.store(at, e4m3_decode(code) * E4M3_UNIT * unit, mask=used)
+
+
+@triton.jit
+def store_rounded_row(
+    y, out, out_scale, t,
+    D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """Row t, of D values, from float32 y [COLUMNS], which are of the model's dtype. BLOCK: 128, but
+    not more than COLUMNS."""
+    COUNT: tl.constexpr = (D + BLOCK - 1) // BLOCK
+    block = tl.arange(0, COLUMNS // BLOCK)[:, None]
+    at = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    y = tl.reshape(y, (COLUMNS // BLOCK, BLOCK))
+    scale_at = out_scale + t * COUNT + block
+    store_rounded(y, out + t * D + at, at < D, scale_at, block < COUNT, 1, FORM)
 
 
 @triton.jit(do_not_specialize=["rows", "first", "limit"])
@@ -379,8 +391,9 @@ def _product(
     way = launch.codes if eight else launch.bits
     assert way is not None
     tiles_of = way.gated if gated else way.rounded if rounded else way.plain
-    tile, columns = tiles_of.of(rows), triton.cdiv(n, tiles_of.few.outputs) * groups
-    count = pieces(columns, inputs, launch) if rows <= LINE else 1
+    tile = tiles_of.of(rows, launch.line)
+    columns = triton.cdiv(n, tiles_of.few.outputs) * groups
+    count = pieces(columns, inputs, launch) if rows <= launch.line else 1
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(n, tile.outputs)
     size = tiles * groups * count * tile.rows * tile.outputs * (2 if gated else 1)
     partial = data.new_empty(size if count > 1 else 1, dtype=torch.float32)
@@ -399,7 +412,7 @@ def _product(
         n, first, 0.0 if limit is None else limit,
         HEIGHT=matrix.height, M=tile.rows, W=tile.outputs, EVEN=inputs % ROUNDED == 0,
         EIGHT=eight, TURNED=tile.turned, GATED=gated, FORM=form, KIND=KINDS[x.dtype],
-        PIECES=count, GROUP=GROUP, STAGES=tile.stages, num_warps=tile.warps,
+        PIECES=count, GROUP=launch.group, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return out
 

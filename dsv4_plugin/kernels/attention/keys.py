@@ -1,0 +1,126 @@
+"""Keys of attention: where the rows of a tile lie, and the tile itself, decoded once.
+
+A tile is KEYS rows of what a query sees, all of its window or all of its entries. Their dims fall
+into four quarters of W neighbouring dims, and each quarter becomes one bfloat16 [KEYS, W] that both
+products read. A load's column is 8 dims: 8 bytes of e4m3 codes, or 16 of bfloat16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dsv4_plugin.kernels.bits import e4m3_codes, halves
+
+
+@triton.jit
+def _either(near, a, b):
+    """Of two `part` tuples: a where near, else b."""
+    return (
+        tl.where(near, a[0], b[0]), tl.where(near, a[1], b[1]), tl.where(near, a[2], b[2]),
+        tl.where(near, a[3], b[3]), tl.where(near, a[4], b[4]), tl.where(near, a[5], b[5]),
+    )  # fmt: skip
+
+
+@triton.jit
+def find_rows(
+    near, window, entries, who, first, count, chosen, visible,
+    WINDOW_ROWS: tl.constexpr, ENTRY_ROWS: tl.constexpr, WORDS: tl.constexpr,
+    CHOOSING: tl.constexpr, KEYS: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Byte addresses int64 [KEYS] of a tile's rows, 0 where there is none.
+
+    near: is it the window's? first, count: of the tile's first row, its index among those of the
+    window or the entries, and how many rows there are up to the end. chosen: where the entries of
+    this tile are listed; of them those below `visible` are seen. window, entries: storage, table,
+    stride, offset, last place and row stride of the table, as `row_pointers` takes them.
+
+    THREADS threads look for each row, and one address is taken of theirs: a load with as many
+    elements as a program has threads is not done again for every layout that its value is used in.
+    """
+    i = tl.arange(0, KEYS * THREADS) // THREADS
+    real = i < count
+    index = first + i
+    if CHOOSING:
+        listed = tl.load(chosen + i, mask=real & (not near), other=-1)
+        index = tl.where(near, index, listed)
+        real = real & (near | ((listed >= 0) & (listed < visible)))
+    storage, table, stride, offset, last, tables = _either(near, window, entries)
+    place = tl.where(near, index // WINDOW_ROWS, index // ENTRY_ROWS)
+    inside = tl.where(near, index % WINDOW_ROWS, index % ENTRY_ROWS)
+    real = real & (place <= last)
+    block = tl.load(table + who * tables + place, mask=real, other=-1).to(tl.int64)
+    word = block * stride + (offset + inside * WORDS)
+    address = tl.where(real & (block >= 0), (storage + word).to(tl.int64), 0)
+    if THREADS > 1:
+        address = tl.max(tl.reshape(address, (KEYS, THREADS)), 1)
+    return address
+
+
+@triton.jit
+def load_quarter(
+    address, quarter, NOPE: tl.constexpr, ROPE: tl.constexpr, W: tl.constexpr, FP8: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Dims quarter * W .. of the rows at `address`, bfloat16 [KEYS, W]; 0 where there is no row."""
+    some = (address != 0)[:, None]
+    if FP8:
+        return _decoded(address, some, quarter, NOPE, ROPE, W)
+    i = quarter * W + tl.arange(0, W)
+    if 4 * W > NOPE + ROPE:
+        some = some & (i < NOPE + ROPE)[None, :]
+    row = tl.multiple_of(address.to(tl.pointer_type(tl.bfloat16)), 4 * ALIGN)
+    return tl.load(row[:, None] + i[None, :], mask=some, other=0.0)
+
+
+@triton.jit
+def _decoded(address, some, quarter, NOPE: tl.constexpr, ROPE: tl.constexpr, W: tl.constexpr):
+    """The same of e4m3 rows: NOPE codes, ROPE bfloat16, then a UE8M0 byte for every 64 codes."""
+    u = quarter * (W // 8) + tl.arange(0, W // 8)
+    row = address.to(tl.pointer_type(tl.int64))
+    words = address.to(tl.pointer_type(tl.int32))
+    rope = (u >= NOPE // 8)[None, :]
+    real = some & (u < (NOPE + ROPE) // 8)[None, :]
+    # A column of RoPE takes two of the 8 bytes that a column of codes takes one of. (The hint is
+    # not quite true of those: without it threads would run along the rows. An element is 8 bytes.)
+    at = tl.max_contiguous(tl.where(u < NOPE // 8, u, 2 * u - NOPE // 8), 2)
+    a = tl.load(row[:, None] + at[None, :], mask=real, other=0)
+    SCALES: tl.constexpr = NOPE // 4 + ROPE // 2
+    packed = tl.load(words[:, None] + (SCALES + u // 32)[None, :], mask=real & ~rope, other=0)
+    byte = (packed >> (u // 8 % 4 * 8)[None, :]) & 0xFF
+    # Codes become float16 of the same bits: values divided by 2^8, subnormals included.
+    scale = (((byte + 8) & 0xFF) << 23).to(tl.float32, bitcast=True)
+    x0, x1, x2, x3 = _four(a.to(tl.int32), scale)
+    x4, x5, x6, x7 = _four((a >> 32).to(tl.int32), scale)
+    b = tl.load(row[:, None] + (at + 1)[None, :], mask=real & rope, other=0)
+    y0, y1 = halves(a.to(tl.int32), tl.bfloat16)
+    y2, y3 = halves((a >> 32).to(tl.int32), tl.bfloat16)
+    y4, y5 = halves(b.to(tl.int32), tl.bfloat16)
+    y6, y7 = halves((b >> 32).to(tl.int32), tl.bfloat16)
+    x0, x1, x2, x3 = _choose(rope, y0, x0, y1, x1, y2, x2, y3, x3)
+    x4, x5, x6, x7 = _choose(rope, y4, x4, y5, x5, y6, x6, y7, x7)
+    even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
+    odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
+    x = tl.reshape(tl.join(even, odd), (address.shape[0], W))
+    # Something has to lie between a reshape and shared memory: Triton moves it behind the store
+    # otherwise, and fails ("Illegal shared layout").
+    return tl.where(some, x, 0.0)
+
+
+@triton.jit
+def _choose(first, y0, x0, y1, x1, y2, x2, y3, x3):
+    """Each y where first, else its x."""
+    return (
+        tl.where(first, y0, x0), tl.where(first, y1, x1),
+        tl.where(first, y2, x2), tl.where(first, y3, x3),
+    )  # fmt: skip
+
+
+@triton.jit
+def _four(codes, scale):
+    """The four e4m3 codes of words times scale, bfloat16."""
+    k0, k1, k2, k3 = e4m3_codes(codes, tl.float16)
+    return (
+        (k0.to(tl.float32) * scale).to(tl.bfloat16), (k1.to(tl.float32) * scale).to(tl.bfloat16),
+        (k2.to(tl.float32) * scale).to(tl.bfloat16), (k3.to(tl.float32) * scale).to(tl.bfloat16),
+    )  # fmt: skip
