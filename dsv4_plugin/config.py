@@ -357,6 +357,7 @@ _KINDS = {
 }
 """A group's weights, by num_bits, type and strategy."""
 GPTQ = ("gptq", "auto-round")
+_METHODS = Only("fp8", CT, *GPTQ)
 _OF_GPTQ: dict[str, Any] = {
     "bits": Only(4),
     "sym": Only(True),
@@ -463,7 +464,7 @@ FIELDS = Table(
         "tie_word_embeddings": Only(False),
         "quantization_config": Table(
             {
-                "quant_method": Only("fp8", CT, *GPTQ),
+                "quant_method": _METHODS,
                 # Of compressed-tensors.
                 "format": Only(
                     "mixed-precision", "float-quantized", "nvfp4-pack-quantized", "pack-quantized"
@@ -646,8 +647,7 @@ def _experts(found: Mapping[str, Any]) -> dict[str, Any]:
     if not asked:
         return {"experts": "plain"}
     if asked.get("quant_method") is None:
-        methods = ", ".join(map(repr, ("fp8", CT, *GPTQ)))
-        raise ValueError(f"quantization_config lacks quant_method; allowed are {methods}")
+        raise ValueError(f"quantization_config lacks quant_method; {_METHODS}")
     if asked["quant_method"] == CT:
         return _compressed(asked.get("config_groups"))
     if asked["quant_method"] in GPTQ:

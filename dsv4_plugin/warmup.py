@@ -33,6 +33,10 @@ from dsv4_plugin.model.transformer import Network, Transformer
 
 log = logging.getLogger("dsv4_plugin")
 
+COMPANIES = (4, 80)
+"""Rows of decoding batches between the smallest and the largest, for which kernels are launched in
+another way than for both: more pairs than experts split (`experts.kernel.Launch`), more tokens than
+mHC takes as few (`streams.kernel.Launch`)."""
 OFTEN = 5.0
 """Seconds between two lines about progress."""
 
@@ -42,20 +46,22 @@ Shape = tuple[int, int, int]
 
 
 def shapes(rows: int, requests: int, longest: int, drafts: int = 0) -> list[Shape]:
-    """Of the steps to run: decoding alone and in company, with and without drafts, prompts, at
-    every length that changes a launch."""
+    """Of the steps to run: decoding alone and in company, with and without drafts, short
+    prompts and long ones, at every length that changes a launch."""
     from dsv4_plugin.kernels.index.topk import BLOCKS, LAUNCHES
     from dsv4_plugin.kernels.launch import pick
+    from dsv4_plugin.kernels.packed.fp8 import LINEARS
 
     few = (1, 256)  # no compressed rows; some, but not more than are chosen
     scores = *BLOCKS, pick(LAUNCHES).long
     lengths = sorted({min(n, longest) for n in (*few, *(4 * b for b in scores))} | {longest})
-    looked = 1 + drafts
+    looked, short = 1 + drafts, min(rows, pick(LINEARS).line)
     batches = sorted({
-        (1, 1), (requests, 1), (rows, rows),
+        (1, 1), (requests, 1), (short, short), (rows, rows),
         *((min(n * looked, rows), min(looked, rows)) for n in (1, requests)),
     })  # fmt: skip
-    return [(n, query, length) for length in lengths for n, query in batches]
+    companies = [(n, 1, lengths[0]) for n in COMPANIES if n < rows]
+    return companies + [(n, query, length) for length in lengths for n, query in batches]
 
 
 def warm_up(

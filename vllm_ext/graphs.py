@@ -18,6 +18,7 @@ from vllm.compilation.breakable_cudagraph import (
 
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.step import Step
+from dsv4_plugin.kernels.packed import Both, plain
 from dsv4_plugin.model.parallel import Attend
 
 
@@ -51,15 +52,17 @@ class Running:
         self.layers += 1
 
         @eager_break_during_capture
-        def attend_into(out: Tensor, x: Tensor) -> None:
+        def attend_into(out: Tensor, *given: Tensor) -> None:
+            """given: tensors, because vLLM has to know what it keeps of a capture."""
             assert self.step is not None
+            x = given[0] if len(given) == 1 else Both.of(*given)
             out.copy_(attention(x, self.step, self.caches[layer]))
 
-        def attend(x: Tensor, step: Step, cache: LayerCache) -> Tensor:
+        def attend(x: Tensor | Both, step: Step, cache: LayerCache) -> Tensor:
             if not BreakableCUDAGraphCapture.is_active():
                 return attention(x, step, cache)
-            out = torch.empty_like(x)
-            attend_into(out, x)
+            out = torch.empty_like(plain(x))
+            attend_into(out, *(x.tensors() if isinstance(x, Both) else (x,)))
             return out
 
         return attend

@@ -16,6 +16,7 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.kernels.experts import joined
 from dsv4_plugin.model.loading import give
 from dsv4_plugin.model.parallel import MakeExperts, OwnExperts, RankParallel
 from vllm_ext.graphs import Running
@@ -66,7 +67,7 @@ class GatheredExperts(nn.Module):
         super().__init__()
         self.experts = experts
 
-    def forward(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor, weight: Tensor, also: Tensor | None = None) -> Tensor:
         group, n = get_dp_group(), len(x)
         most = n
         if is_forward_context_available():
@@ -80,7 +81,7 @@ class GatheredExperts(nn.Module):
         ]
         out = group.all_reduce(self.experts(*everyone))
         first = group.rank_in_group * most
-        return out[first : first + n]
+        return joined(out[first : first + n], also)
 
     def take(self, name: str, tensor: Tensor) -> bool:
         return give(self.experts, name, tensor)

@@ -47,6 +47,14 @@ def e4m3_scale(largest):
 
 
 @triton.jit
+def e4m3_block(x, AXIS: tl.constexpr):
+    """float32 whose blocks lie along AXIS -> their codes (uint8); their scales, float32 powers of
+    two, with 1 along AXIS."""
+    byte, inverse = e4m3_scale(tl.max(tl.abs(x), AXIS, keep_dims=True))
+    return e4m3_encode(x * inverse), ue8m0_decode(byte)
+
+
+@triton.jit
 def ue8m0_decode(byte):
     """UE8M0 bytes 1 .. 254 to float32 powers of two."""
     return (byte.to(tl.uint32) << 23).to(tl.float32, bitcast=True)

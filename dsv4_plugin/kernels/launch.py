@@ -52,6 +52,7 @@ def require(*tensors: torch.Tensor | None) -> None:
 
 
 def pick(table: Mapping[str, T]) -> T:
-    """The table's entry for this architecture's family, or for 'any'."""
-    family = FAMILY.get(architecture(), "any")
-    return table[family] if family in table else table["any"]
+    """The table's entry for this architecture, or else for its family, or for 'any'."""
+    name = architecture()
+    known = (name, FAMILY.get(name, "any"), "any")
+    return table[next(key for key in known if key in table)]

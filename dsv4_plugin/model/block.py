@@ -31,9 +31,10 @@ class Block(nn.Module):
         super().__init__()
         d, eps = config.hidden_size, config.rms_norm_eps
         self.hc_attn, self.hc_ffn = HyperConnection(config), HyperConnection(config)
-        self.attn_norm, self.ffn_norm = RMSNorm(d, eps), RMSNorm(d, eps)
         self.attn = Attention(config, parallel, layer, f"{prefix}.attn")
         self.ffn = MoE(config, parallel, layer, f"{prefix}.ffn")
+        self.attn_norm = RMSNorm(d, eps, self.attn.takes_rounded)
+        self.ffn_norm = RMSNorm(d, eps, self.ffn.takes_rounded)
         self.attend = parallel.breaking(self.attn.forward)
 
     def forward(self, before: Streams, input_ids: Tensor, step: Step, cache: LayerCache) -> Streams:

@@ -22,7 +22,7 @@ from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import CSA, ModelConfig
 from dsv4_plugin.kernels.compress import compress, of_cache
 from dsv4_plugin.model.norm import RMSNorm
-from dsv4_plugin.model.parallel import Linear
+from dsv4_plugin.model.parallel import Float32Linear, Linear
 
 
 class Compressor(nn.Module):
@@ -54,7 +54,7 @@ class Compressors(nn.Module):
         self.channels = sum(c.norm.weight.numel() for c in compressors)
         kv = self._beside([c.wkv.weight for c in compressors], 0)
         gate = self._beside([c.wgate.weight for c in compressors], 0)
-        self.project = Linear(kv.shape[1], 2 * len(kv), torch.float32)
+        self.project = Float32Linear(kv.shape[1], 2 * len(kv))
         self.project.weight.data = torch.cat([kv, gate])
         ape = self._beside([c.ape for c in compressors], 1).unflatten(1, (self.halves, -1))
         self.ape = nn.Parameter(ape, requires_grad=False)
@@ -69,5 +69,5 @@ class Compressors(nn.Module):
     def forward(self, x: Tensor, step: Step, cache: LayerCache) -> None:
         """Pool the normed x [T, D] and write whatever became complete."""
         targets, state = of_cache(cache, [norm.weight for norm in self.norms])
-        y = self.project(x.float()).view(-1, 2, self.halves, self.channels)
+        y = self.project(x).view(-1, 2, self.halves, self.channels)
         compress(y, self.ape, self.eps, step, self.ratio, targets, state, self.dtype)

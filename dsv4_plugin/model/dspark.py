@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import SWA, ModelConfig
+from dsv4_plugin.kernels.packed import plain
 from dsv4_plugin.kernels.streams import streams
 from dsv4_plugin.model.block import Block, Streams
 from dsv4_plugin.model.hyper_connection import HyperHead
@@ -154,7 +155,7 @@ class DSpark(Network):
         for stage, cache in zip(self.stages, caches, strict=True):
             now = stage(now, ids, step, cache)
         last = self.stages[-1]
-        return streams(*now, last.hc_head.mixer(last.norm, normed=False))[1]
+        return plain(streams(*now, last.hc_head.mixer(last.norm, normed=False))[1])
 
     def normed(self, y: Tensor) -> Tensor:
         """y [T, D] -> hidden states [T, D], ready for the head."""

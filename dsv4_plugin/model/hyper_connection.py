@@ -41,7 +41,7 @@ class HyperConnection(nn.Module):
     def mixer(self, norm: RMSNorm) -> Mixer:
         """norm: of the sublayer."""
         weights = self.fn, self.base, self.scale, norm.weight
-        return Mixer(*weights, self.iters, self.eps, norm.eps)
+        return Mixer(*weights, self.iters, self.eps, norm.eps, norm.rounds)
 
 
 class HyperHead(nn.Module):

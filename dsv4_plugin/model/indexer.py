@@ -36,9 +36,8 @@ class Indexer(nn.Module):
         self.weights_proj = linear(config.hidden_size, n_heads, f"{prefix}.weights_proj")
         self.compressor = Compressor(config, CSA, self.dim)
 
-    def forward(self, x: Tensor, qr: Tensor, cis: Tensor, step: Step, cache: LayerCache) -> Tensor:
-        """x [T, D], qr [T, q_lora_rank] -> the entries that each token attends to, int32 [T, k]."""
-        q: Tensor = self.wq_b(qr)
+    def forward(self, x: Tensor, q: Tensor, cis: Tensor, step: Step, cache: LayerCache) -> Tensor:
+        """x [T, D], q = wq_b qr -> the entries that each token attends to, int32 [T, k]."""
         q = q.view(-1, self.heads, self.dim)
         keys = cache.keys(step.tables)
         return choose(q, self.weights_proj(x), cis, keys, step, CSA, self.topk, self.reduce)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import ModelConfig
-from dsv4_plugin.kernels.swiglu import swiglu
+from dsv4_plugin.kernels.packed import Both, Inputs, plain
 from dsv4_plugin.model.gate import Gate
 from dsv4_plugin.model.parallel import Parallel
+from dsv4_plugin.model.quantised import Gated, takes_rounded
 
 
 class Expert(nn.Module):
@@ -26,8 +27,14 @@ class Expert(nn.Module):
         self.w2 = parallel.row(f, d, f"{prefix}.w2", reduce=False)
         self.w3 = parallel.column(d, f, f"{prefix}.w3")
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w2(swiglu(self.w1(x), self.w3(x), self.limit, x.dtype))
+    def finalize_weights(self) -> None:
+        """After loading: w1 and w3 become one product."""
+        if not hasattr(self, "gated"):
+            self.gated = Gated(self.w1, self.w3, self.limit, takes_rounded(self.w2))
+        self.gated.arrange()
+
+    def forward(self, x: Inputs | Both) -> Tensor:
+        out: Tensor = self.w2(self.gated.swiglu(x))
         return out
 
 
@@ -38,8 +45,9 @@ class MoE(nn.Module):
         self.experts = parallel.experts(f"{prefix}.experts")
         self.shared_experts = Expert(config, parallel, f"{prefix}.shared_experts")
         self.all_reduce = parallel.all_reduce
+        self.takes_rounded = takes_rounded(self.shared_experts.w1, self.shared_experts.w3)
 
-    def forward(self, x: Tensor, input_ids: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor | Both, input_ids: Tensor, step: Step) -> Tensor:
         """x [T, D] -> [T, D]."""
-        ids, weight = self.gate(x, input_ids, step.position)
-        return self.all_reduce(self.experts(x, ids, weight) + self.shared_experts(x))
+        ids, weight = self.gate(plain(x), input_ids, step.position)
+        return self.all_reduce(self.experts(plain(x), ids, weight, self.shared_experts(x)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import SWA, ModelConfig
+from dsv4_plugin.kernels.packed import plain
 from dsv4_plugin.kernels.streams import spread, streams
 from dsv4_plugin.model.block import Block
 from dsv4_plugin.model.hyper_connection import HyperHead
@@ -62,4 +63,4 @@ class MTP(Network):
     def collapse(self, h: Tensor) -> Tensor:
         """Streams [T, R, D] -> hidden states [T, D], ready for the head."""
         block = self._block
-        return streams(None, h, None, block.hc_head.mixer(block.norm))[1]
+        return plain(streams(None, h, None, block.hc_head.mixer(block.norm))[1])

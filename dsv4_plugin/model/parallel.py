@@ -20,8 +20,16 @@ from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
-from dsv4_plugin.kernels.experts import experts
-from dsv4_plugin.kernels.linear import Product, multiplied, pack, pack_rows, reference
+from dsv4_plugin.kernels.experts import experts, joined
+from dsv4_plugin.kernels.linear import (
+    Product,
+    multiplied,
+    on_tensor_cores,
+    pack,
+    pack_rows,
+    reference,
+)
+from dsv4_plugin.kernels.packed import Both
 from dsv4_plugin.model.loading import give, give_below, shard
 
 
@@ -68,13 +76,14 @@ class OutputGroups:
         return out
 
 
-Attend = Callable[[Tensor, Step, LayerCache], Tensor]
+Attend = Callable[[Tensor | Both, Step, LayerCache], Tensor]
 """x [T, D], normed -> [T, D]."""
 
 
 MakeExperts = Callable[[ModelConfig, int, int], nn.Module]
 """(config, rank, size) -> the config's experts, each split over `size` ranks by width: a module
-that maps x [T, D], expert ids int64 [T, k] and weights float32 [T, k] to this rank's sum [T, D]."""
+that maps x [T, D], expert ids int64 [T, k], weights float32 [T, k] and, if there is any, what else
+[T, D] is added, to this rank's sum [T, D]."""
 
 
 class Parallel(Protocol):
@@ -138,6 +147,28 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return reference(x, self.weight) if self.product is None else self.product(x)
+
+
+class Float32Linear(Linear):
+    """A float32 product of x in the model's dtype, whole on every rank."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, torch.float32)
+        self.wide = True
+
+    def finalize_weights(self) -> None:
+        """After loading: into parts for tensor cores, or as any weight."""
+        if self.product is not None:
+            return
+        self.product = on_tensor_cores(self.weight.data)
+        if self.product is None:
+            super().finalize_weights()
+        else:
+            self.wide = False
+            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float() if self.wide else x)
 
 
 class Head(Linear):
@@ -236,8 +267,8 @@ class SplitExperts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(n, f, d, dtype=dtype), requires_grad=False)
         self.limit = config.swiglu_limit
 
-    def forward(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
-        return experts(x, ids, weight, self.w13, self.w2, self.limit)
+    def forward(self, x: Tensor, ids: Tensor, weight: Tensor, also: Tensor | None = None) -> Tensor:
+        return experts(x, ids, weight, self.w13, self.w2, self.limit, also)
 
     def take(self, name: str, tensor: Tensor) -> bool:
         """name: `17.w1.weight`; a full matrix [out, in]."""
@@ -276,11 +307,11 @@ class OwnExperts(nn.Module):
         self.first, self.count = mine.start, len(mine)
         self.experts = make(replace(config, n_routed_experts=self.count))
 
-    def forward(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor, weight: Tensor, also: Tensor | None = None) -> Tensor:
         """Only the (token, expert) pairs of this rank's experts are computed."""
         mine = (ids >= self.first) & (ids < self.first + self.count)
         if use_triton(x.device):  # the kernels pass over the others themselves
-            out: Tensor = self.experts(x, (ids - self.first).where(mine, -1), weight)
+            out: Tensor = self.experts(x, (ids - self.first).where(mine, -1), weight, also)
             return out
         token, place = mine.nonzero(as_tuple=True)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -288,7 +319,7 @@ class OwnExperts(nn.Module):
             local = ids[token, place, None] - self.first
             part = self.experts(x[token], local, weight[token, place, None])
             total.index_add_(0, token, part.float())
-        return total.to(x.dtype)
+        return joined(total.to(x.dtype), also)
 
     def take(self, name: str, tensor: Tensor) -> bool:
         """Where the expert is one of this rank's."""

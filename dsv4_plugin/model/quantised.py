@@ -2,8 +2,8 @@
 experts.
 
 As in the authors' inference/kernel.py, the inputs of FP8 and MXFP4 products are rounded to e4m3 in
-blocks of 128; `wo_a`, NVFP4 and int4 experts take theirs as they are. Weights are moved as raw
-bytes.
+blocks of 128; `wo_a`, NVFP4 and int4 experts take theirs as they are. Who makes the inputs rounds
+them, where it can (`takes_rounded`). Weights are moved as raw bytes.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from torch import Tensor, nn
 from dsv4_plugin.config import FP8_BLOCK, INT4, Experts, ModelConfig
 from dsv4_plugin.kernels.experts import packed_experts
 from dsv4_plugin.kernels.packed import (
+    Both,
     FP4Matrix,
     FP8Matrix,
+    Inputs,
     Int4Matrix,
     Matrix,
     NVFP4Matrix,
+    arranged,
+    gated_product,
     grouped_product,
     product,
-    round_inputs,
+    products,
+    round_rows,
 )
+from dsv4_plugin.kernels.swiglu import swiglu
 from dsv4_plugin.model.loading import give_below, shard
 from dsv4_plugin.model.parallel import GroupedLinear, MakeExperts, OutputGroups, Parallel
 from dsv4_plugin.quant.e4m3 import decode_ue8m0
@@ -84,11 +90,11 @@ def quantised(config: ModelConfig, parallel: Parallel) -> Parallel:
 
 
 def grouped_linear(
-    parallel: Parallel, groups: OutputGroups, dim: int, n_out: int, prefix: str
+    parallel: Parallel, groups: OutputGroups, dim: int, n_out: int, prefix: str, rounded: bool
 ) -> nn.Module:
-    """wo_a for heads of `dim`: [T, G, in] -> [T, G * out]."""
+    """wo_a for heads of `dim`: [T, G, in] -> [T, G * out]. rounded: what follows takes these."""
     if isinstance(parallel, QuantisedParallel) and parallel.config.is_fp8(prefix):
-        return QuantisedGroupedLinear(groups, dim, n_out, prefix)
+        return QuantisedGroupedLinear(groups, dim, n_out, prefix, rounded)
     if isinstance(parallel, QuantisedParallel) and parallel.config.is_int4(prefix):
         return Int4GroupedLinear(groups, dim, n_out, prefix, parallel.config.int4_block)
     return GroupedLinear(groups.parts, groups.unit * dim, n_out, parallel.dtype, groups.wo_a)
@@ -142,6 +148,7 @@ class QuantisedLinear(nn.Module):
         self.weight = packed(*shape)
         self.scale = packed(*(blocks(n) for n in shape), dtype=torch.float32)
         self.reduce: Callable[[Tensor], Tensor] | None = None
+        self.matrix: FP8Matrix | None = None
 
     def take(self, name: str, tensor: Tensor) -> bool:
         """The full weight [out, in], or its scales."""
@@ -150,17 +157,94 @@ class QuantisedLinear(nn.Module):
             tensor = shard(tensor, self.split, self.rank, own)
         return give_below(self, name, raw(tensor) if name == "weight" else fp8_scale(tensor))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = product(round_inputs(x) if self.rounds else x, FP8Matrix(self.weight, self.scale))
+    def finalize_weights(self) -> None:
+        """After loading: as this device multiplies it."""
+        self.hold(arranged(self.stored(), self.rounds))
+
+    def stored(self) -> FP8Matrix:
+        return self.matrix or FP8Matrix(self.weight.data, self.scale.data)
+
+    def hold(self, matrix: FP8Matrix) -> None:
+        """The same weight, as it will be multiplied."""
+        self.matrix, self.weight.data, self.scale.data = matrix, matrix.codes, matrix.scale
+
+    def forward(self, x: Inputs | Both) -> Tensor:
+        """x [T, in], rounded here if it is not."""
+        y = product(rounded(x, self), self.stored())
         return y if self.reduce is None else self.reduce(y)
+
+
+def takes_rounded(*linears: nn.Module) -> bool:
+    """Are these products of rounded inputs?"""
+    return all(isinstance(linear, QuantisedLinear) and linear.rounds for linear in linears)
+
+
+def rounded(x: Inputs | Both, linear: nn.Module) -> Inputs:
+    """x [T, in] as the linear takes it."""
+    if isinstance(x, Both):
+        return x.rounded if takes_rounded(linear) else x.plain
+    return round_rows(x) if isinstance(x, Tensor) and takes_rounded(linear) else x
+
+
+class Beside:
+    """Two linears of the same input, made of loaded ones. FP8 weights of whole blocks lie on top of
+    each other from now on, and are multiplied at once."""
+
+    matrix: FP8Matrix | None = None
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        self.linears = first, second
+        if isinstance(first, QuantisedLinear) and isinstance(second, QuantisedLinear):
+            pair = [first.stored(), second.stored()]
+            self.outputs = pair[0].shape[0], pair[1].shape[0]
+            if takes_rounded(first, second) and self.outputs[0] % FP8_BLOCK == 0:
+                codes = torch.cat([matrix.codes for matrix in pair])
+                self.matrix = FP8Matrix(codes, torch.cat([matrix.scale for matrix in pair]))
+        self.arrange()
+
+    def arrange(self) -> None:
+        """As this device multiplies them; a second time nothing is left to do."""
+        if self.matrix is None or self.matrix.inputs:
+            return
+        self.matrix = arranged(self.matrix, rounded=True)
+        first, second = self.linears
+        assert isinstance(first, QuantisedLinear)
+        assert isinstance(second, QuantisedLinear)
+        first.hold(self.matrix.part(0, self.outputs[0]))
+        second.hold(self.matrix.part(self.outputs[0], sum(self.outputs)))
+
+    def __call__(self, x: Inputs | Both) -> tuple[Tensor, Tensor]:
+        """x [T, in] -> the products [T, out] with both."""
+        first, second = self.linears
+        if self.matrix is None:
+            return first(rounded(x, first)), second(rounded(x, second))
+        return products(rounded(x, first), self.matrix, self.outputs)
+
+
+class Gated(Beside):
+    """The clamped SwiGLU of an expert's w1 and w3. rounded: what follows takes these rows so."""
+
+    def __init__(self, w1: nn.Module, w3: nn.Module, limit: float, rounded: bool) -> None:
+        super().__init__(w1, w3)
+        self.limit, self.rounded = limit, rounded
+
+    def swiglu(self, x: Inputs | Both) -> Inputs:
+        """x [T, in] -> [T, F]."""
+        if self.matrix is not None:
+            x = rounded(x, self.linears[0])
+            return gated_product(x, self.matrix, self.limit, self.rounded)
+        return swiglu(*self(x), self.limit, x.dtype)
 
 
 class QuantisedGroupedLinear(nn.Module):
     """wo_a: [T, G, in] -> [T, G * out]. A rank's parts of groups may begin anywhere in a block of
     rows, so the scale is kept for every row."""
 
-    def __init__(self, groups: OutputGroups, dim: int, n_out: int, prefix: str) -> None:
+    def __init__(
+        self, groups: OutputGroups, dim: int, n_out: int, prefix: str, rounded: bool
+    ) -> None:
         super().__init__()
+        self.rounded = rounded
         self.groups, self.n_out, n_in = groups, n_out, groups.unit * dim
         if groups.parts_of_group > 1 and n_in % FP8_BLOCK:
             raise ValueError(
@@ -170,6 +254,7 @@ class QuantisedGroupedLinear(nn.Module):
         rows = groups.parts * n_out
         self.weight = packed(rows, n_in)
         self.scale = packed(rows, blocks(n_in), dtype=torch.float32)
+        self.matrix: FP8Matrix | None = None
 
     def take(self, name: str, tensor: Tensor) -> bool:
         """The full weight [G * out, in], or its scales."""
@@ -178,8 +263,16 @@ class QuantisedGroupedLinear(nn.Module):
         rows = fp8_scale(tensor).repeat_interleave(FP8_BLOCK, 0)
         return give_below(self, name, self.groups.wo_a(rows[: self.groups.groups * self.n_out]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return grouped_product(x, FP8Matrix(self.weight, self.scale, height=1))
+    def finalize_weights(self) -> None:
+        """After loading: as this device multiplies it."""
+        self.matrix = arranged(self.stored(), rounded=False)
+        self.weight.data = self.matrix.codes
+
+    def stored(self) -> FP8Matrix:
+        return self.matrix or FP8Matrix(self.weight.data, self.scale.data, height=1)
+
+    def forward(self, x: Tensor) -> Inputs:
+        return grouped_product(x, self.stored(), self.rounded)
 
 
 class Int4Linear(nn.Module):
@@ -332,9 +425,9 @@ class QuantisedExperts(nn.Module):
             return Int4Matrix(part("weight"), part("weight_scale"))
         return NVFP4Matrix(part("weight"), part("weight_scale"), part("weight_scale_2"))
 
-    def forward(self, x: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor, weight: Tensor, also: Tensor | None = None) -> Tensor:
         rounding = self.stored in ("fp4", "fp8")
-        return packed_experts(x, ids, weight, *self.weights(), self.limit, rounding)
+        return packed_experts(x, ids, weight, *self.weights(), self.limit, rounding, also)
 
 
 def _parts(

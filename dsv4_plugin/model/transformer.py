@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.kernels.packed import plain
 from dsv4_plugin.kernels.streams import spread, streams
 from dsv4_plugin.model.block import Block, Streams
 from dsv4_plugin.model.hyper_connection import HyperHead
@@ -121,4 +122,4 @@ class Transformer(Network):
         return now
 
     def _collapse(self, last: Streams) -> Tensor:
-        return streams(*last, self.hc_head.mixer(self.norm))[1]
+        return plain(streams(*last, self.hc_head.mixer(self.norm))[1])

@@ -21,7 +21,17 @@ from dsv4_plugin.cache.rows import RowFormat, RowPool
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.config import CSA, FP8_BLOCK, HCA, SWA, ModelConfig
 from dsv4_plugin.kernels.compress import of_cache
-from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Matrix, NVFP4Matrix
+from dsv4_plugin.kernels.packed import (
+    Both,
+    FP4Matrix,
+    FP8Matrix,
+    Inputs,
+    Int4Matrix,
+    Matrix,
+    NVFP4Matrix,
+    Rounded,
+    plain,
+)
 from dsv4_plugin.kernels.step import Rows
 from dsv4_plugin.kernels.streams import Mixer, Spread
 
@@ -232,14 +242,16 @@ def place(world: World) -> Work:
     )
 
 
-def latent_norm(world: World) -> Work:
+def latent_norm(world: World, rounded: bool = False) -> Work:
+    """rounded: not to be compared, because another last bit may be rounded to another value."""
     from dsv4_plugin.kernels.norm import kernel, reference
 
+    op = "rounded_norm" if rounded else "rms_norm"
     n, eps = world.config.q_lora_rank, world.config.rms_norm_eps
     x, weight = world.random(world.rows, n, dtype=torch.bfloat16), world.random(n)
     return Work(
-        lambda: [kernel.rms_norm(x, weight, eps)],
-        lambda: [reference.rms_norm(x, weight, eps)],
+        lambda: [_values(getattr(kernel, op)(x, weight, eps))],
+        lambda: [_values(getattr(reference, op)(x, weight, eps))],
         2 * x.nbytes,
     )
 
@@ -293,8 +305,8 @@ def compressor(world: World, ratio: int) -> Work:
     return Work(lambda: run(kernel.compress), lambda: run(reference.compress), nbytes, again)
 
 
-def residual_streams(world: World, head: bool = False) -> Work:
-    """Before a sublayer; head: the last collapse."""
+def residual_streams(world: World, head: bool = False, rounds: bool = False) -> Work:
+    """Before a sublayer; head: the last collapse; rounds: its input too, which is not compared."""
     from dsv4_plugin.kernels.streams import kernel, reference
 
     c, n, r = world.config, world.rows, world.config.hc_mult
@@ -302,14 +314,15 @@ def residual_streams(world: World, head: bool = False) -> Work:
     fn = world.random(outputs, r * d) * (r * d) ** -0.5
     base, weight = world.random(outputs), world.random(d)
     iters = 0 if head else c.hc_sinkhorn_iters
-    mixer = Mixer(fn, base, torch.ones_like(base), weight, iters, c.hc_eps, c.rms_norm_eps)
+    mixer = Mixer(fn, base, torch.ones_like(base), weight, iters, c.hc_eps, c.rms_norm_eps, rounds)
     out = world.random(n, d, dtype=torch.bfloat16)
     h = world.random(n, r, d, dtype=torch.bfloat16)
     by = Spread(world.random(n, r).sigmoid(), world.random(n, r, r).sigmoid())
 
-    def run(op: Callable[..., tuple[Tensor, Tensor, Spread | None]]) -> Outputs:
+    def run(op: Callable[..., tuple[Tensor, Tensor | Both, Spread | None]]) -> Outputs:
         streams_, x, spread = op(out, h, by, mixer)
-        return [streams_, x] if spread is None else [streams_, x, spread.post, spread.mixing]
+        found = [streams_, plain(x)]
+        return found if spread is None else [*found, spread.post, spread.mixing]
 
     nbytes = 2 * h.nbytes + 2 * out.nbytes + fn.nbytes
     return Work(lambda: run(kernel.streams), lambda: run(reference.streams), nbytes)
@@ -342,6 +355,22 @@ def router(world: World, hashed: bool = False) -> Work:
     args = (logits, c.num_experts_per_tok, c.routed_scaling_factor, bias, table, ids, ids.int())
     return Work(
         lambda: list(kernel.gate(*args)), lambda: list(reference.gate(*args)), logits.nbytes
+    )
+
+
+def float32_linear(world: World, outputs: int) -> Work:
+    """The router's product, or the compressors'."""
+    from dsv4_plugin.kernels.linear import kernel, reference
+
+    x = world.random(world.rows, world.config.hidden_size, dtype=torch.bfloat16)
+    parts = world.random(kernel.PARTS, outputs, x.shape[1], dtype=torch.bfloat16)
+    for part, size in zip(parts, (2.0**-16, 2.0**-8, 1.0), strict=True):
+        part.mul_(size)
+    weight = parts.float().sum(0)
+    return Work(
+        lambda: [kernel.product(x, parts)],
+        lambda: [reference(x.float(), weight)],
+        parts.nbytes + x.nbytes + 4 * outputs * world.rows,
     )
 
 
@@ -394,22 +423,61 @@ def packed_experts(world: World, kind: str, rounding: bool = False) -> Work:
     )
 
 
-def fp8_linear(world: World, n_in: str, n_out: str, factor: int = 1) -> Work:
-    """By the names of the config's fields; n_out times `factor`."""
+def _values(x: Inputs) -> Tensor:
+    return x.values() if isinstance(x, Rounded) else x
+
+
+def fp8_linear(world: World, n_in: str, n_out: str, factor: int = 1, rounded: bool = True) -> Work:
+    """By the names of the config's fields; n_out times `factor`. rounded: so are its inputs."""
     from dsv4_plugin.kernels.packed import cpu, kernel
 
     inputs, outputs = getattr(world.config, n_in), factor * getattr(world.config, n_out)
     x = world.random(world.rows, inputs, dtype=torch.bfloat16)
     matrix = world.packed("fp8", outputs, inputs)
+    assert isinstance(matrix, FP8Matrix)
+    given = kernel.round_rows(x) if rounded else x
+    arranged = kernel.arranged(matrix, rounded)
     return Work(
-        lambda: [kernel.product(x, matrix)],
-        lambda: [cpu.product(x, matrix)],
+        lambda: [kernel.product(given, arranged)],
+        lambda: [cpu.product(given, matrix)],
         outputs * inputs + x.nbytes + 2 * outputs * world.rows,
     )
 
 
-def grouped_linear(world: World) -> Work:
-    """wo_a, with a scale for every row."""
+def gated_linear(world: World, rounded: bool = False) -> Work:
+    """The shared expert's w1 and w3; rounded: as its w2 takes them, not to be compared."""
+    from dsv4_plugin.kernels.packed import cpu, kernel
+
+    c = world.config
+    x = world.random(world.rows, c.hidden_size, dtype=torch.bfloat16)
+    matrix = world.packed("fp8", 2 * c.moe_intermediate_size, c.hidden_size)
+    assert isinstance(matrix, FP8Matrix)
+    given, arranged = kernel.round_rows(x), kernel.arranged(matrix, rounded=True)
+    return Work(
+        lambda: [_values(kernel.gated_product(given, arranged, c.swiglu_limit, rounded))],
+        lambda: [_values(cpu.gated_product(given, matrix, c.swiglu_limit, rounded))],
+        matrix.codes.nbytes + x.nbytes + 2 * c.moe_intermediate_size * world.rows,
+    )
+
+
+def int4_linear(world: World) -> Work:
+    """Of the latent, in blocks of 128."""
+    from dsv4_plugin.kernels.packed import cpu, kernel
+
+    c = world.config
+    x = world.random(world.rows, c.hidden_size, dtype=torch.bfloat16)
+    data = world.bytes(0, 256, c.q_lora_rank, c.hidden_size // 2)
+    scale = world.random(c.q_lora_rank, c.hidden_size // 128).abs() * 2.0**-7
+    matrix = Int4Matrix(data, scale.bfloat16())
+    return Work(
+        lambda: [kernel.product(x, matrix)],
+        lambda: [cpu.product(x, matrix)],
+        data.nbytes + x.nbytes + 2 * c.q_lora_rank * world.rows,
+    )
+
+
+def grouped_linear(world: World, rounded: bool = False) -> Work:
+    """wo_a, with a scale for every row; rounded: as wo_b takes them, not to be compared."""
     from dsv4_plugin.kernels.packed import cpu, kernel
 
     c, groups = world.config, world.config.o_groups
@@ -418,9 +486,10 @@ def grouped_linear(world: World) -> Work:
     blocks = world.packed("fp8", groups * c.o_lora_rank, inputs)
     assert isinstance(blocks, FP8Matrix)
     matrix = FP8Matrix(blocks.codes, blocks.scale.repeat_interleave(FP8_BLOCK, 0), height=1)
+    arranged = kernel.arranged(matrix, rounded=False)
     return Work(
-        lambda: [kernel.grouped_product(x, matrix)],
-        lambda: [cpu.grouped_product(x, matrix)],
+        lambda: [_values(kernel.grouped_product(x, arranged, rounded))],
+        lambda: [_values(cpu.grouped_product(x, matrix, rounded))],
         matrix.codes.nbytes + x.nbytes + 2 * groups * c.o_lora_rank * world.rows,
     )
 
@@ -530,6 +599,8 @@ WORK: dict[str, Callable[[World], Work]] = {
     "residual streams": residual_streams,
     "residual streams, joined": joined_streams,
     "router": router,
+    "router's product": partial(float32_linear, outputs=256),
+    "compressors' product, CSA": partial(float32_linear, outputs=2560),
     "shared expert's SwiGLU": shared_activation,
     "index queries": index_queries,
     "index scores and top-k": index,
@@ -545,5 +616,7 @@ WORK: dict[str, Callable[[World], Work]] = {
         fp8_linear, n_in="q_lora_rank", n_out="num_attention_heads", factor=FLASH.head_dim
     ),
     "FP8 linear, groups of heads": grouped_linear,
+    "FP8 linear, gated": gated_linear,
+    "int4 linear, latent": int4_linear,
     "rounded inputs": rounded_inputs,
 }

@@ -72,7 +72,7 @@ class Emulator:
 
     def __init__(self, ptx: str, threads: int, shared: int) -> None:
         self.program = parse(ptx)
-        self.threads, self.shared = threads, max(shared, 16)
+        self.threads, self.shared = threads, max(-(-shared // 16), 1) * 16  # blocks are aligned
         self.counters: Counters | None = None
 
     def launch(

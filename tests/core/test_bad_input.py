@@ -141,13 +141,13 @@ def test_arguments(small):
     [
         (
             {"quant_method": "awq"},
-            "quantization_config.quant_method is 'awq'; allowed are 'fp8' and 'compr",
+            "quantization_config.quant_method is 'awq'; allowed are 'fp8', 'compressed-t",
         ),
         ({"fmt": "e5m2"}, "quantization_config.fmt is 'e5m2'; allowed is 'e4m3'"),
         ({"weight_block_size": [64, 64]}, r"weight_block_size is \[64, 64\]; allowed is \[128, 12"),
         (
             {"quant_method": None},
-            "quantization_config lacks quant_method; allowed are 'fp8' and 'compr",
+            "quantization_config lacks quant_method; allowed are 'fp8', 'compressed-t",
         ),
         ({"zero_point": True}, "quantization_config.zero_point is True; this version knows no"),
         ({"kv_cache_quant_algo": "FP8"}, "kv_cache_quant_algo is 'FP8'; it must be left out"),
@@ -404,7 +404,8 @@ FREE = {"quantization_config": {}, "architectures": []}
 
 @needs_shared
 def test_every_field_that_is_read_has_its_row():
-    derived = {"yarn", "experts", "generation", "int4_block", "fp8_attention", "rounds_fp8_inputs"}
+    derived = {"yarn", "experts", "generation", "fp8_attention", "rounds_fp8_inputs"}
+    derived |= {"int4_block", "int4_modules"}
     read = {f.name for f in dataclasses.fields(ModelConfig)} - derived - {"dspark"}
     read |= {"rope_scaling", "quantization_config", "expert_dtype", *DSPARK_FIELDS}
     assert read <= set(FIELDS.fields)

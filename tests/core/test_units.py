@@ -14,7 +14,7 @@ from dsv4_plugin.kernels.compress import sums
 from dsv4_plugin.kernels.experts import packed_experts
 from dsv4_plugin.kernels.index.cpu import hadamard, scores
 from dsv4_plugin.kernels.norm import rms_norm
-from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, product, round_inputs
+from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, product, round_rows
 from dsv4_plugin.kernels.rope import frequencies, rotate_
 from dsv4_plugin.kernels.streams import spread, streams
 from dsv4_plugin.kernels.streams.cpu import sinkhorn
@@ -78,9 +78,9 @@ def test_moe():
     ids, weight = gate(x, *torch.zeros(2, len(x), dtype=torch.int64))
     routed = packed_experts(x, ids, weight, *stacks, limit, rounding=True)
     w1, w3, w2 = (FP8Matrix(raw(u[f"s{w}"]), u[f"s{w}s"]) for w in ("w1", "w3", "w2"))
-    rounded = round_inputs(x)
+    rounded = round_rows(x)
     h = swiglu(product(rounded, w1), product(rounded, w3), limit, torch.float32)
-    found = routed + product(round_inputs(h), w2)
+    found = routed + product(round_rows(h), w2)
     assert (found - u["y_ref"]).norm() / u["y_ref"].norm() < QUANTISED
 
 

@@ -21,9 +21,10 @@ def judge(mini) -> Judge:
 def test_the_taught_answers_are_right_and_others_are_not(renderer, judge):
     tests = list(drawn(10, judge.tokens))
     answers = [renderer.answer(c) for _, c in tests]
-    row = judge.row(tests, Answers(answers, accepted=0.5))
+    row = judge.row(tests, Answers(answers, accepted=0.5, per_step=1.5))
     assert {skill for skill in row if skill in SKILLS} == set(SKILLS) - {"memory", "effort"}
     assert row.pop("drafts") == 50
+    assert row.pop("tokens a step") == 1.5
     lengths = [row.pop(f"tokens@{effort}") for effort in ("none", "high", "max")]
     assert lengths[0] == 0 < lengths[1] < lengths[2]
     assert set(row.values()) == {100}

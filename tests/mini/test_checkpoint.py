@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dsv4_plugin.batch import Sampler
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.engine import load
 from dsv4_plugin.speculate import Speculator
+from dsv4_plugin.tools.conversations import SKILLS, held_out
 from dsv4_plugin.tools.convert import CONVERSIONS, convert_checkpoint
 from dsv4_plugin.tools.mini import COMPACT, UNUSED, VOCABULARY, WEIGHTS, expand, make_mini
 from tests.conftest import random_ids
@@ -90,6 +92,20 @@ def test_an_exported_run_computes_what_was_trained(tmp_path, monkeypatch):
         h = speculator.drafts.follow(batch, step, h, means, ids[1:])
         found = engine.model.head(engine.drafter.collapse(h))
     close(found[:, known], drafted)
+
+
+def test_what_the_shipped_drafters_are_worth(mini, tmp_path):
+    """On held-out conversations, which they do not change: tokens per step of the MTP layer, and of
+    blocks."""
+    make_mini(tmp_path / "mini", dspark=True)
+    renderer = Renderer()
+    prompts = [renderer.prompt(c) for skill in SKILLS for c in held_out(skill, 2)]
+    expected = load(mini, "float32").generate(prompts, 64)
+    for directory, n, least in ((mini, 1, 1.8), (tmp_path / "mini", 5, 2.5)):
+        speculator = Speculator(load(directory, "float32", mtp=True), n)
+        with torch.inference_mode():
+            assert speculator.generate(prompts, 64, Sampler(0.0, None), 256, False) == expected
+        assert 1 + speculator.accepted / speculator.steps > least
 
 
 def close(found, expected):

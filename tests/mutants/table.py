@@ -42,9 +42,11 @@ STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX, SWIGLU = 
 )
 ATTENTION_KEYS = f"{KERNELS}/attention/keys.py"
 INDEX_TOPK = f"{KERNELS}/index/topk.py"
+FP8 = f"{KERNELS}/packed/fp8.py"
 BLOCK, TRANSFORMER, DSPARK = (
     f"dsv4_plugin/model/{name}.py" for name in ("block", "transformer", "dspark")
 )
+PRODUCT, LINEAR = f"{KERNELS}/experts/product.py", f"{KERNELS}/linear/kernel.py"
 GROUPS, CPU_ATTENTION = "dsv4_plugin/cache/groups.py", "dsv4_plugin/kernels/attention/cpu.py"
 FILES, SPECULATE = "dsv4_plugin/checkpoint/files.py", "dsv4_plugin/speculate.py"
 RENDER, ENCODER = "dsv4_plugin/chat/render.py", "dsv4_plugin/chat/encoder.py"
@@ -68,11 +70,11 @@ MUTANTS = [
     Mutant("a share's tile past its end", STREAMS, "stop = tl.minimum(begin + rows, end)", "stop = begin + rows", "triton/test_streams", "batch"),
     Mutant("experts past the last compete", GATE, "tl.where(e < E, (ordered", "tl.where(e < E + 1, (ordered", "triton/test_gate"),
     Mutant("entries that a row does not see are chosen", INDEX_TOPK, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "triton/test_index", "topk"),
-    Mutant("rows of no pair are stored", EXPERTS, "tl.store(at, gate, mask=real[:, None] &", "tl.store(at, gate, mask=(pair[:, None] >= 0) &", "triton/test_experts", "nobody or one_expert"),
     Mutant("rows of nobody are added", EXPERTS, "here = (id >= 0) & (id < E)", "here = id < E", "triton/test_experts", "nobody"),
     Mutant("outputs past the last", PACKED, "used = (n < N)[:, None] & (word < K // 4)[None, :]", "used = (n < N + 9)[:, None] & (word < K // 4)[None, :]", "triton/test_experts", "packed_product and fp8"),
     Mutant("no guard for a tile that nobody sees", ATTENTION, "m = tl.maximum(tl.ceil(tl.max(s, 1) * scale), LOWEST)", "m = tl.ceil(tl.max(s, 1) * scale)", "triton/test_attention", "decode"),
     Mutant("entries that do not exist yet are seen", ATTENTION, "seen = (pos + 1) // RATIO if", "seen = (pos + RATIO) // RATIO if", "triton/test_attention", "prefill"),
+    Mutant("rows of no pair are stored", PRODUCT, "gate, mask=real[:, None] &", "gate, mask=(pair[:, None] >= 0) &", "triton/test_experts", "nobody or one_expert"),
     # Off by one
     Mutant("the window is one too long", ATTENTION, "front = tl.minimum(pos + 1, SPAN)", "front = tl.minimum(pos + 1, SPAN + 1)", "triton/test_attention", "prefill"),
     Mutant("an entry closes a token late", COMPRESS, "(begin + R <= end)", "(begin + R < end)", "triton/test_compress", "csa"),
@@ -93,10 +95,18 @@ MUTANTS = [
     Mutant("nibbles change places", PACKED, "even = tl.join(tl.join(k0, k4)", "even = tl.join(tl.join(k4, k0)", "triton/test_experts", "every_code"),
     Mutant("the scale of the next block", PACKED, "* (COUNT // 4) + word[None, :]", "* (COUNT // 4) + 0 * word[None, :]", "triton/test_experts", "every_code"),
     Mutant("one scale for all rows", PACKED, "at = n // HEIGHT *", "at = n // 128 *", "triton/test_experts", "grouped"),
-    Mutant("weights of the first choice", EXPERTS, "tl.load(weight + pair,", "tl.load(weight + pair // PAIRS * PAIRS,", "triton/test_experts", "plain"),
     Mutant("scales of the wrong blocks", ATTENTION_KEYS, "(u // 8 % 4 * 8)", "(u // 8 % 2 * 8)", "triton/test_attention", "decode"),
     Mutant("choices of another row", ATTENTION, "chosen + t * choices + begin", "chosen + begin", "triton/test_attention", "decode"),
     Mutant("quarters are counted on, past the last", ATTENTION, "dim = (first ^ i) * W + w", "dim = (first + i) * W + w", "triton/test_attention", "decode"),
+    Mutant("what is rounded is not of the model's dtype", STREAMS, "        y = y.to(h.dtype.element_ty).to(tl.float32)\n        store", "        store", "triton/test_packed", "sublayer"),
+    Mutant("codes lie as in the checkpoint", FP8, "codes.view(rows, -1, 4, 32).transpose(2, 3).reshape(rows, -1)", "codes.clone()", "triton/test_packed", "every_code and bits"),
+    Mutant("a row's scale is its first block's", FP8, "by = tl.load(x_scale + i)", "by = tl.load(x_scale)", "triton/test_packed", "test_product and codes"),
+    Mutant("torch reads codes as they lie", "dsv4_plugin/kernels/packed/__init__.py", "if self.bits:", "if False:", "triton/test_packed", "torch_reads"),
+    Mutant("the second weight's rows are as long as the first's", FP8, "tl.where(later, N - first, first)", "first", "triton/test_packed", "two_weights"),
+    Mutant("weights of the first choice", PRODUCT, "tl.load(weight + pair,", "tl.load(weight + pair // PAIRS * PAIRS,", "triton/test_experts", "plain"),
+    Mutant("inputs in the order of another format", PRODUCT, "i % EACH * (BLOCK // EACH) + i // EACH", "i % (BLOCK // EACH) * EACH + i // (BLOCK // EACH)", "triton/test_experts", "packed_experts and fp4"),
+    Mutant("a placed pair is its own forerunner", EXPERTS, "i[:, None] < i[None, :]", "i[:, None] <= i[None, :]", "triton/test_experts", "place"),
+    Mutant("a placed block is not filled up", EXPERTS, "rest < ((first + blocks) * M)", "rest < ((first + blocks) * M - 1)", "triton/test_experts", "place"),
     # Arithmetic that is nearly right
     Mutant("the sink is left out", ATTENTION, "_fold(tl.exp2(at - m), alpha, l_i, beta)", "_fold(0.0 * at, alpha, l_i, beta)", "triton/test_attention", "prefill"),
     Mutant("what is far below the maximum weighs more", ATTENTION, "tl.where(n < -64.0, 0.0, bits.to", "tl.where(n < -999.0, 0.0, 2e18 * bits.to", "triton/test_attention", "far"),
@@ -112,11 +122,16 @@ MUTANTS = [
     Mutant("a share's last chunk is left out", STREAMS, "for i in tl.static_range(1, PER):", "for i in tl.static_range(1, PER - 1):", "triton/test_streams", "4096"),
     Mutant("sums of the slab before", STREAMS, "to = partial + (t - first) * chunks * WIDTH\n            _multiply", "to = partial + t * chunks * WIDTH\n            _multiply", "triton/test_streams", "batch"),
     Mutant("a stream joins with the next one's weight", STREAMS, "mixing + tk * R + j", "mixing + tk * R + (j + 1) % R", "triton/test_streams", "2-4-72"),
-    Mutant("the limit bounds the gate below too", EXPERTS, "gate = tl.minimum(gate.to(x.dtype.element_ty).to(tl.float32), limit)", "gate = tl.maximum(tl.minimum(gate.to(x.dtype.element_ty).to(tl.float32), limit), -limit)", "triton/test_experts", "plain"),
-    Mutant("the limit bounds the shared expert's gate below too", SWIGLU, "g = tl.minimum(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), limit)", "g = tl.maximum(tl.minimum(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), limit), -limit)", "triton/test_swiglu"),
+    Mutant("the limit bounds the gate below too", PRODUCT, "gate = tl.minimum(gate.to(tl.float32), limit)", "gate = tl.maximum(tl.minimum(gate.to(tl.float32), limit), -limit)", "triton/test_experts", "plain"),
     Mutant("padding chooses experts", GATE, "tl.where(tl.load(position + t) < 0, -1, ids)", "tl.where(tl.load(position + t) < -9, -1, ids)", "triton/test_gate"),
     Mutant("the tensor's scale is dropped", PACKED, "one *= tl.load(top) * FP4_UNIT", "one *= FP4_UNIT", "triton/test_experts", "packed_product and nvfp4"),
+    Mutant("the last piece is left out", PRODUCT, "for piece in tl.static_range(1, PIECES):", "for piece in tl.static_range(1, PIECES - 1):", "triton/test_experts", "company"),
+    Mutant("a piece begins a step late", PRODUCT, "_opened(i % STEPS == 0, gate_before", "_opened(i % STEPS == 1, gate_before", "triton/test_experts", "company"),
+    Mutant("a float32 weight's middle part is dropped", LINEAR, "torch.stack(found[::-1])", "torch.stack([found[-1], found[0]])", "triton/test_linear"),
+    Mutant("a piece of a float32 product is left out", LINEAR, "for piece in tl.static_range(1, PIECES):", "for piece in tl.static_range(2, PIECES):", "triton/test_linear"),
+    Mutant("a float32 product's pieces are not made apart", LINEAR, "before = tl.where(i % STEPS == 0,", "before = tl.where(i < 0,", "triton/test_linear", "company"),
     # Between programs
+    Mutant("an expert's tiles share a counter", PRODUCT, "counter + tl.program_id(1) * tl.num_programs(0) + block", "counter + block", "triton/test_experts", "company"),
     Mutant("the last but one goes on", ARRIVAL, "== programs - 1", "== tl.maximum(programs - 2, 0)", "triton/test_arrival"),
     Mutant("counters are not put back", ARRIVAL, "tl.store(counter, 0)", "pass", "triton/test_arrival"),
     Mutant("no barrier before an arrival", ARRIVAL, "    tl.debug_barrier()", "    # tl.debug_barrier()", "triton/test_arrival"),
@@ -130,11 +145,14 @@ MUTANTS = [
     Mutant("cells are folded from the last on", ATTENTION, "place = (t * places + cell) * H + h\n            x =", "place = (t * places + end - 1 - cell + piece * own) * H + h\n            x =", "triton/test_attention", "order"),
     Mutant("dealt tiles know no pieces", ATTENTION, "own = PIECE // each", "own = 1", "triton/test_attention", "order"),
     Mutant("a cell more than there is", ATTENTION, "end = tl.minimum(piece * own + own, cells)", "end = piece * own + own", "triton/test_attention", "order"),
+    Mutant("the last piece adds the others to its own", FP8, "        one = _merged(mine, at, SIZE, PIECES)\n", "        others = _merged(mine, at, SIZE, PIECES) - tl.load(mine + piece * SIZE + at)\n        one += others\n", "triton/test_packed", "test_pieces"),
+    Mutant("output tiles share a counter", FP8, "slot = group * tl.num_programs(0) + tl.program_id(0)", "slot = group", "triton/test_packed", "company"),
+    Mutant("pieces follow from the rows", FP8, "columns = triton.cdiv(n, tiles_of.few.outputs) * groups", "columns = triton.cdiv(n, tiles_of.few.outputs) * groups * rows", "triton/test_packed", "company"),
     # Graphs
     Mutant("attention is captured with its metadata", BLOCK, "self.attend = parallel.breaking(self.attn.forward)", "self.attend = self.attn.forward", "triton/test_vllm", compiled=True),
     # Addresses
     Mutant("int32 page addresses", COMPRESS, "number = tl.load(page_table + begin // PAGE).to(tl.int64)", "number = tl.load(page_table + begin // PAGE)", "triton/test_compress", "gigabytes"),
-    Mutant("int32 addresses of experts", EXPERTS, "e = tl.load(expert_of + block).to(tl.int64)", "e = tl.load(expert_of + block)", "triton/test_experts", "gigabytes"),
+    Mutant("int32 addresses of experts", PRODUCT, "e = tl.load(expert_of + block).to(tl.int64)", "e = tl.load(expert_of + block)", "triton/test_experts", "gigabytes"),
     Mutant("int32 window addresses", STEP, "mask=real, other=-1).to(tl.int64)", "mask=real, other=-1)", "triton/test_step"),
     Mutant("int32 block addresses", ATTENTION_KEYS, "mask=real, other=-1).to(tl.int64)", "mask=real, other=-1)", "triton/test_attention", "gigabytes"),
     Mutant("int32 key addresses", DEVICE, "mask=ok, other=-1).to(tl.int64)\n    ok", "mask=ok, other=-1)\n    ok", "triton/test_index", "gigabytes"),
@@ -148,7 +166,7 @@ MUTANTS = [
     Mutant("a block is seeded a position early", SPECULATE, 'step = batch.step(running, torch.full_like(running, ids.shape[1]), "block")', 'batch.lengths[running] -= 1\n        step = batch.step(running, torch.full_like(running, ids.shape[1]), "block")', "core/test_dspark", "a_block"),
     Mutant("streams are normed before their mean", TRANSFORMER, "spread(*now).float().mean(1)", "torch.nn.functional.rms_norm(spread(*now).float(), h.shape[-1:]).mean(1)", "core/test_dspark", "a_block"),
     Mutant("streams are read before the layer", TRANSFORMER, "            now = block(now, input_ids, step, cache)\n            if means", "            before, now = now, block(now, input_ids, step, cache)\n            if means and int(layer) in means:\n                means[int(layer)] = spread(*before).float().mean(1).to(h.dtype)\n            elif means", "core/test_dspark", "a_block"),
-    Mutant("the collapsed state is read, not the mean", TRANSFORMER, "spread(*now).float().mean(1).to(h.dtype)", "streams(*now, block.hc_attn.mixer(block.attn_norm))[1]", "core/test_dspark", "a_block"),
+    Mutant("the collapsed state is read, not the mean", TRANSFORMER, "spread(*now).float().mean(1).to(h.dtype)", "plain(streams(*now, block.hc_attn.mixer(block.attn_norm))[1])", "core/test_dspark", "a_block"),
     Mutant("rows of a block see those before them only", GROUPS, "last = seq_lens[request] - 1", "last = seq_lens[request] - count[request] + rows - query_start[request]", "core/test_dspark", "see_one_another"),
     Mutant("a block sees a row less of the window", GROUPS, "self.window = layout.sliding_window + together", "self.window = layout.sliding_window + max(0, together - 1)", "core/test_dspark", "visible"),
     Mutant("noise takes the anchor's place", DSPARK, "torch.cat([anchor[:, None], noise], 1)", "torch.cat([noise, anchor[:, None]], 1)", "core/test_dspark", "a_block"),
@@ -184,6 +202,9 @@ MUTANTS = [
     Mutant("the first parameter always makes a call", TRIAL, "return not self.in_reasoning and not self.amid_line", "return True", "chat/test_parser"),
     # Adapters
     Mutant("requests with one prefix share a ring in vLLM", VLLM_CACHE, "ring=metadata[self.ring.prefix]", "ring=metadata[self.page.prefix]", "vllm/test_engine"),
+    Mutant("rows of vLLM's blocks see those before them only", "vllm_ext/dspark.py", "together = True", "together = False", "vllm_v2/test_dspark", "proposed", compiled=True),
+    Mutant("vLLM's drafter reads the streams a layer late", "vllm_ext/model.py", "tuple(layer - 1 for", "tuple(layer - 2 for", "vllm_v2/test_dspark", "proposed", compiled=True),
+    Mutant("a page of each prefix is computed again for DSpark", "vllm_ext/config.py", "disable_eagle_block_drop = True", "disable_eagle_block_drop = False", "vllm_v2/test_dspark", "proposed", compiled=True),
     Mutant("another plugin goes unnoticed in vLLM", VLLM_ACTIVE, "if found[what] != wanted:", "if not found[what]:", "vllm/test_registration"),
     Mutant("a data-parallel rank loads every expert", PARALLEL, "return 0 <= own < self.count and give(", "return give(", "parallel/test_ranks", "data_parallel"),
     Mutant("data-parallel ranks take the first one's rows", VLLM_PARALLEL, "first = group.rank_in_group * most", "first = 0", "parallel/test_ranks", "data_parallel"),

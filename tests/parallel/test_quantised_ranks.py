@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dsv4_plugin.config import CSA
 from dsv4_plugin.engine import load
 from dsv4_plugin.tools.make import make_checkpoint
 from tests.conftest import SMALL, random_ids
@@ -59,6 +60,30 @@ def test_cut_blocks_are_refused(tmp_path):
     make_checkpoint(tmp_path / "tiny", "tiny", overrides=SMALL, tokenizer=False, fmt="fp8-fp4")
     with pytest.raises(ValueError, match=r"2 tensor-parallel ranks cannot share .* blocks of 128"):
         Ranks(2).load(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_of_one_input_lie_on_top_of_each_other(tmp_path, ranks):
+    """And are no copies, also where the checkpoint is loaded by ranks."""
+    make_checkpoint(tmp_path / "it", "tiny", 5, ALIGNED, tokenizer=False, fmt="fp8-fp4")
+    for model in Ranks(ranks).load(tmp_path / "it"):
+        codes = model.layers["0"].attn.down.matrix.codes
+        model.finalize_weights()
+        assert model.layers["0"].attn.down.matrix.codes is codes
+        layers = [layer for layer in model.layers.values() if layer.attn.ratio == CSA]
+        assert layers
+        for layer in layers:
+            attn, shared = layer.attn, layer.ffn.shared_experts
+            for both, first, second in (
+                (attn.down, attn.wq_a, attn.wkv),
+                (attn.up, attn.wq_b, attn.indexer.wq_b),
+                (shared.gated, shared.w1, shared.w3),
+            ):
+                assert len(both.matrix.codes) == len(first.weight) + len(second.weight)
+                for part in (first.weight, second.weight, first.stored().codes):
+                    assert part.untyped_storage().data_ptr() == both.matrix.codes.data_ptr()
+                x = torch.randn(3, first.weight.shape[1])
+                assert all(map(torch.equal, both(x), (first(x), second(x))))
 
 
 def test_the_weights_are_bytes(checkpoint):

@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.config import INT4_BLOCKS
-from dsv4_plugin.kernels import packed
 from dsv4_plugin.kernels.experts import cpu as plain
 from dsv4_plugin.kernels.experts import kernel
+from dsv4_plugin.kernels.experts.product import operand
 from dsv4_plugin.kernels.launch import pick
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Int4Matrix, Matrix, NVFP4Matrix
 from dsv4_plugin.kernels.packed import cpu as packed_cpu
 from dsv4_plugin.kernels.packed import kernel as packed_kernel
 from dsv4_plugin.model.parallel import OwnExperts, SplitExperts
 from dsv4_plugin.quant.e2m1 import decode_mxfp4, decode_nvfp4
-from dsv4_plugin.quant.e4m3 import e4m3_values, round_e4m3
+from dsv4_plugin.quant.e4m3 import e4m3_values
 from dsv4_plugin.quant.int4 import decode_int4
 from dsv4_plugin.tools.kernel_work import World
 from lab.kernels.cases import generator
 from lab.kernels.inputs import untouched
 from lab.kit import mode
 from lab.kit.mode import interpreted_first
+from lab.kit.order import seeded
 from tests.tolerances import BF16_SUM, OP_FP32, QUANTISED
 
 KINDS = ("fp8", "fp4", "nvfp4", "int4")
@@ -85,13 +86,19 @@ def plain_layer(e: int, d: int, f: int, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize("rows", [16, 64])
-@pytest.mark.parametrize("tokens", [1, 23, 700])
-def test_every_pair_gets_a_place(gpu, tokens, rows):
+@pytest.mark.parametrize(
+    ("tokens", "placed"), [(1, False), (23, False), (700, False), (1, True), (13, True), (21, True)]
+)
+def test_every_pair_gets_a_place(gpu, tokens, placed, rows):
     """In blocks of its expert, in order; idle experts and pairs of nobody have none."""
     ids, _ = choose(tokens, 9, 3)
     ids[ids == 4] = -1
     ids[ids == 7] = 9
-    found = kernel.sort(ids, 9, rows)
+    found = kernel.Blocks.room(ids, 9, rows)
+    if placed:
+        kernel.prepared(inputs(tokens, 128), ids, found, 1, True)
+    else:
+        kernel.sort(ids, found)
     flat = ids.flatten().tolist()
     expert_of, row_of, expected = [], [], []
     for e in range(9):
@@ -120,7 +127,10 @@ def test_plain_experts(gpu, tokens, e, d, f, dtype):
     x, (w13, w2) = inputs(tokens, d, dtype), plain_layer(e, d, f, dtype)
     ids, weight = choose(tokens, e, 2)
     expected = plain.experts(x.cpu(), ids.cpu(), weight.cpu(), w13.cpu(), w2.cpu(), LIMIT)
-    close(kernel.experts(x, ids, weight, w13, w2, LIMIT).cpu(), expected)
+    found = kernel.experts(x, ids, weight, w13, w2, LIMIT)
+    close(found.cpu(), expected)
+    also = inputs(tokens, d, dtype).flip(0).contiguous()
+    assert torch.equal(kernel.experts(x, ids, weight, w13, w2, LIMIT, also), found + also)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,22 +201,79 @@ def test_experts_of_this_rank(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind", [interpreted_first("fp8"), "fp4", *map(interpreted_first, ("nvfp4", "int4"))]
+    ("kind", "d"),
+    [
+        ("fp4", 768),
+        interpreted_first("fp8", 640),
+        interpreted_first("nvfp4", 640),
+        interpreted_first("int4", 768),
+    ],
 )
-def test_alone_and_in_company(gpu, kind):
-    """The same bits, in tiles for few rows and for many. (Consumer chips have one tile.)"""
-    x, layer = inputs(30, 160), packed_layer(kind, 3, 160, 32)
-    ids, weight = choose(30, 3, 2)
-    one_tile = pick({"any": False, "consumer": True})
-    assert one_tile or packed_kernel.tile_for(30 * 2 // 3).rows > packed_kernel.tile_for(1).rows
-    together = kernel.packed_experts(x, ids, weight, *layer, LIMIT, rounding=True)
-    for t in (0, 29):
+def test_alone_and_in_company(gpu, monkeypatch, kind, d):
+    """Few rows an expert: a token has the same bits where each piece of a sum is a program's, in
+    whatever order these arrive, and where a program goes through all of them."""
+    few = replace(pick(kernel.LAUNCHES), piece=256, split=4)
+    monkeypatch.setattr(kernel, "LAUNCHES", {"any": few})
+    # Rounded to bfloat16, sums of another order seldom differ; compiled, float32 takes minutes.
+    dtype = torch.float32 if mode.INTERPRET else torch.bfloat16
+    x, layer = inputs(6, d, dtype), packed_layer(kind, 3, d, 160)
+    ids, weight = choose(6, 3, 2)
+    rounding = kind in ("fp4", "fp8")
+    together = kernel.packed_experts(x, ids, weight, *layer, LIMIT, rounding)
+    expected = plain.packed_experts(x, ids, weight, *layer, LIMIT, rounding)
+    assert (together - expected).norm() / expected.norm() < QUANTISED
+    for t in (0, 5):
         one = slice(t, t + 1)
-        alone = kernel.packed_experts(x[one], ids[one], weight[one], *layer, LIMIT, rounding=True)
+        with seeded(t):
+            alone = kernel.packed_experts(x[one], ids[one], weight[one], *layer, LIMIT, rounding)
         assert torch.equal(alone[0], together[t])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [8, interpreted_first(128)])
+def test_every_code_of_experts(gpu, tokens):
+    """Each value comes out exactly, under scales of any size that is in use."""
+    byte = torch.arange(256, dtype=torch.uint8, device=mode.DEVICE)
+    number = byte.where(byte & 0x7F != 0x7F, 0)  # without NaN
+    pairs = byte.view(1, 4, 64).repeat(1, 16, 1)
+    top = torch.tensor([2.0**-7], device=mode.DEVICE)
+    fp8 = FP8Matrix(number.view(1, 2, 128), torch.full((1, 1, 1), 2.0**-9, device=mode.DEVICE))
+    mx = FP4Matrix(pairs, byte.clamp(70, 190).view(1, 64, 4))
+    nv = NVFP4Matrix(pairs[:, :32], number.view(1, 32, 8), top)
+    exact: list[tuple[Matrix, Tensor]] = [
+        (fp8, e4m3_values(fp8.codes[0]) * 2.0**-9),
+        (mx, decode_mxfp4(mx.data[0], mx.scale[0])),
+        (nv, decode_nvfp4(nv.data[0], nv.scale[0], nv.top[0])),
+    ]
+    for block in INT4_BLOCKS:
+        scale = 2.0 ** (torch.arange(64 * 128 // block, device=mode.DEVICE) % 90 - 60.0)
+        int4 = Int4Matrix(pairs, scale.view(1, 64, -1).bfloat16())
+        exact.append((int4, decode_int4(int4.data[0], int4.scale[0])))
+    which = torch.arange(tokens, device=mode.DEVICE) * 128 // tokens
+    x = torch.eye(128, device=mode.DEVICE)[which]
+    ids = torch.zeros(tokens, 1, dtype=torch.int64, device=mode.DEVICE)
+    for matrix, values in exact:
+        w = operand(matrix)
+        products = kernel.Products.of(ids, ids.float(), w, LIMIT, False)
+        found = products.multiply(products.prepared(x, w), w, w, 1)
+        assert torch.equal(found, values.t()[which])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("kind", [interpreted_first("fp8"), "fp4", interpreted_first("nvfp4")])
+def test_many_rows(gpu, monkeypatch, kind, turned):
+    """Both ways to multiply, whichever the chip's table has."""
+    many = replace(pick(kernel.LAUNCHES).many, rows=64, turned=turned)
+    launch = replace(pick(kernel.LAUNCHES), many=many, many_fp8=many, limit=0)
+    monkeypatch.setattr(kernel, "LAUNCHES", {"any": launch})
+    x, layer = inputs(40, 160), packed_layer(kind, 2, 160, 96)
+    ids, weight = choose(40, 2, 2)
+    rounding = kind != "nvfp4"
+    expected = plain.packed_experts(x, ids, weight, *layer, LIMIT, rounding)
+    found = kernel.packed_experts(x, ids, weight, *layer, LIMIT, rounding)
+    assert (found - expected).norm() / expected.norm() < QUANTISED
+
+
+@pytest.mark.parametrize("kind", ["fp4", "nvfp4", "int4"])
 @pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1, 160, 130), interpreted_first(70, 32, 96)])
 def test_packed_product(gpu, kind, rows, n_in, n_out):
     matrix = stack(kind, 1, n_out, n_in).of(0)
@@ -218,15 +285,13 @@ def test_packed_product(gpu, kind, rows, n_in, n_out):
 
 
 def test_every_code(gpu):
-    """Each e4m3 and e2m1 value comes out exactly, under scales of any size that is in use."""
+    """Each e2m1 value comes out exactly, under scales of any size that is in use."""
     byte = torch.arange(256, dtype=torch.uint8, device=mode.DEVICE)
     number = byte.where(byte & 0x7F != 0x7F, 0)  # without NaN
-    fp8 = FP8Matrix(number.view(2, 128), torch.full((1, 1), 2.0**-9, device=mode.DEVICE))
     pairs = byte.view(4, 64).repeat(16, 1)
     mx = FP4Matrix(pairs, byte.clamp(70, 190).view(64, 4))
     nv = NVFP4Matrix(pairs[:32], number.view(32, 8), torch.tensor(2.0**-7, device=mode.DEVICE))
     exact = (
-        e4m3_values(fp8.codes) * 2.0**-9,
         decode_mxfp4(mx.data, mx.scale),
         decode_nvfp4(nv.data, nv.scale, nv.top),
     )
@@ -237,27 +302,8 @@ def test_every_code(gpu):
         found = packed_kernel.product(x, int4)
         assert torch.equal(found.t(), decode_int4(int4.data, int4.scale))
         assert torch.equal(packed_kernel.product(x.bfloat16(), int4), found.bfloat16())
-    for matrix, values in zip((fp8, mx, nv), exact, strict=True):
+    for matrix, values in zip((mx, nv), exact, strict=True):
         assert torch.equal(packed_kernel.product(x, matrix).t(), values)
-
-
-def test_grouped_product(gpu):
-    """wo_a: inputs of a group from a wider row, a scale for every row of the weight."""
-    g = generator(0)
-    codes = torch.randint(0, 0x7F, (3 * 40, 160), generator=g, dtype=torch.uint8)
-    matrix = FP8Matrix(codes.to(mode.DEVICE), torch.rand(120, 2, generator=g).to(mode.DEVICE), 1)
-    x = inputs(5, 4 * 160, torch.float32).view(5, 4, 160)[:, 1:]
-    rows = matrix.rows(0, 120, torch.float32).view(3, 40, 160)
-    expected = torch.einsum("tgi,goi->tgo", x, rows).flatten(1)
-    close(packed_kernel.grouped_product(x, matrix), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("width", [96, 128, 1300])
-def test_rounded_inputs(gpu, dtype, width):
-    x = torch.cat([inputs(4, width, dtype), inputs(2, width, dtype) * 1e-4, inputs(1, width) * 0])
-    found = packed_kernel.round_inputs(x.to(dtype), packed.ROUNDED)
-    assert torch.equal(found, round_e4m3(x.to(dtype), packed.ROUNDED))
 
 
 def test_addresses_of_gigabytes(gpu):

@@ -29,7 +29,7 @@ def test_every_kernel_passes(gpu, monkeypatch):
     monkeypatch.setattr(gpu_check, "CONFIG", narrow)
     monkeypatch.setattr(gpu_check, "EXPERTS", 8)
     found = gpu_check.check(torch.device(mode.DEVICE), {"decode": (1, 1, 144)})
-    assert len(found) == 22
+    assert len(found) == 24
     assert [c for c in found if c["error"]] == []
 
 

@@ -63,6 +63,8 @@ def unasked(monkeypatch):
         yield
 
 
+WHOLE_BLOCKS = {"q_lora_rank": 128, "o_lora_rank": 128, "moe_intermediate_size": 128}
+"""FP8 weights of one input are multiplied as one."""
 WORK = [
     [(0, 140), (1, 3), (2, 290)],  # computed by torch alike
     [(0, 1), (1, 20), (2, 6)],
@@ -128,16 +130,20 @@ def test_the_definitions_give_the_same(unchosen, kv_dtype, monkeypatch):
 @pytest.mark.parametrize(
     "fmt",
     [
-        pytest.param("bf16", marks=pytest.mark.thorough),
         "fp8-fp4",
-        pytest.param("nvfp4", marks=pytest.mark.thorough),
+        *(
+            pytest.param(fmt, marks=pytest.mark.thorough)
+            for fmt in ("bf16", "nvfp4", "ct-nvfp4", "ct-w4a16", "gptq")
+        ),
     ],
 )
 @torch.inference_mode()
 def test_a_decode_step_asks_the_device_for_nothing(gpu, fmt, tmp_path, monkeypatch):
     """Neither plain nor packed, experts and all: what a captured graph must not do. Rows of padding
     choose no experts, and the logits are torch's."""
-    overrides = SMALL | A_LAYER_OF_EACH
+    overrides = SMALL | A_LAYER_OF_EACH | {"index_topk": 32}
+    if fmt == "fp8-fp4":
+        overrides |= WHOLE_BLOCKS
     make_checkpoint(tmp_path / "it", "tiny", 1, overrides, tokenizer=False, fmt=fmt)
     model = load(tmp_path / "it", dtype="bfloat16")
     layout = CacheLayout.of(model.config, "fp8")
@@ -152,14 +158,15 @@ def test_a_decode_step_asks_the_device_for_nothing(gpu, fmt, tmp_path, monkeypat
     with pytest.raises(AssertionError, match=r"read|dense|nonzero|unique|index"):
         DeviceBatch(model.model, layout, [200, 100], 256).run(work, lambda: unasked(monkeypatch))
     mode.kernels(monkeypatch, "triton")
-    chosen, sort = [], experts_kernel.sort
+    model.model.finalize_weights()
+    chosen, prepared = [], experts_kernel.prepared
     monkeypatch.setattr(
-        experts_kernel, "sort", lambda ids, *args: chosen.append(ids) or sort(ids, *args)
+        experts_kernel, "prepared", lambda x, ids, *a: chosen.append(ids) or prepared(x, ids, *a)
     )
     found = finding.run(work, lambda: unasked(monkeypatch)).float()
     assert len(chosen) == 3
     for ids in chosen:
         assert (ids[:-PADDING] >= 0).all()
         assert (ids[-PADDING:] == -1).all()
-    tolerance = BF16 if fmt == "bf16" else ROUNDED_AGAIN
+    tolerance = BF16 if fmt in ("bf16", "gptq") else ROUNDED_AGAIN
     assert (found - expected).abs().mean() / expected.std() < tolerance

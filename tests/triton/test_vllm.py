@@ -85,11 +85,12 @@ class Graphs:
 
 
 @pytest.mark.parametrize("gpu", mode.NAMES[:1], indirect=True)
-def test_the_engine_gives_torch_s_tokens(gpu, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fmt", ["bf16", pytest.param("fp8-fp4", marks=pytest.mark.thorough)])
+def test_the_engine_gives_torch_s_tokens(gpu, fmt, tmp_path, monkeypatch):
     """Greedy tokens; where two logits nearly tie, either may be chosen. From replayed graphs, whole
     ones and, with vLLM's own recorder, breaking ones, come the same, from caches bound anew."""
     checkpoint = tmp_path / "three"
-    make_checkpoint(checkpoint, "tiny", 2, SMALL | A_LAYER_OF_EACH, tokenizer=False)
+    make_checkpoint(checkpoint, "tiny", 2, SMALL | A_LAYER_OF_EACH, tokenizer=False, fmt=fmt)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from dsv4_plugin import warmup
+from dsv4_plugin.kernels import launch
 from dsv4_plugin.kernels.norm import kernel
+from dsv4_plugin.kernels.packed import fp8
 from dsv4_plugin.tools.make import make_checkpoint
 from lab.kit import mode
 from lab.kit.targets import FakeGPU
@@ -95,6 +97,16 @@ def test_the_second_start_compiles_nothing(tmp_path):
     assert 10 < int(needed) == int(compiled) == int(again)
     assert later == "0"
     assert where == str(cache)
+
+
+def test_linears_are_compiled_for_every_number_of_rows(monkeypatch):
+    for chip in ("sm80", "sm86", "sm90", "sm120", "gfx942"):
+        monkeypatch.setattr(launch, "architecture", lambda chip=chip: chip)
+        chosen = launch.pick(fp8.LINEARS)
+        tiles = chosen.bits.plain
+        for rows, requests in ((8192, 512), (8192, 4), (256, 64)):
+            some = [n for n, _, _ in warmup.shapes(rows, requests, 1 << 20)]
+            assert {tiles.of(n, chosen.line) for n in some} == {tiles.few, tiles.some, tiles.many}
 
 
 def test_processes_begin_at_different_places():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4_plugin.kernels.experts import joined
 from dsv4_plugin.kernels.linear import multiplied
 from dsv4_plugin.kernels.packed import Matrix
 from dsv4_plugin.kernels.packed.cpu import product, round_inputs
@@ -16,7 +17,13 @@ FEW = 2
 
 
 def experts(
-    x: Tensor, ids: Tensor, weight: Tensor, w13: Tensor, w2: Tensor, limit: float
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    limit: float,
+    also: Tensor | None = None,
 ) -> Tensor:
     n, k = ids.shape
     flat = ids.reshape(-1)
@@ -24,7 +31,7 @@ def experts(
         gate, up = _product(x.repeat_interleave(k, 0), flat, w13).chunk(2, -1)
         h = swiglu(gate, up, limit, torch.float32).mul_(weight.reshape(-1, 1))
         y = _product(h.to(x.dtype), flat, w2)
-        return y.view(n, k, -1).sum(1, dtype=torch.float32).to(x.dtype)
+        return joined(y.view(n, k, -1).sum(1, dtype=torch.float32).to(x.dtype), also)
     order = flat.argsort(stable=True)
     ends = torch.bincount(flat, minlength=len(w13)).cumsum(0).to(torch.int32)
     gate, up = _by_expert(x[order // k], ends, w13).chunk(2, -1)
@@ -32,7 +39,7 @@ def experts(
     y = _by_expert(h.to(x.dtype), ends, w2)
     unsorted = torch.empty_like(y)
     unsorted[order] = y
-    return unsorted.view(n, k, -1).sum(1, dtype=torch.float32).to(x.dtype)
+    return joined(unsorted.view(n, k, -1).sum(1, dtype=torch.float32).to(x.dtype), also)
 
 
 def _by_expert(x: Tensor, ends: Tensor, w: Tensor) -> Tensor:
@@ -73,6 +80,7 @@ def packed_experts(
     w2: Matrix,
     limit: float,
     rounding: bool,
+    also: Tensor | None = None,
 ) -> Tensor:
     """Sums over a token's experts in the order of the experts."""
     k = ids.shape[1]
@@ -95,4 +103,4 @@ def packed_experts(
         h = h.to(x.dtype)
         y = product(round_inputs(h) if rounding else h, w2.of(expert))
         out.index_add_(0, token, y.float())
-    return out.to(x.dtype)
+    return joined(out.to(x.dtype), also)

@@ -1,10 +1,12 @@
 """Triton: the routed experts, every step of a fixed shape and nothing asked of the device.
 
-`count_pairs` and `sort_pairs` put the (token, expert) pairs into blocks of one expert each; there
-is room for as many blocks as the shapes allow, and programs of those that stay empty leave at once.
-`multiply_experts` runs twice, for the gated and for the down product, each pair's result in a row
-of its own; `add_pairs` adds a token's rows in the order of its choices. So a token's result does
-not depend on its company.
+The (token, expert) pairs are put into blocks of one expert each; there is room for as many blocks
+as the shapes allow, and programs of those that stay empty leave at once. `prepare` puts the inputs
+into the form that products take, and places few pairs by the way; many are placed by `count_pairs`
+and `sort_pairs`. `multiply_experts` runs twice, for the gated and for the down product, each pair's
+result in a row of its own; `add_pairs` adds a token's rows in the order of its choices. So a
+token's result does not depend on its company, but for the tiles of few and of many rows an expert
+(`Launch`), which add in different orders.
 """
 
 from __future__ import annotations
@@ -16,24 +18,99 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4_plugin.kernels.packed import Matrix
-from dsv4_plugin.kernels.packed.kernel import (
-    DEPTH,
+from dsv4_plugin.kernels.arrival import counters
+from dsv4_plugin.kernels.experts.product import (
+    BLOCK,
+    FP8,
+    PLAIN,
     Operand,
-    multiply,
+    multiply_experts,
     operand,
     plain,
-    round_inputs,
-    tile_for,
+    position,
+    rounded,
 )
+from dsv4_plugin.kernels.launch import pick, require
+from dsv4_plugin.kernels.packed import Matrix
 
 CHUNK = 1024
 """Pairs that a program looks at together while it counts or sorts."""
 COLUMNS = 1024
 """Columns that a program of `add_pairs` adds."""
-
+PLACED = 64
+"""Up to so many pairs one program places."""
+PREPARED = 8
+"""Blocks of inputs that a program of `prepare` takes."""
 ALIGNED = 4
 """Numbers of 4 bytes up to the next address that Triton calls aligned."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program computes of a product: rows, and columns of the result; depth: inputs of a
+    step (FP8 at most a block); warps; stages of its loads (of float32 inputs, which take twice the
+    room: one). turned: see `product`."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    turned: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tiles where an expert has `limit` rows on average or less, and where it has more: of packed
+    weights, FP8 ones among these, and plain ones. piece: inputs of a turned product of few whose
+    sum is made apart; split: up to so many pairs, by a program of its own (0: never)."""
+
+    few: Tile
+    many: Tile
+    many_fp8: Tile
+    plain_few: Tile
+    plain_many: Tile
+    limit: int = 16
+    piece: int = 1024
+    split: int = 16
+
+    def tile(self, few: bool, kind: int) -> Tile:
+        if kind == PLAIN.value:
+            return self.plain_few if few else self.plain_many
+        if few:
+            return self.few
+        return self.many_fp8 if kind == FP8.value else self.many
+
+
+# measured: H200, MXFP4, 1 / 4 / 16 / 64 / 256 rows in 73 / 173 / 519 / 1,239 / 1,556 us, not split
+# (straight: 87 / 280 / 886 / 2,175 / 2,728); 64 columns and 4 warps: 70 / 173 / 510 / 1,225 / 1,538
+# with a launch more, since a tile must have whole blocks to round them.
+# compiled: no spills, 80 KiB
+FEW = Tile(16, 128, 256, 8, 3, turned=True)
+# compiled: no spills
+PLAIN_FEW, PLAIN_MANY = Tile(16, 32, 128, 4, 3), Tile(64, 64, 128, 8, 2)
+# guessed: 1,024 inputs to a piece, and split up to 16 pairs, where a tile's blocks are so few that
+# most of a large chip is idle
+LAUNCHES = {
+    # measured: H200, MXFP4, 4,096 rows: 5,180 us (64 x 64: 7,675; turned: 6,140)
+    # compiled: 128 rows spill in FP8
+    "hopper": Launch(
+        FEW, Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 8, 3), PLAIN_FEW, PLAIN_MANY
+    ),
+    # compiled: as below; 64 plain rows spill in loops
+    "consumer": Launch(
+        FEW, Tile(64, 128, 128, 8, 3, True), Tile(32, 128, 128, 8, 3, True), PLAIN_FEW, PLAIN_FEW
+    ),
+    # compiled: in FP8 32 rows spill in loops
+    "cdna": Launch(
+        FEW, Tile(64, 128, 128, 8, 2, True), Tile(16, 128, 128, 8, 2, True), PLAIN_FEW, PLAIN_MANY
+    ),
+    # compiled: straight tiles spill on chips with mma.sync, turned ones do not; in FP8, which has
+    # sums of its own for every block, 64 rows do
+    "any": Launch(
+        FEW, Tile(64, 128, 128, 8, 3, True), Tile(32, 128, 128, 8, 3, True), PLAIN_FEW, PLAIN_MANY
+    ),
+}
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -83,71 +160,61 @@ def sort_pairs(
 
 
 @triton.jit
-def multiply_experts(
-    x,
-    w1,
-    scale1,
-    top1,
-    w3,
-    scale3,
-    top3,
-    weight,
-    expert_of,
-    row_of,
-    used,
-    out,
-    x_stride,
-    limit,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    ROW: tl.constexpr,
-    EACH: tl.constexpr,
-    SCALE_EACH: tl.constexpr,
-    KIND: tl.constexpr,
-    PAIRS: tl.constexpr,
-    GATED: tl.constexpr,
-    M: tl.constexpr,
-    W: tl.constexpr,
-    DEPTH: tl.constexpr,
+def _place(
+    ids, expert_of, row_of, used, pairs, E: tl.constexpr, M: tl.constexpr, PLACED: tl.constexpr
 ):
-    """Program (block, output tile): out [pair, N] = x [pair / PAIRS] times its expert's w1; if
-    GATED, the clamped SwiGLU of that and of w3's, times the pair's weight."""
-    block = tl.program_id(0)
-    if block >= tl.load(used):
-        return
-    e = tl.load(expert_of + block).to(tl.int64)
-    pair = tl.load(row_of + block * M + tl.arange(0, M))
-    real = pair >= 0
-    pair = tl.where(real, pair, 0)
-    start = x + (pair // PAIRS).to(tl.int64) * x_stride
-    n = tl.program_id(1) * W + tl.arange(0, W)
-    gate, up = multiply(
-        start, real, w1 + e * EACH, scale1 + e * SCALE_EACH, top1 + e,
-        w3 + e * EACH, scale3 + e * SCALE_EACH, top3 + e,
-        n, N, K, ROW, KIND, 128, GATED, DEPTH,
-    )  # fmt: skip
-    if GATED:
-        # Rounded as a product of torch is.
-        gate = tl.minimum(gate.to(x.dtype.element_ty).to(tl.float32), limit)
-        up = up.to(x.dtype.element_ty).to(tl.float32)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-        share = tl.load(weight + pair, mask=real, other=0.0)
-        gate = gate / (1.0 + tl.exp(-gate)) * up * share[:, None]
-    at = out + pair.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(at, gate, mask=real[:, None] & (n < N)[None, :])
+    """What `count_pairs` and `sort_pairs` do, for PLACED pairs at most."""
+    i = tl.arange(0, PLACED)
+    id = tl.load(ids + i, mask=i < pairs, other=-1).to(tl.int32)
+    real = (id >= 0) & (id < E)
+    id = tl.where(real, id, E)
+    same = id[:, None] == id[None, :]  # [others, pairs]
+    rank = tl.sum((same & (i[:, None] < i[None, :])).to(tl.int32), 0)
+    count = tl.sum(same.to(tl.int32), 0)
+    blocks = (count + (M - 1)) // M
+    opens = tl.where(real & (rank == 0), blocks, 0)
+    first = tl.sum(tl.where(id[:, None] < id[None, :], opens[:, None], 0), 0)
+    tl.store(used, tl.sum(opens, 0))
+    tl.store(expert_of + first + rank // M, id, mask=real & (rank % M == 0))
+    place = first * M + rank
+    tl.store(row_of + place, i, mask=real)
+    rest = place[:, None] + 1 + tl.arange(0, M)[None, :]
+    last = (real & (rank == count - 1))[:, None]
+    tl.store(row_of + rest, -1, mask=last & (rest < ((first + blocks) * M)[:, None]))
+
+
+@triton.jit(do_not_specialize=["pairs", "stride"])
+def prepare(
+    x, out, ids, expert_of, row_of, used, pairs, stride,
+    K: tl.constexpr, OUT: tl.constexpr, ORDER: tl.constexpr, ROUND: tl.constexpr,
+    BLOCKS: tl.constexpr, PLACE: tl.constexpr, E: tl.constexpr, M: tl.constexpr,
+    PLACED: tl.constexpr,
+):  # fmt: skip
+    """Program (row, BLOCKS blocks): x [T, K] -> out [T, OUT], each block rounded if ROUND, in the
+    order for products of ORDER codes a word, zeros behind the last. If PLACE, the first program
+    places the pairs."""
+    row = tl.program_id(0) - (1 if PLACE else 0)
+    if row >= 0:
+        t = row.to(tl.int64)
+        i = tl.arange(0, BLOCK)
+        first = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[:, None] * BLOCK
+        at = first + i[None, :]
+        value = tl.load(x + t * stride + at, mask=at < K, other=0.0).to(tl.float32)
+        if ROUND:
+            value = rounded(value, 1)
+        to = first + position(i, ORDER)[None, :]
+        tl.store(out + t * OUT + to, value, mask=at < OUT)
+    elif tl.program_id(1) == 0:
+        _place(ids, expert_of, row_of, used, pairs, E, M, PLACED)
 
 
 @triton.jit
 def add_pairs(
-    y,
-    ids,
-    out,
-    E: tl.constexpr,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Program (token, columns): the sum of its pairs' rows y [T * K, D], float32, one by one."""
+    y, ids, also, out,
+    E: tl.constexpr, D: tl.constexpr, K: tl.constexpr, ALSO: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Program (token, columns): the sum of its pairs' rows y [T * K, D], float32, one by one. If
+    ALSO, what else there is [T, D] joins the rounded sum."""
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -155,14 +222,23 @@ def add_pairs(
         id = tl.load(ids + t * K + i)
         here = (id >= 0) & (id < E)
         total += tl.load(y + (t * K + i) * D + d, mask=here & (d < D), other=0.0).to(tl.float32)
+    if ALSO:
+        total = total.to(out.dtype.element_ty).to(tl.float32)
+        total += tl.load(also + t * D + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(out + t * D + d, total, mask=d < D)
 
 
 def experts(
-    x: Tensor, ids: Tensor, weight: Tensor, w13: Tensor, w2: Tensor, limit: float
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    limit: float,
+    also: Tensor | None = None,
 ) -> Tensor:
     gate, up = w13.chunk(2, -1)
-    return _experts(x, ids, weight, plain(gate), plain(up), plain(w2), limit, False)
+    return _experts(x, ids, weight, plain(gate), plain(up), plain(w2), limit, False, also)
 
 
 def packed_experts(
@@ -174,8 +250,9 @@ def packed_experts(
     w2: Matrix,
     limit: float,
     rounding: bool,
+    also: Tensor | None = None,
 ) -> Tensor:
-    return _experts(x, ids, weight, operand(w1), operand(w3), operand(w2), limit, rounding)
+    return _experts(x, ids, weight, operand(w1), operand(w3), operand(w2), limit, rounding, also)
 
 
 def blocks_of(pairs: int, experts: int, rows: int) -> int:
@@ -185,27 +262,118 @@ def blocks_of(pairs: int, experts: int, rows: int) -> int:
 
 @dataclass(frozen=True)
 class Blocks:
-    """What `sort_pairs` fills; most: the number of blocks that there is room for."""
+    """Of `rows` pairs each, of one expert of `experts`: expert_of int32 [most]; row_of int32
+    [most * rows], pairs, in order, and -1; used int32 [1], how many there are. most: the number of
+    blocks that there is room for."""
 
     used: Tensor
     row_of: Tensor
     expert_of: Tensor
     most: int
+    rows: int
+    experts: int
+
+    @classmethod
+    def room(cls, ids: Tensor, experts: int, rows: int) -> Blocks:
+        most = blocks_of(ids.numel(), experts, rows)
+        plan = torch.empty(ALIGNED + most * (rows + 1), dtype=torch.int32, device=ids.device)
+        used, row_of, expert_of = plan.split([ALIGNED, most * rows, most])
+        return cls(used, row_of, expert_of, most, rows, experts)
 
 
-def sort(ids: Tensor, experts: int, rows: int) -> Blocks:
-    """ids [T, k], contiguous, into blocks of `rows` pairs of one expert each."""
-    pairs = ids.numel()
-    most = blocks_of(pairs, experts, rows)
-    plan = torch.empty(ALIGNED + most * (rows + 1), dtype=torch.int32, device=ids.device)
-    used, row_of, expert_of = plan.split([ALIGNED, most * rows, most])
-    counts = torch.empty(experts, dtype=torch.int32, device=ids.device)
-    count_pairs[(experts,)](ids, counts, pairs, CHUNK=CHUNK, num_warps=4)
-    sort_pairs[(experts,)](
-        ids, counts, expert_of, row_of, used, pairs,
-        E=experts, EXPERTS=triton.next_power_of_2(experts), M=rows, CHUNK=CHUNK, num_warps=4,
+def sort(ids: Tensor, blocks: Blocks) -> None:
+    """Put the pairs of ids [T, k], contiguous, into their blocks."""
+    e, pairs = blocks.experts, ids.numel()
+    counts = torch.empty(e, dtype=torch.int32, device=ids.device)
+    count_pairs[(e,)](ids, counts, pairs, CHUNK=CHUNK, num_warps=4)
+    sort_pairs[(e,)](
+        ids, counts, blocks.expert_of, blocks.row_of, blocks.used, pairs,
+        E=e, EXPERTS=triton.next_power_of_2(e), M=blocks.rows, CHUNK=CHUNK, num_warps=4,
     )  # fmt: skip
-    return Blocks(used, row_of, expert_of, most)
+
+
+def padded(width: int) -> int:
+    """To whole blocks."""
+    return int(triton.cdiv(width, BLOCK.value) * BLOCK.value)
+
+
+@dataclass(frozen=True)
+class Products:
+    """Of the pairs of ids [T, k] with weight [T, k], contiguous, in their blocks; few: rows of an
+    expert; rounding: of the inputs of packed weights."""
+
+    ids: Tensor
+    weight: Tensor
+    blocks: Blocks
+    launch: Launch
+    tile: Tile
+    few: bool
+    limit: float
+    rounding: bool
+
+    @classmethod
+    def of(cls, ids: Tensor, weight: Tensor, w: Operand, limit: float, rounding: bool) -> Products:
+        """w: one of the weights."""
+        launch, experts = pick(LAUNCHES), len(w.data)
+        few = ids.numel() // experts <= launch.limit
+        tile = launch.tile(few, w.kind)
+        ids, weight = ids.contiguous(), weight.contiguous()
+        blocks = Blocks.room(ids, experts, tile.rows)
+        return cls(ids, weight, blocks, launch, tile, few, limit, rounding)
+
+    def order(self, w: Operand) -> int:
+        """Codes of a word of w, where its inputs are ordered by them; else 1."""
+        return w.codes if self.tile.turned else 1
+
+    def prepared(self, x: Tensor, w: Operand) -> Tensor:
+        """x [T, K] as the product with w takes it, and the pairs put into their blocks."""
+        return prepared(x, self.ids, self.blocks, self.order(w), self.rounding)
+
+    def multiply(
+        self, x: Tensor, w: Operand, too: Operand, per: int, after: Operand | None = None
+    ) -> Tensor:
+        """Every pair's row of x, [pairs / per, K], times its expert's w; gated, where `too` is
+        another weight. after: that of the next product, whose inputs the results are."""
+        tile, blocks, pairs, gated = self.tile, self.blocks, self.ids.numel(), too is not w
+        width = w.outputs if after is None else padded(w.outputs)
+        out, tiles = x.new_empty(pairs, width), triton.cdiv(width, tile.columns)
+        deep = w.kind != FP8.value and w.inputs % tile.depth == 0
+        piece = self.launch.piece if self.few and tile.turned else padded(w.inputs)
+        pieces = triton.cdiv(w.inputs, piece)
+        split = pieces > 1 and pairs <= self.launch.split
+        partial = counter = self.weight
+        if split:
+            partial = self.weight.new_empty(pieces * (1 + gated) * pairs * w.outputs)
+            counter = counters("experts", x.device, blocks.most * tiles)
+        multiply_experts[(blocks.most, tiles, pieces if split else 1)](
+            x, w.data, w.scale, w.top, too.data, too.scale, too.top, self.weight,
+            blocks.expert_of, blocks.row_of, blocks.used, out, partial, counter,
+            pairs, x.stride(0), self.limit,
+            N=w.outputs, K=w.inputs, OUT=width, ROW=w.row, EACH=w.each, SCALE_EACH=w.scale_each,
+            KIND=w.kind, CODES=self.order(w), PAIRS=per, GATED=gated,
+            ROUND=self.rounding and after is not None, ORDER=self.order(after) if after else 1,
+            M=tile.rows, W=tile.columns, DEPTH=tile.depth if deep else BLOCK.value,
+            PIECE=piece, SPLIT=split, num_warps=tile.warps,
+            num_stages=tile.stages if x.dtype == torch.bfloat16 else 1,
+        )  # fmt: skip
+        return out
+
+
+def prepared(x: Tensor, ids: Tensor, blocks: Blocks, order: int, rounding: bool) -> Tensor:
+    if order == 1 and not rounding:
+        sort(ids, blocks)
+        return x
+    (rows, k), pairs = x.shape, ids.numel()
+    place, width = pairs <= PLACED, padded(k)
+    if not place:
+        sort(ids, blocks)
+    out = x.new_empty(rows, width)
+    prepare[(rows + place, triton.cdiv(width, PREPARED * BLOCK.value))](
+        x, out, ids, blocks.expert_of, blocks.row_of, blocks.used, pairs, x.stride(0),
+        K=k, OUT=width, ORDER=order, ROUND=rounding, BLOCKS=PREPARED, PLACE=place,
+        E=blocks.experts, M=blocks.rows, PLACED=PLACED, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def _experts(
@@ -217,29 +385,17 @@ def _experts(
     w2: Operand,
     limit: float,
     rounding: bool,
+    also: Tensor | None,
 ) -> Tensor:
-    n_experts, (tokens, k) = len(w1.data), ids.shape
-    pairs, d = tokens * k, x.shape[1]
-    tile = tile_for(pairs // n_experts)
+    (tokens, k), d = ids.shape, x.shape[1]
     assert x.stride(1) == 1
-    ids, weight = ids.contiguous(), weight.contiguous()
-    plan = sort(ids, n_experts, tile.rows)
-
-    def multiply(x: Tensor, w: Operand, too: Operand, per: int) -> Tensor:
-        x = round_inputs(x) if rounding else x
-        out = x.new_empty(pairs, w.outputs)
-        multiply_experts[(plan.most, triton.cdiv(w.outputs, tile.columns))](
-            x, w.data, w.scale, w.top, too.data, too.scale, too.top, weight,
-            plan.expert_of, plan.row_of, plan.used, out, x.stride(0), limit,
-            N=w.outputs, K=w.inputs, ROW=w.row, EACH=w.each, SCALE_EACH=w.scale_each, KIND=w.kind,
-            PAIRS=per, GATED=too is not w, M=tile.rows, W=tile.columns, DEPTH=DEPTH,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        return out
-
-    y = multiply(multiply(x, w1, w3, k), w2, w2, 1)
+    require(also)
+    products = Products.of(ids, weight, w1, limit, rounding)
+    h = products.multiply(products.prepared(x, w1), w1, w3, k, w2)
+    y = products.multiply(h, w2, w2, 1)
     out = torch.empty_like(x)
     add_pairs[(tokens, triton.cdiv(d, COLUMNS))](
-        y, ids, out, E=n_experts, D=d, K=k, COLUMNS=COLUMNS, num_warps=4
-    )
+        y, products.ids, y if also is None else also, out,
+        E=len(w1.data), D=d, K=k, ALSO=also is not None, COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
     return out

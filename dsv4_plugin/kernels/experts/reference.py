@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4_plugin.kernels.experts import joined
 from dsv4_plugin.kernels.packed import Matrix
 from dsv4_plugin.kernels.packed.reference import product, round_inputs
 from dsv4_plugin.kernels.swiglu.reference import swiglu
 
 
 def experts(
-    x: Tensor, ids: Tensor, weight: Tensor, w13: Tensor, w2: Tensor, limit: float
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    limit: float,
+    also: Tensor | None = None,
 ) -> Tensor:
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for t in range(len(x)):
@@ -20,7 +27,7 @@ def experts(
                 continue
             gate, up = (x[t] @ w13[e]).chunk(2)
             out[t] += ((swiglu(gate, up, limit, torch.float32) * w).to(x.dtype) @ w2[e]).float()
-    return out.to(x.dtype)
+    return joined(out.to(x.dtype), also)
 
 
 def packed_experts(
@@ -32,6 +39,7 @@ def packed_experts(
     w2: Matrix,
     limit: float,
     rounding: bool,
+    also: Tensor | None = None,
 ) -> Tensor:
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     rounded = round_inputs(x) if rounding else x
@@ -42,4 +50,4 @@ def packed_experts(
             gate, up = (product(rounded[t : t + 1], w.of(e)) for w in (w1, w3))
             h = (swiglu(gate, up, limit, torch.float32) * share).to(x.dtype)
             out[t] += product(round_inputs(h) if rounding else h, w2.of(e))[0].float()
-    return out.to(x.dtype)
+    return joined(out.to(x.dtype), also)

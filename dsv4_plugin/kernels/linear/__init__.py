@@ -1,5 +1,5 @@
-"""y = x W^T with the weight put once into the form the CPU multiplies fastest: oneDNN's blocks, or
-float16 where that loses nothing."""
+"""y = x W^T with the weight put once into the form that is multiplied fastest: on CPUs oneDNN's
+blocks, or float16 where that loses nothing; on GPUs bfloat16 parts of float32 weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from dsv4_plugin.kernels.dispatch import use_triton
 
 Product = Callable[[Tensor], Tensor]
 """[T, in] -> [T, out], in the weight's dtype."""
@@ -55,6 +57,20 @@ def pack(weight: Tensor) -> Product:
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, reordered, None, "none", [], "")
     return lambda x: reference(x, weight)
+
+
+def on_tensor_cores(weight: Tensor) -> Product | None:
+    """A float32 product of values of the model's dtype with a float32 weight [out, in], which may
+    be let go of; None where Triton's kernels do not run, or leave it to torch."""
+    if not use_triton(weight.device):
+        return None
+    from dsv4_plugin.kernels.launch import pick
+    from dsv4_plugin.kernels.linear import kernel
+
+    if not pick(kernel.LAUNCHES).taken:
+        return None
+    parts = kernel.parts(weight)
+    return lambda x: kernel.product(x, parts)
 
 
 def pack_rows(weight: Tensor) -> Product:

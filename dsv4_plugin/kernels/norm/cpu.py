@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4_plugin.kernels.packed import Rounded
+from dsv4_plugin.kernels.packed.cpu import round_rows
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x32 = x.float()
     return (x32 * inverse_rms(x32, eps)).mul_(weight).to(x.dtype)
+
+
+def rounded_norm(x: Tensor, weight: Tensor, eps: float) -> Rounded:
+    return round_rows(rms_norm(x, weight, eps))
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:

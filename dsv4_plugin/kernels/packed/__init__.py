@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol, Self
 
@@ -48,22 +48,36 @@ class Matrix(Protocol):
 
 @dataclass(frozen=True)
 class FP8Matrix:
-    """codes uint8 e4m3 [out, in]; scale float32 [ceil(out / height), ceil(in / 128)]."""
+    """codes uint8 e4m3 [out, in]; scale float32 [ceil(out / height), ceil(in / 128)].
+
+    inputs: not 0 if arranged for a kernel, see `arranged`: their number, which codes may exceed to
+    make blocks whole; bits: within each block of 128, byte 4 w + j is the code of input 32 j + w.
+    """
 
     codes: Tensor
     scale: Tensor
     height: int = FP8_BLOCK
+    inputs: int = 0
+    bits: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.codes.shape[-2], self.codes.shape[-1]
+        return self.codes.shape[-2], self.inputs or self.codes.shape[-1]
 
     def of(self, expert: int) -> FP8Matrix:
         return FP8Matrix(self.codes[expert], self.scale[expert], self.height)
 
+    def part(self, start: int, stop: int) -> FP8Matrix:
+        """Rows start .. stop-1, which begin with a block."""
+        scale = self.scale[start // self.height : -(-stop // self.height)]
+        return replace(self, codes=self.codes[start:stop], scale=scale)
+
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         n_in = self.shape[1]
         codes = self.codes[start:stop].view(torch.int8)
+        if self.bits:
+            codes = codes.unflatten(1, (-1, 32, 4)).transpose(2, 3).flatten(1)
+        codes = codes[:, :n_in]
         bits = _scratch(codes.shape, torch.int32, codes.device).copy_(codes)
         bits.bitwise_left_shift_(FP8_SHIFT).bitwise_and_(FP8_MASK)
         tile = bits.view(torch.float32)
@@ -77,6 +91,60 @@ class FP8Matrix:
             wide = (self.scale * FP8_UNIT).repeat_interleave(FP8_BLOCK, 1)[:, :n_in]
             tile.mul_(wide[row])
         return _cast(tile, dtype)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Rows whose blocks of ROUNDED values are rounded to e4m3 under powers of two, as products of
+    FP8 and MXFP4 weights take them: values [T, in] of `dtype`; or, where `scale` float32 [T,
+    ceil(in / 128)] is given, their codes uint8. dtype: the model's, of a product's results."""
+
+    data: Tensor
+    scale: Tensor | None
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def values(self) -> Tensor:
+        if self.scale is None:
+            return self.data
+        return decode_e4m3(self.data, self.scale, ROUNDED).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Both:
+    """The same rows as they are, [T, in], and rounded: the input of a sublayer, whose FP8 products
+    take the latter."""
+
+    plain: Tensor
+    rounded: Rounded
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.plain.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.plain.device
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it consists of."""
+        given = self.plain, self.rounded.data
+        return given if self.rounded.scale is None else (*given, self.rounded.scale)
+
+    @classmethod
+    def of(cls, plain: Tensor, data: Tensor, scale: Tensor | None = None) -> Both:
+        """Of its tensors."""
+        return cls(plain, Rounded(data, scale, plain.dtype))
+
+
+def plain(x: Tensor | Both) -> Tensor:
+    return x.plain if isinstance(x, Both) else x
 
 
 @dataclass(frozen=True)
@@ -178,20 +246,45 @@ def _buffers(data: Tensor) -> tuple[Tensor, Tensor]:
     return _scratch(shape, torch.int32, data.device), _scratch(shape, torch.int64, data.device)
 
 
-def product(x: Tensor, weight: Matrix) -> Tensor:
+Inputs = Tensor | Rounded
+"""Of a product with FP8 weights: rows as they are, or rounded."""
+
+
+def arranged(weight: FP8Matrix, rounded: bool) -> FP8Matrix:
+    """An FP8 weight as this device's products take it, made once after loading; an arranged one
+    stays as it is. rounded: its inputs will be, see `Rounded`."""
+    out: FP8Matrix = implementation(__name__, weight.codes.device).arranged(weight, rounded)
+    return out
+
+
+def product(x: Inputs, weight: Matrix) -> Tensor:
     """x [T, in] -> [T, out] in x's dtype, with float32 sums."""
     out: Tensor = implementation(__name__, x.device).product(x, weight)
     return out
 
 
-def grouped_product(x: Tensor, weight: FP8Matrix) -> Tensor:
-    """x [T, G, in], the weight's rows in G equal groups, a scale for each (height 1): [T, out]."""
-    out: Tensor = implementation(__name__, x.device).grouped_product(x, weight)
+def products(x: Inputs, weight: FP8Matrix, outputs: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The same with two weights on top of each other, of so many outputs, the first one's in whole
+    blocks: [T, outputs[0]] and [T, outputs[1]], contiguous on GPUs."""
+    out: tuple[Tensor, Tensor] = implementation(__name__, x.device).products(x, weight, outputs)
     return out
 
 
-def round_inputs(x: Tensor) -> Tensor:
-    """x [T, in] with every block of ROUNDED values rounded to e4m3 under a power of two, as the
-    authors' products of FP8 and MXFP4 weights take theirs."""
-    out: Tensor = implementation(__name__, x.device).round_inputs(x)
+def gated_product(x: Inputs, weight: FP8Matrix, limit: float, rounded: bool) -> Inputs:
+    """The clamped SwiGLU of an expert, whose w1 and w3 lie on top of each other: x [T, in] ->
+    [T, out / 2] in x's dtype, rounded if asked for."""
+    out: Inputs = implementation(__name__, x.device).gated_product(x, weight, limit, rounded)
+    return out
+
+
+def grouped_product(x: Tensor, weight: FP8Matrix, rounded: bool = False) -> Inputs:
+    """x [T, G, in], the weight's rows in G equal groups, a scale for each (height 1): [T, out],
+    rounded if asked for."""
+    out: Inputs = implementation(__name__, x.device).grouped_product(x, weight, rounded)
+    return out
+
+
+def round_rows(x: Tensor) -> Rounded:
+    """x [T, in], in the form that this device's products take. Source: `act_quant`."""
+    out: Rounded = implementation(__name__, x.device).round_rows(x)
     return out

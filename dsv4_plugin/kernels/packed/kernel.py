@@ -18,24 +18,33 @@ from torch import Tensor
 
 from dsv4_plugin.config import FP8_BLOCK
 from dsv4_plugin.kernels.bits import (
-    E4M3_UNIT,
     e2m1_codes,
     e4m3_codes,
     e4m3_decode,
-    e4m3_encode,
-    e4m3_scale,
     int4_codes,
-    ue8m0_decode,
 )
 from dsv4_plugin.kernels.launch import pick
 from dsv4_plugin.kernels.packed import (
-    ROUNDED,
     FP4Matrix,
     FP8Matrix,
+    Inputs,
     Int4Matrix,
     Matrix,
     NVFP4Matrix,
+    fp8,
 )
+from dsv4_plugin.kernels.packed.fp8 import (
+    arranged,
+    gated_product,
+    grouped_product,
+    products,
+    round_inputs,
+    round_rows,
+)
+
+__all__ = [
+    "arranged", "gated_product", "grouped_product", "products", "round_inputs", "round_rows",
+]  # fmt: skip
 
 PLAIN = tl.constexpr(0)
 FP8 = tl.constexpr(1)
@@ -343,12 +352,12 @@ def packed_product(
     tl.store(at, total, mask=real[:, None] & (n < N)[None, :])
 
 
-def product(x: Tensor, matrix: Matrix) -> Tensor:
-    return grouped_product(x[:, None], matrix)
-
-
-def grouped_product(x: Tensor, matrix: Matrix) -> Tensor:
-    """x [T, G, in], any stride of T; the weight's rows fall to G groups -> [T, out]."""
+def product(x: Inputs, matrix: Matrix) -> Tensor:
+    """Of FP8 weights that are arranged, by their own kernel; of others by bits."""
+    if isinstance(matrix, FP8Matrix):
+        return fp8.product(x, matrix)
+    assert isinstance(x, Tensor)
+    x = x[:, None]
     w, (rows, groups, inputs) = operand(matrix), x.shape
     assert inputs == w.inputs
     assert x.stride(2) == 1
@@ -361,30 +370,4 @@ def grouped_product(x: Tensor, matrix: Matrix) -> Tensor:
         N=n, K=inputs, ROW=w.row, KIND=w.kind, HEIGHT=w.height,
         M=tile.rows, W=tile.columns, DEPTH=DEPTH, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out
-
-
-@triton.jit
-def round_blocks(x, out, stride, K: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (row, BLOCKS blocks): each block of BLOCK values rounded to e4m3."""
-    t = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    value = tl.load(x + t * stride + at, mask=at < K, other=0.0).to(tl.float32)
-    byte, inverse = e4m3_scale(tl.max(tl.abs(value), 1))
-    value = e4m3_decode(e4m3_encode(value * inverse[:, None])) * E4M3_UNIT
-    tl.store(out + t * K + at, value * ue8m0_decode(byte)[:, None], mask=at < K)
-
-
-ROUNDED_AT_ONCE = 8
-"""Blocks of a program."""
-
-
-def round_inputs(x: Tensor, block: int = ROUNDED) -> Tensor:
-    """x [T, K], any stride of T -> contiguous."""
-    rows, k = x.shape
-    out = x.new_empty(rows, k)
-    round_blocks[(rows, triton.cdiv(k, block * ROUNDED_AT_ONCE))](
-        x, out, x.stride(0), K=k, BLOCKS=ROUNDED_AT_ONCE, BLOCK=block, num_warps=4
-    )
     return out

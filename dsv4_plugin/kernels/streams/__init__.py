@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dsv4_plugin.kernels.dispatch import implementation
+from dsv4_plugin.kernels.packed import Both
 
 
 @dataclass(frozen=True)
 class Mixer:
     """The weights of one collapse: fn [N, R * D], base [N], scale [N], float32, and the norm of
-    the sublayer behind it, weight float32 [D]; None: what is collapsed stays as it is."""
+    the sublayer behind it, weight float32 [D]; None: what is collapsed stays as it is. rounds: the
+    sublayer has FP8 products, which take its input rounded."""
 
     fn: Tensor
     base: Tensor
@@ -26,6 +28,7 @@ class Mixer:
     iters: int
     eps: float
     norm_eps: float
+    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,15 @@ class Spread:
 
 def streams(
     out: Tensor | None, h: Tensor, by: Spread | None, mixer: Mixer
-) -> tuple[Tensor, Tensor, Spread | None]:
+) -> tuple[Tensor, Tensor | Both, Spread | None]:
     """Let a sublayer's output join the streams, and collapse them to the next sublayer's input.
 
     out [T, D], the last output, which joins by `by` (both None: h is as it should be); h [T, R, D]
     in the model's dtype. Returns h' [T, R, D], from torch's fast way in float32 though of the
-    same values; the normed input x [T, D]; how the output of that will join (None for the head).
+    same values; the normed input x [T, D], also rounded if the mixer rounds; how the output of that
+    will join (None for the head).
     """
-    found: tuple[Tensor, Tensor, Spread | None] = implementation(__name__, h.device).streams(
+    found: tuple[Tensor, Tensor | Both, Spread | None] = implementation(__name__, h.device).streams(
         out, h, by, mixer
     )
     return found

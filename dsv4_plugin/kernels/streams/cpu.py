@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.kernels.norm.cpu import inverse_rms, rms_norm
+from dsv4_plugin.kernels.packed import Both
+from dsv4_plugin.kernels.packed.cpu import round_rows
 from dsv4_plugin.kernels.streams import Mixer, Spread
 
 
 def streams(
     out: Tensor | None, h: Tensor, by: Spread | None, mixer: Mixer
-) -> tuple[Tensor, Tensor, Spread | None]:
+) -> tuple[Tensor, Tensor | Both, Spread | None]:
     dtype = h.dtype if out is None else out.dtype
     h32 = h.float() if out is None or by is None else spread(out, h, by).float()
     r = h.shape[1]
@@ -27,7 +29,8 @@ def streams(
     if len(mixer.fn) == r:
         return h32, x, None
     mixing = sinkhorn(m[:, 2 * r :].unflatten(-1, (r, r)), mixer.iters, mixer.eps)
-    return h32, x, Spread(gates[:, r:] * 2, mixing)
+    given = Both(x, round_rows(x)) if mixer.rounds else x
+    return h32, given, Spread(gates[:, r:] * 2, mixing)
 
 
 def spread(out: Tensor, h: Tensor, by: Spread) -> Tensor:

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_plugin.kernels.launch import pick, require
+from dsv4_plugin.kernels.packed import ROUNDED, Both
+from dsv4_plugin.kernels.packed.fp8 import PLAIN, room, store_rounded_row
 from dsv4_plugin.kernels.pin import pin
 from dsv4_plugin.kernels.streams import Mixer, Spread
 
@@ -220,11 +222,12 @@ def _make_spreads(
 
 @triton.jit
 def _collapse(
-    h, partial, base, scale, norm, x_out, t, chunks, eps, norm_eps,
+    h, partial, base, scale, norm, x_out, rounded, rounded_scale, t, chunks, eps, norm_eps,
     D: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, SHARES: tl.constexpr, PER: tl.constexpr,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """The next sublayer's input of token t [1]: its streams by their weights, normed."""
+    """The next sublayer's input of token t [1]: its streams by their weights, normed; rounded too,
+    in another FORM than PLAIN."""
     r = tl.arange(0, R)
     d = tl.arange(0, COLUMNS)
     streams: tl.tuple = ()
@@ -240,15 +243,18 @@ def _collapse(
         y = y * tl.rsqrt(tl.sum(y * y, 0) / D + norm_eps)
         y = y * tl.load(norm + d, mask=d < D, other=0.0)
     tl.store(x_out + t * D + d, y, mask=d < D)
+    if FORM != PLAIN:
+        y = y.to(h.dtype.element_ty).to(tl.float32)
+        store_rounded_row(y, rounded, rounded_scale, tl.sum(t, 0), D, COLUMNS, BLOCK, FORM)
 
 
 @triton.jit(do_not_specialize=["first", "end", "chunks"])
 def mix_end(
-    h, partial, base, scale, norm, x_out, post_out, mixing_out, first, end, chunks, iters, eps,
-    norm_eps,
+    h, partial, base, scale, norm, x_out, rounded, rounded_scale, post_out, mixing_out, first, end,
+    chunks, iters, eps, norm_eps,
     D: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, SPREADS: tl.constexpr,
     SHARES: tl.constexpr, PER: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Of tokens first .. end - 1, whose streams h and sums `partial` are complete: if SPREADS, the
     first programs make the `Spread` of GROUP tokens each; then one a token makes x."""
@@ -263,8 +269,9 @@ def mix_end(
     else:
         token = first + program - makers + tl.arange(0, 1).to(tl.int64)
         _collapse(
-            h, partial + (token - first) * chunks * WIDTH, base, scale, norm, x_out, token,
-            chunks, eps, norm_eps, D, R, NORM, SHARES, PER, WIDTH, COLUMNS,
+            h, partial + (token - first) * chunks * WIDTH, base, scale, norm, x_out, rounded,
+            rounded_scale, token, chunks, eps, norm_eps, D, R, NORM, SHARES, PER, WIDTH, COLUMNS,
+            BLOCK, FORM,
         )  # fmt: skip
 
 
@@ -282,7 +289,7 @@ def join(out, h, post, mixing, h_out, D: tl.constexpr, R: tl.constexpr, BLOCK: t
 
 def streams(
     out: Tensor | None, h: Tensor, by: Spread | None, mixer: Mixer
-) -> tuple[Tensor, Tensor, Spread | None]:
+) -> tuple[Tensor, Tensor | Both, Spread | None]:
     tokens, r, d = h.shape
     require(out, h, mixer.fn, mixer.base, mixer.scale, mixer.weight)
     assert mixer.fn.dtype == torch.float32
@@ -291,6 +298,11 @@ def streams(
     chunks, slab = triton.cdiv(d, launch.block), min(tokens, launch.slab)
     partial = h.new_empty((slab, chunks, WIDTH), dtype=torch.float32)
     x = h.new_empty((tokens, d))
+    given: Tensor | Both = x
+    to, to_scale, form, columns = x, x, PLAIN.value, triton.next_power_of_2(d)
+    if mixer.rounds:
+        rounded, to, to_scale, form = room(tokens, d, x.dtype, x.device)
+        given = Both(x, rounded)
     h_out = torch.empty_like(h) if spreading else h
     post = partial if head else h.new_empty((tokens, r), dtype=torch.float32)
     mixing = partial if head else h.new_empty((tokens, r, r), dtype=torch.float32)
@@ -307,12 +319,13 @@ def streams(
         makers = 0 if head else triton.cdiv(end - first, launch.group)
         mix_end[(makers + end - first,)](
             h_out, partial, mixer.base, mixer.scale, mixer.base if plain else mixer.weight,
-            x, post, mixing, first, end, chunks, mixer.iters, mixer.eps, mixer.norm_eps,
+            x, to, to_scale, post, mixing, first, end, chunks, mixer.iters, mixer.eps,
+            mixer.norm_eps,
             D=d, R=r, NORM=not plain, SPREADS=not head, WIDTH=WIDTH, SHARES=SHARES,
-            PER=triton.cdiv(chunks, SHARES), COLUMNS=triton.next_power_of_2(d), GROUP=launch.group,
-            num_warps=launch.end_warps,
+            PER=triton.cdiv(chunks, SHARES), COLUMNS=columns, GROUP=launch.group,
+            BLOCK=min(ROUNDED, columns), FORM=form, num_warps=launch.end_warps,
         )  # fmt: skip
-    return h_out, x, None if head else Spread(post, mixing)
+    return h_out, given, None if head else Spread(post, mixing)
 
 
 def spread(out: Tensor, h: Tensor, by: Spread) -> Tensor:

@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 
 from dsv4_plugin.kernels import exact
+from dsv4_plugin.kernels.packed import Both
+from dsv4_plugin.kernels.packed.reference import round_rows
 from dsv4_plugin.kernels.streams import Mixer, Spread
 
 
 def streams(
     out: Tensor | None, h: Tensor, by: Spread | None, mixer: Mixer
-) -> tuple[Tensor, Tensor, Spread | None]:
+) -> tuple[Tensor, Tensor | Both, Spread | None]:
     if out is not None and by is not None:
         h = spread(out, h, by)
-    return h, *collapse(h, mixer)
+    x, by = collapse(h, mixer)
+    return h, Both(x, round_rows(x)) if mixer.rounds else x, by
 
 
 def spread(out: Tensor, h: Tensor, by: Spread) -> Tensor:

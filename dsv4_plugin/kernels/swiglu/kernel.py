@@ -12,16 +12,21 @@ from dsv4_plugin.kernels.launch import require
 BLOCK = 1024
 
 
+@triton.jit
+def clamped(gate, up, limit):
+    """float32 -> silu(min(gate, limit)) * clamp(up, -limit, limit)."""
+    gate = tl.minimum(gate, limit)
+    e = tl.exp(-tl.abs(gate))  # 1 at most, whatever the sign
+    return gate * tl.where(gate < 0, e, 1.0) / (1.0 + e) * tl.minimum(tl.maximum(up, -limit), limit)
+
+
 @triton.jit(do_not_specialize=["count"])
 def clamped_swiglu(gate, up, out, count, limit, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    g = tl.minimum(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), limit)
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.minimum(tl.maximum(u, -limit), limit)
-    e = tl.exp(-tl.abs(g))  # 1 at most, whatever the sign
-    y = g * tl.where(g < 0, e, 1.0) / (1.0 + e) * u
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, clamped(g, u, limit).to(out.dtype.element_ty), mask=inside)
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype) -> Tensor:

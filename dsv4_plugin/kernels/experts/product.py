@@ -1,0 +1,400 @@
+"""Triton: the experts' products, with weights as they are stored, decoded in registers.
+
+e2m1, e4m3 and int4 codes are the leading or last bits of bfloat16 numbers: nothing is looked up and
+no fp8 type is used. A word of 4 bytes holds EACH codes, 8 or 4, and there are two ways to multiply
+a tile of words.
+
+Turned (few rows): [W outputs, M rows], the weight as the left operand. Code j of all words, decoded
+where the words were loaded, is the left operand of a product of its own, with the inputs that it
+meets: j, EACH + j, 2 EACH + j, ... So that these lie side by side, inputs are stored in that order,
+within blocks of 128, by whoever made them (`position`). Nothing goes through shared memory but what
+is loaded.
+
+Straight (many rows): [M rows, W outputs]. A word's codes are joined, in their order, into a tile
+that all warps read from shared memory.
+
+Sums are float32. Turned, they run over pieces of PIECE inputs, which are added up in order: where
+there are very few rows each piece is a program's, and the last to arrive adds them; else a program
+goes through all of them. The bits are the same.
+
+Shapes: T rows, K inputs, N outputs, E experts; tiles of M rows and W outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4_plugin.config import FP8_BLOCK
+from dsv4_plugin.kernels.arrival import is_last
+from dsv4_plugin.kernels.bits import (
+    E4M3_UNIT,
+    e2m1_codes,
+    e4m3_codes,
+    e4m3_decode,
+    e4m3_encode,
+    e4m3_scale,
+    int4_codes,
+    ue8m0_decode,
+)
+from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Int4Matrix, Matrix, NVFP4Matrix
+
+PLAIN = tl.constexpr(0)
+FP8 = tl.constexpr(1)
+MXFP4 = tl.constexpr(2)
+NVFP4 = tl.constexpr(3)
+INT4 = tl.constexpr(32)
+"""How a weight is stored. PLAIN is [in, out], the others are [out, in]. From INT4 on: int4 with so
+many inputs to a scale."""
+
+BLOCK = tl.constexpr(128)
+"""Inputs that are rounded together, and in which a turned product orders them; FP8's scales are of
+blocks of as many, and as many outputs."""
+FP4_UNIT = tl.constexpr(2.0**64)
+"""What e2m1 values and their factors together leave out."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A weight of all experts as the kernels take it.
+
+    data: PLAIN values, else int32 words of codes; row, each, scale_each: elements from one row to
+    the next and from one expert to the next.
+    """
+
+    kind: int
+    data: Tensor
+    scale: Tensor
+    top: Tensor
+    outputs: int
+    inputs: int
+    row: int
+    each: int
+    scale_each: int
+
+    @property
+    def codes(self) -> int:
+        """Of a word; 1: plain."""
+        return {PLAIN.value: 1, FP8.value: 4}.get(self.kind, 8)
+
+
+def plain(data: Tensor) -> Operand:
+    """data [E, in, out], perhaps a part of wider rows."""
+    _, inputs, outputs = data.shape
+    each, row, _ = data.stride()
+    return Operand(PLAIN.value, data, data, data, outputs, inputs, row, each, 0)
+
+
+def operand(matrix: Matrix) -> Operand:
+    """matrix: of all experts, the expert first. Raises ValueError where rows are no whole words."""
+    assert isinstance(matrix, FP8Matrix | FP4Matrix | NVFP4Matrix | Int4Matrix)
+    codes = matrix.codes if isinstance(matrix, FP8Matrix) else matrix.data
+    if codes.shape[-1] % 4:
+        raise ValueError(f"a packed weight's rows have {codes.shape[-1]} bytes; the kernels take 4")
+    kind = matrix.block if isinstance(matrix, Int4Matrix) else _KINDS[type(matrix)]
+    words, scale = codes.view(torch.int32), matrix.scale
+    top = matrix.top if isinstance(matrix, NVFP4Matrix) else scale
+    outputs, inputs = matrix.shape
+    return Operand(
+        kind, words, scale, top, outputs, inputs, words.stride(1), words.stride(0), scale.stride(0)
+    )
+
+
+_KINDS: dict[type, int] = {
+    FP8Matrix: FP8.value,
+    FP4Matrix: MXFP4.value,
+    NVFP4Matrix: NVFP4.value,
+}
+assert BLOCK.value == FP8_BLOCK
+
+
+@triton.jit
+def position(i, EACH: tl.constexpr):
+    """Where input i of a block is stored for a turned product; EACH 1: for a straight one."""
+    return i % EACH * (BLOCK // EACH) + i // EACH
+
+
+@triton.jit
+def rounded(value, AXIS: tl.constexpr):
+    """float32, a block along AXIS, rounded to e4m3 under a power of two."""
+    byte, inverse = e4m3_scale(tl.max(tl.abs(value), AXIS, keep_dims=True))
+    return e4m3_decode(e4m3_encode(value * inverse)) * E4M3_UNIT * ue8m0_decode(byte)
+
+
+@triton.jit
+def _two(words, KIND: tl.constexpr):
+    """The codes at bits 0 and 16."""
+    if KIND >= INT4:
+        low, high = int4_codes(words)
+    else:
+        low, high = e2m1_codes(words, tl.bfloat16)
+    return low, high
+
+
+@triton.jit
+def _decoded(words, KIND: tl.constexpr):
+    """The codes of int32 words, in order, as bfloat16: e2m1's divided by 2^126."""
+    if KIND == FP8:
+        k0, k1, k2, k3 = e4m3_codes(words, tl.bfloat16)
+        codes: tl.tuple = (k0 * (2.0**120), k1 * (2.0**120), k2 * (2.0**120), k3 * (2.0**120))
+    else:
+        k0, k4 = _two(words, KIND)
+        k1, k5 = _two(words >> 4, KIND)
+        k2, k6 = _two(words >> 8, KIND)
+        k3, k7 = _two(words >> 12, KIND)
+        codes = (k0, k1, k2, k3, k4, k5, k6, k7)
+    return codes
+
+
+@triton.jit
+def _joined(codes, KIND: tl.constexpr):
+    """Codes of words [W, COUNT], in order -> [W, EACH * COUNT]."""
+    W: tl.constexpr = codes[0].shape[0]
+    COUNT: tl.constexpr = codes[0].shape[1]
+    even = tl.join(codes[0], codes[2])
+    odd = tl.join(codes[1], codes[3])
+    if KIND != FP8:
+        even = tl.join(tl.join(codes[0], codes[4]), tl.join(codes[2], codes[6]))
+        odd = tl.join(tl.join(codes[1], codes[5]), tl.join(codes[3], codes[7]))
+    return tl.reshape(tl.join(even, odd), (W, len(codes) * COUNT))
+
+
+@triton.jit
+def _scales(scale, n, first, used, COUNT: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr):
+    """Of blocks first .. first + BLOCKS - 1 of rows n, of COUNT a row: [W, BLOCKS]."""
+    block = first + tl.arange(0, BLOCKS)
+    at = scale + n[:, None] * COUNT + block[None, :]
+    if WHOLE:
+        scales = tl.load(at)
+    else:
+        scales = tl.load(at, mask=used[:, None] & (block < COUNT)[None, :], other=0)
+    return scales
+
+
+@triton.jit
+def _factors(
+    scale, n, k, used, K: tl.constexpr, DEPTH: tl.constexpr, KIND: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Of inputs k .. k + DEPTH - 1 and outputs n, bfloat16 [W, blocks of inputs]: int4's scales;
+    e2m1's times 2^62, where powers beyond 2^65 count as that."""
+    if KIND >= INT4:
+        factor = _scales(scale, n, k // KIND, used, K // KIND, DEPTH // KIND, WHOLE)
+    elif KIND == MXFP4:
+        code = _scales(scale, n, k // 32, used, K // 32, DEPTH // 32, WHOLE).to(tl.int32)
+        bits = tl.minimum(code + 62, 254) << 7
+        factor = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        code = _scales(scale, n, k // 16, used, K // 16, DEPTH // 16, WHOLE)
+        factor = (e4m3_decode(code) * (2.0**120) * (2.0**62)).to(tl.bfloat16)
+    return factor
+
+
+@triton.jit
+def _words(
+    w, n, k, used,
+    K: tl.constexpr, ROW: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The words of inputs from k on and outputs n: int32 [W, COUNT]."""
+    word = k // EACH + tl.arange(0, COUNT)
+    at = w + n[:, None] * ROW + word[None, :]
+    if WHOLE:
+        words = tl.load(at)
+    else:
+        words = tl.load(at, mask=used[:, None] & (word < K // EACH)[None, :], other=0)
+    return words
+
+
+@triton.jit
+def _turned(
+    total, x, w, scale, n, k, used,
+    K: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, DEPTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """total [W, M] plus the weight's inputs from k on and outputs n times x: EACH tensors of the
+    inputs that meet one code of each word, [DEPTH / EACH, M]."""
+    EACH: tl.constexpr = len(x)
+    COUNT: tl.constexpr = DEPTH // EACH
+    codes = _decoded(_words(w, n, k, used, K, ROW, COUNT, EACH, WHOLE), KIND)
+    if KIND == FP8:
+        sums = tl.zeros(total.shape, tl.float32)
+        for j in tl.static_range(EACH):
+            sums = tl.dot(codes[j].to(x[j].dtype), x[j], sums, input_precision="ieee")
+        row = tl.max(n, 0) // BLOCK  # W divides BLOCK
+        total += sums * tl.load(scale + row * ((K + BLOCK - 1) // BLOCK) + k // BLOCK)
+    else:
+        factor = _factors(scale, n, k, used, K, DEPTH, KIND, WHOLE).to(x[0].dtype)
+        W: tl.constexpr = n.shape[0]
+        BLOCKS: tl.constexpr = factor.shape[1]
+        wide = tl.broadcast_to(factor[:, :, None], (W, BLOCKS, COUNT // BLOCKS))
+        wide = tl.reshape(wide, (W, COUNT))
+        for j in tl.static_range(EACH):
+            total = tl.dot(codes[j].to(x[j].dtype) * wide, x[j], total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _straight(
+    total, x, w, scale, n, k, used,
+    K: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, DEPTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """total [M, W] plus x [M, DEPTH] times the weight's inputs from k on and outputs n."""
+    W: tl.constexpr = n.shape[0]
+    if KIND == PLAIN:
+        at = k + tl.arange(0, DEPTH)
+        inside = used[None, :] & (at < K)[:, None]
+        tile = tl.load(w + at[:, None] * ROW + n[None, :], mask=inside, other=0.0)
+        total = tl.dot(x, tile, total, input_precision="ieee")
+    else:
+        EACH: tl.constexpr = 4 if KIND == FP8 else 8
+        words = _words(w, n, k, used, K, ROW, DEPTH // EACH, EACH, WHOLE)
+        tile = _joined(_decoded(words, KIND), KIND).to(x.dtype)
+        if KIND == FP8:
+            at = scale + n // BLOCK * ((K + BLOCK - 1) // BLOCK) + k // BLOCK
+            factor = tl.load(at, mask=used, other=0.0)
+            sums = tl.dot(x, tl.trans(tile), input_precision="ieee")
+            total += sums * factor[None, :]
+        else:
+            factor = _factors(scale, n, k, used, K, DEPTH, KIND, WHOLE).to(x.dtype)
+            BLOCKS: tl.constexpr = factor.shape[1]
+            tile = tl.reshape(tile, (W, BLOCKS, DEPTH // BLOCKS)) * factor[:, :, None]
+            tile = tl.reshape(tile, (W, DEPTH))
+            total = tl.dot(x, tl.trans(tile), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _inputs(x, real, k, K: tl.constexpr, DEPTH: tl.constexpr, EACH: tl.constexpr):
+    """Inputs k .. k + DEPTH - 1 of the rows at the pointers x [M]: [M, DEPTH], for a straight
+    product; with EACH > 1 as `_turned` takes them, rows that are not real too."""
+    if EACH == 1:
+        at = k + tl.arange(0, DEPTH)
+        used = real[:, None] & (at < K)[None, :]
+        parts = tl.load(x[:, None] + at[None, :], mask=used, other=0.0)
+    else:
+        COUNT: tl.constexpr = BLOCK // EACH
+        word = tl.arange(0, DEPTH // EACH)
+        at = x[None, :] + (k + word // COUNT * BLOCK + word % COUNT)[:, None]
+        parts = (tl.load(at),)
+        for j in tl.static_range(1, EACH):
+            parts += (tl.load(at + j * COUNT),)
+    return parts
+
+
+@triton.jit
+def _opened(fresh, total, part):
+    """Where a piece begins, the one before it joins the total. (A choice of 0 fails to compile for
+    sm_100.)"""
+    return tl.where(fresh, total + part, total), part * tl.where(fresh, 0.0, 1.0)
+
+
+@triton.jit
+def _merged(partial, mask, step, PIECES: tl.constexpr):
+    """The sum of the pieces at partial [M, W], `step` values apart, in order."""
+    total = tl.load(partial, mask=mask, other=0.0, cache_modifier=".cg")
+    for piece in tl.static_range(1, PIECES):
+        total += tl.load(partial + piece * step, mask=mask, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit(do_not_specialize=["pairs", "x_stride", "limit"])
+def multiply_experts(
+    x, w1, scale1, top1, w3, scale3, top3, weight, expert_of, row_of, used, out, partial, counter,
+    pairs, x_stride, limit,
+    N: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr, ROW: tl.constexpr, EACH: tl.constexpr,
+    SCALE_EACH: tl.constexpr, KIND: tl.constexpr, CODES: tl.constexpr, PAIRS: tl.constexpr,
+    GATED: tl.constexpr, ROUND: tl.constexpr, ORDER: tl.constexpr, M: tl.constexpr,
+    W: tl.constexpr, DEPTH: tl.constexpr, PIECE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Program (block, output tile, piece): out [pair, OUT] = x [pair / PAIRS] times its expert's w1
+    or, if GATED, the clamped SwiGLU of that and of w3's, times the pair's weight. CODES > 1:
+    turned. ROUND: each block of outputs is rounded; ORDER: they are stored for a next product of so
+    many codes a word, zeros behind the last. If SPLIT, partial float32 [pieces, 1 + GATED, pairs,
+    N] and a counter for each block and tile."""
+    block = tl.program_id(0)
+    if block >= tl.load(used):
+        return
+    e = tl.load(expert_of + block).to(tl.int64)
+    pair = tl.load(row_of + block * M + tl.arange(0, M))
+    real = pair >= 0
+    pair = tl.where(real, pair, 0).to(tl.int64)
+    start = x + pair // PAIRS * x_stride
+    n = tl.program_id(1) * W + tl.arange(0, W)
+    inside = n < N
+    w1 += e * EACH
+    w3 += e * EACH
+    scale1 += e * SCALE_EACH
+    scale3 += e * SCALE_EACH
+    WHOLE: tl.constexpr = (N % W == 0) & (K % DEPTH == 0)
+    STEPS: tl.constexpr = PIECE // DEPTH
+    PIECES: tl.constexpr = (K + PIECE - 1) // PIECE
+    first = 0
+    end = (K + DEPTH - 1) // DEPTH
+    if SPLIT:
+        first = tl.program_id(2) * STEPS
+        end = tl.minimum(first + STEPS, end)
+    gate = tl.zeros((W, M) if CODES > 1 else (M, W), tl.float32)
+    up = gate
+    gate_before = gate
+    up_before = gate
+    for i in tl.range(first, end):
+        k = i * DEPTH
+        if (PIECES > 1) & (not SPLIT):
+            gate_before, gate = _opened(i % STEPS == 0, gate_before, gate)
+            if GATED:
+                up_before, up = _opened(i % STEPS == 0, up_before, up)
+        part = _inputs(start, real, k, K, DEPTH, CODES)
+        if CODES > 1:
+            gate = _turned(gate, part, w1, scale1, n, k, inside, K, ROW, KIND, DEPTH, WHOLE)
+            if GATED:
+                up = _turned(up, part, w3, scale3, n, k, inside, K, ROW, KIND, DEPTH, WHOLE)
+        else:
+            gate = _straight(gate, part, w1, scale1, n, k, inside, K, ROW, KIND, DEPTH, WHOLE)
+            if GATED:
+                up = _straight(up, part, w3, scale3, n, k, inside, K, ROW, KIND, DEPTH, WHOLE)
+    if (PIECES > 1) & (not SPLIT):
+        gate += gate_before
+        up += up_before
+    if SPLIT:
+        gate = tl.trans(gate)
+        up = tl.trans(up)
+        mask = real[:, None] & inside[None, :]
+        at = partial + pair[:, None] * N + n[None, :]
+        size = pairs.to(tl.int64) * N
+        step = 2 * size if GATED else size
+        tl.store(at + tl.program_id(2) * step, gate, mask=mask)
+        if GATED:
+            tl.store(at + tl.program_id(2) * step + size, up, mask=mask)
+        if not is_last(counter + tl.program_id(1) * tl.num_programs(0) + block, PIECES):
+            return
+        gate = _merged(at, mask, step, PIECES)
+        if GATED:
+            up = _merged(at + size, mask, step, PIECES)
+    if (KIND == MXFP4) | (KIND == NVFP4):
+        gate *= FP4_UNIT
+        up *= FP4_UNIT
+    if KIND == NVFP4:
+        gate *= tl.load(top1 + e)
+        up *= tl.load(top3 + e)
+    gate = gate.to(x.dtype.element_ty)  # as a product of torch is
+    up = up.to(x.dtype.element_ty)
+    if (CODES > 1) & (not SPLIT):
+        gate = tl.trans(gate)
+        up = tl.trans(up)
+    if GATED:
+        gate = tl.minimum(gate.to(tl.float32), limit)
+        up = up.to(tl.float32)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+        share = tl.load(weight + pair, mask=real, other=0.0)
+        gate = gate / (1.0 + tl.exp(-gate)) * up * share[:, None]
+    if ROUND:  # W is a block
+        gate = rounded(gate.to(x.dtype.element_ty).to(tl.float32), 1)
+    if ORDER > 1:
+        n = n // BLOCK * BLOCK + position(n % BLOCK, ORDER)
+    tl.store(out + pair[:, None] * OUT + n[None, :], gate, mask=real[:, None] & (n < OUT)[None, :])
