@@ -21,6 +21,7 @@ from triton.language.target_info import is_hip
 COUNTERS = 1 << 16
 """Of a kernel. (256 KiB)"""
 KERNELS = ("experts", "linear", "packed")
+"""Those that have counters."""
 
 
 def counters(kernel: str, device: torch.device, needed: int) -> Tensor:

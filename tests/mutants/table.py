@@ -40,9 +40,9 @@ STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX, SWIGLU = 
         "swiglu",
     ]
 )
+FP8 = f"{KERNELS}/packed/fp8.py"
 ATTENTION_KEYS = f"{KERNELS}/attention/keys.py"
 INDEX_TOPK = f"{KERNELS}/index/topk.py"
-FP8 = f"{KERNELS}/packed/fp8.py"
 BLOCK, TRANSFORMER, DSPARK = (
     f"dsv4_plugin/model/{name}.py" for name in ("block", "transformer", "dspark")
 )
@@ -69,12 +69,12 @@ MUTANTS = [
     Mutant("columns past the last", STREAMS, "mask=(n < N)[None, :] & (d < D)[:, None]", "mask=(n < N)[None, :] & (d < D + 9)[:, None]", "triton/test_streams"),
     Mutant("a share's tile past its end", STREAMS, "stop = tl.minimum(begin + rows, end)", "stop = begin + rows", "triton/test_streams", "batch"),
     Mutant("experts past the last compete", GATE, "tl.where(e < E, (ordered", "tl.where(e < E + 1, (ordered", "triton/test_gate"),
-    Mutant("entries that a row does not see are chosen", INDEX_TOPK, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "triton/test_index", "topk"),
+    Mutant("rows of no pair are stored", PRODUCT, "gate, mask=real[:, None] &", "gate, mask=(pair[:, None] >= 0) &", "triton/test_experts", "nobody or one_expert"),
     Mutant("rows of nobody are added", EXPERTS, "here = (id >= 0) & (id < E)", "here = id < E", "triton/test_experts", "nobody"),
-    Mutant("outputs past the last", PACKED, "used = (n < N)[:, None] & (word < K // 4)[None, :]", "used = (n < N + 9)[:, None] & (word < K // 4)[None, :]", "triton/test_experts", "packed_product and fp8"),
+    Mutant("outputs past the last", PACKED, "used = (n < N)[:, None] & (word < K // 4)[None, :]", "used = (n < N + 9)[:, None] & (word < K // 4)[None, :]", "triton/test_experts", "packed_experts and fp8"),
+    Mutant("entries that a row does not see are chosen", INDEX_TOPK, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "triton/test_index", "topk"),
     Mutant("no guard for a tile that nobody sees", ATTENTION, "m = tl.maximum(tl.ceil(tl.max(s, 1) * scale), LOWEST)", "m = tl.ceil(tl.max(s, 1) * scale)", "triton/test_attention", "decode"),
     Mutant("entries that do not exist yet are seen", ATTENTION, "seen = (pos + 1) // RATIO if", "seen = (pos + RATIO) // RATIO if", "triton/test_attention", "prefill"),
-    Mutant("rows of no pair are stored", PRODUCT, "gate, mask=real[:, None] &", "gate, mask=(pair[:, None] >= 0) &", "triton/test_experts", "nobody or one_expert"),
     # Off by one
     Mutant("the window is one too long", ATTENTION, "front = tl.minimum(pos + 1, SPAN)", "front = tl.minimum(pos + 1, SPAN + 1)", "triton/test_attention", "prefill"),
     Mutant("an entry closes a token late", COMPRESS, "(begin + R <= end)", "(begin + R < end)", "triton/test_compress", "csa"),
@@ -94,9 +94,7 @@ MUTANTS = [
     Mutant("the key's scale is dropped", INDEX, "1) * scale\n", "1) * 256.0\n", "triton/test_index", "scores"),
     Mutant("nibbles change places", PACKED, "even = tl.join(tl.join(k0, k4)", "even = tl.join(tl.join(k4, k0)", "triton/test_experts", "every_code"),
     Mutant("the scale of the next block", PACKED, "* (COUNT // 4) + word[None, :]", "* (COUNT // 4) + 0 * word[None, :]", "triton/test_experts", "every_code"),
-    Mutant("scales of the wrong blocks", ATTENTION_KEYS, "(u // 8 % 4 * 8)", "(u // 8 % 2 * 8)", "triton/test_attention", "decode"),
-    Mutant("choices of another row", ATTENTION, "chosen + t * choices + begin", "chosen + begin", "triton/test_attention", "decode"),
-    Mutant("quarters are counted on, past the last", ATTENTION, "dim = (first ^ i) * W + w", "dim = (first + i) * W + w", "triton/test_attention", "decode"),
+    Mutant("one scale for all rows", FP8, "scale = (w_scale + row * BLOCKS)[:, None]", "scale = (w_scale + row // 128 * BLOCKS)[:, None]", "triton/test_packed", "grouped"),
     Mutant("what is rounded is not of the model's dtype", STREAMS, "        y = y.to(h.dtype.element_ty).to(tl.float32)\n        store", "        store", "triton/test_packed", "sublayer"),
     Mutant("codes lie as in the checkpoint", FP8, "codes.view(rows, -1, 4, 32).transpose(2, 3).reshape(rows, -1)", "codes.clone()", "triton/test_packed", "every_code and bits"),
     Mutant("a row's scale is its first block's", FP8, "by = tl.load(x_scale + i)", "by = tl.load(x_scale)", "triton/test_packed", "test_product and codes"),
@@ -106,6 +104,9 @@ MUTANTS = [
     Mutant("inputs in the order of another format", PRODUCT, "i % EACH * (BLOCK // EACH) + i // EACH", "i % (BLOCK // EACH) * EACH + i // (BLOCK // EACH)", "triton/test_experts", "packed_experts and fp4"),
     Mutant("a placed pair is its own forerunner", EXPERTS, "i[:, None] < i[None, :]", "i[:, None] <= i[None, :]", "triton/test_experts", "place"),
     Mutant("a placed block is not filled up", EXPERTS, "rest < ((first + blocks) * M)", "rest < ((first + blocks) * M - 1)", "triton/test_experts", "place"),
+    Mutant("scales of the wrong blocks", ATTENTION_KEYS, "(u // 8 % 4 * 8)", "(u // 8 % 2 * 8)", "triton/test_attention", "decode"),
+    Mutant("choices of another row", ATTENTION, "chosen + t * choices + begin", "chosen + begin", "triton/test_attention", "decode"),
+    Mutant("quarters are counted on, past the last", ATTENTION, "dim = (first ^ i) * W + w", "dim = (first + i) * W + w", "triton/test_attention", "decode"),
     # Arithmetic that is nearly right
     Mutant("the sink is left out", ATTENTION, "_fold(tl.exp2(at - m), alpha, l_i, beta)", "_fold(0.0 * at, alpha, l_i, beta)", "triton/test_attention", "prefill"),
     Mutant("what is far below the maximum weighs more", ATTENTION, "tl.where(n < -64.0, 0.0, bits.to", "tl.where(n < -999.0, 0.0, 2e18 * bits.to", "triton/test_attention", "far"),
@@ -122,7 +123,6 @@ MUTANTS = [
     Mutant("sums of the slab before", STREAMS, "to = partial + (t - first) * chunks * WIDTH\n            _multiply", "to = partial + t * chunks * WIDTH\n            _multiply", "triton/test_streams", "batch"),
     Mutant("a stream joins with the next one's weight", STREAMS, "mixing + tk * R + j", "mixing + tk * R + (j + 1) % R", "triton/test_streams", "2-4-72"),
     Mutant("the limit bounds the gate below too", PRODUCT, "gate = tl.minimum(gate.to(tl.float32), limit)", "gate = tl.maximum(tl.minimum(gate.to(tl.float32), limit), -limit)", "triton/test_experts", "plain"),
-    Mutant("one scale for all rows", FP8, "scale = (w_scale + row * BLOCKS)[:, None]", "scale = (w_scale + row // 128 * BLOCKS)[:, None]", "triton/test_packed", "grouped"),
     Mutant("the limit bounds the shared expert's gate below too", SWIGLU, "gate = tl.minimum(gate, limit)", "gate = tl.maximum(tl.minimum(gate, limit), -limit)", "triton/test_swiglu"),
     Mutant("padding chooses experts", GATE, "tl.where(tl.load(position + t) < 0, -1, ids)", "tl.where(tl.load(position + t) < -9, -1, ids)", "triton/test_gate"),
     Mutant("the tensor's scale is dropped", PACKED, "one *= tl.load(top) * FP4_UNIT", "one *= FP4_UNIT", "triton/test_experts", "packed_product and nvfp4"),
@@ -137,6 +137,9 @@ MUTANTS = [
     Mutant("counters are not put back", ARRIVAL, "tl.store(counter, 0)", "pass", "triton/test_arrival"),
     Mutant("no barrier before an arrival", ARRIVAL, "    tl.debug_barrier()", "    # tl.debug_barrier()", "triton/test_arrival"),
     Mutant("an arrival orders nothing", ARRIVAL, 'sem="acq_rel"', 'sem="relaxed"', "triton/test_arrival"),
+    Mutant("the last piece adds the others to its own", FP8, "        one = _merged(mine, at, SIZE, PIECES)\n", "        others = _merged(mine, at, SIZE, PIECES) - tl.load(mine + piece * SIZE + at)\n        one += others\n", "triton/test_packed", "test_pieces"),
+    Mutant("output tiles share a counter", FP8, "slot = group * tl.num_programs(0) + tl.program_id(0)", "slot = group", "triton/test_packed", "company"),
+    Mutant("pieces follow from the rows", FP8, "columns = triton.cdiv(n, tiles_of.few.outputs) * groups", "columns = triton.cdiv(n, tiles_of.few.outputs) * groups * rows", "triton/test_packed", "company"),
     Mutant("all gather the first request's keys", INDEX, "at = who * padded + entry", "at = entry", "triton/test_index", "gathered"),
     Mutant("an entry less is gathered", INDEX, "n = (tl.load(lengths + who) // ratio)", "n = (tl.load(lengths + who) // ratio - 1)", "triton/test_index", "gathered"),
     Mutant("ties of the chunks before are not counted", INDEX_TOPK, "left = room - tied_before", "left = room", "triton/test_index", "in_chunks"),
@@ -146,9 +149,6 @@ MUTANTS = [
     Mutant("cells are folded from the last on", ATTENTION, "place = (t * places + cell) * H + h\n            x =", "place = (t * places + end - 1 - cell + piece * own) * H + h\n            x =", "triton/test_attention", "order"),
     Mutant("dealt tiles know no pieces", ATTENTION, "own = PIECE // each", "own = 1", "triton/test_attention", "order"),
     Mutant("a cell more than there is", ATTENTION, "end = tl.minimum(piece * own + own, cells)", "end = piece * own + own", "triton/test_attention", "order"),
-    Mutant("the last piece adds the others to its own", FP8, "        one = _merged(mine, at, SIZE, PIECES)\n", "        others = _merged(mine, at, SIZE, PIECES) - tl.load(mine + piece * SIZE + at)\n        one += others\n", "triton/test_packed", "test_pieces"),
-    Mutant("output tiles share a counter", FP8, "slot = group * tl.num_programs(0) + tl.program_id(0)", "slot = group", "triton/test_packed", "company"),
-    Mutant("pieces follow from the rows", FP8, "columns = triton.cdiv(n, tiles_of.few.outputs) * groups", "columns = triton.cdiv(n, tiles_of.few.outputs) * groups * rows", "triton/test_packed", "company"),
     # Graphs
     Mutant("attention is captured with its metadata", BLOCK, "self.attend = parallel.breaking(self.attn.forward)", "self.attend = self.attn.forward", "triton/test_vllm", compiled=True),
     # Addresses
