@@ -273,10 +273,9 @@ def test_many_rows(gpu, monkeypatch, kind, turned):
     assert (found - expected).norm() / expected.norm() < QUANTISED
 
 
-@pytest.mark.parametrize("kind", ["fp4", "nvfp4", "int4"])
 @pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1, 160, 130), interpreted_first(70, 32, 96)])
-def test_packed_product(gpu, kind, rows, n_in, n_out):
-    matrix = stack(kind, 1, n_out, n_in).of(0)
+def test_int4_product(gpu, rows, n_in, n_out):
+    matrix = stack("int4", 1, n_out, n_in).of(0)
     x = inputs(rows, n_in, torch.float32)
     close(packed_kernel.product(x, matrix), packed_cpu.product(x, matrix))
     narrow = x.bfloat16()
@@ -284,17 +283,9 @@ def test_packed_product(gpu, kind, rows, n_in, n_out):
     close(found, packed_cpu.product(narrow.float(), matrix).bfloat16())
 
 
-def test_every_code(gpu):
-    """Each e2m1 value comes out exactly, under scales of any size that is in use."""
-    byte = torch.arange(256, dtype=torch.uint8, device=mode.DEVICE)
-    number = byte.where(byte & 0x7F != 0x7F, 0)  # without NaN
-    pairs = byte.view(4, 64).repeat(16, 1)
-    mx = FP4Matrix(pairs, byte.clamp(70, 190).view(64, 4))
-    nv = NVFP4Matrix(pairs[:32], number.view(32, 8), torch.tensor(2.0**-7, device=mode.DEVICE))
-    exact = (
-        decode_mxfp4(mx.data, mx.scale),
-        decode_nvfp4(nv.data, nv.scale, nv.top),
-    )
+def test_every_code_of_int4(gpu):
+    """Under scales of any size that is in use."""
+    pairs = torch.arange(256, dtype=torch.uint8, device=mode.DEVICE).view(4, 64).repeat(16, 1)
     x = torch.eye(128, device=mode.DEVICE)
     for block in INT4_BLOCKS:
         scale = 2.0 ** (torch.arange(64 * 128 // block, device=mode.DEVICE) % 90 - 60.0)
@@ -302,8 +293,6 @@ def test_every_code(gpu):
         found = packed_kernel.product(x, int4)
         assert torch.equal(found.t(), decode_int4(int4.data, int4.scale))
         assert torch.equal(packed_kernel.product(x.bfloat16(), int4), found.bfloat16())
-    for matrix, values in zip((mx, nv), exact, strict=True):
-        assert torch.equal(packed_kernel.product(x, matrix).t(), values)
 
 
 def test_addresses_of_gigabytes(gpu):
