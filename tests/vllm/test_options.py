@@ -60,7 +60,8 @@ def configure(directory, **options):
         ),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 1}},
-            "--speculative-config.method is 'ngram'; dsv4-plugin drafts with 'mtp' only",
+            "--speculative-config.method is 'ngram'; dsv4-plugin drafts with 'mtp' and 'dspark', "
+            "whichever a checkpoint has",
         ),
         ({"quantization": "fp8"}, "--quantization is 'fp8'; dsv4-plugin takes it from the checkpo"),
         (

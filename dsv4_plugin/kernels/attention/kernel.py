@@ -177,14 +177,19 @@ def _tiles(pos, choices, SPAN: tl.constexpr, RATIO: tl.constexpr, CHOOSING: tl.c
     return front, seen, tl.cdiv(front, KEYS) + tl.cdiv(seen, KEYS)
 
 
-COUNTS = ("window", "entries", "cells_m", "cells_l", "places", "each", "choices")
-"""Arguments whose values are not compiled in."""
+COUNTS = (
+    "window_last", "window_tables", "entries_last", "entries_tables", "cells_m", "cells_l",
+    "places", "each", "choices",
+)  # fmt: skip
+"""Arguments whose values are not compiled in. Numbers in tuples are, where they are 1 or multiples
+of 16."""
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def attend(
-    q, sink, sees, request, cis, window, entries, chosen, out, cells_m, cells_l, cells_acc,
-    scale, choices, places, each, q_stride, H,
+    q, sink, sees, request, cis, window, window_last, window_tables, entries, entries_last,
+    entries_tables, chosen, out, cells_m, cells_l, cells_acc, scale, choices, places, each,
+    q_stride, H,
     NOPE: tl.constexpr, ROPE: tl.constexpr, W: tl.constexpr, FP8: tl.constexpr,
     WORDS: tl.constexpr, ALIGN: tl.constexpr, SPAN: tl.constexpr, WINDOW_ROWS: tl.constexpr,
     ENTRY_ROWS: tl.constexpr, RATIO: tl.constexpr, CHOOSING: tl.constexpr, COLUMNS: tl.constexpr,
@@ -220,7 +225,8 @@ def attend(
         near = tile < near_tiles
         begin = tl.where(near, tile, tile - near_tiles) * KEYS
         address = find_rows(
-            near, window, entries, who, tl.where(near, pos + 1 - front, 0) + begin,
+            near, window + (window_last, window_tables), entries + (entries_last, entries_tables),
+            who, tl.where(near, pos + 1 - front, 0) + begin,
             tl.where(near, front, seen) - begin, chosen + t * choices + begin,
             (pos + 1) // RATIO if RATIO > 0 else 0,
             WINDOW_ROWS, ENTRY_ROWS, WORDS, CHOOSING, KEYS, THREADS,
@@ -342,8 +348,8 @@ def attention(
         sees = step.sees[rows]
         cell_args = cells_m, cells_l, cells_acc
         attend[(programs, places)](
-            q[rows], sink, sees, step.request[rows], cis[rows], _part(window),
-            _part(entries_or_window), sees if chosen is None else chosen[rows], out[rows],
+            q[rows], sink, sees, step.request[rows], cis[rows], *_part(window),
+            *_part(entries_or_window), sees if chosen is None else chosen[rows], out[rows],
             *cell_args, d**-0.5 * LOG2E, choices, places, each, q.stride(0), heads,
             **shape, FP8=fp8, WORDS=window.pool.codec.words, ALIGN=align,
             WINDOW_ROWS=window.rows, ENTRY_ROWS=entries_or_window.rows,
@@ -359,10 +365,11 @@ def attention(
     return out
 
 
-def _part(rows: Paged) -> tuple[Tensor, Tensor, int, int, int, int]:
-    """As `find_rows` takes it."""
+def _part(rows: Paged) -> tuple[tuple[Tensor, Tensor, int, int], int, int]:
+    """As `find_rows` takes it, in three arguments."""
     table = rows.table
-    return rows.pool.storage, table, rows.stride, rows.offset, table.shape[1] - 1, table.stride(0)
+    fixed = rows.pool.storage, table, rows.stride, rows.offset
+    return fixed, table.shape[1] - 1, table.stride(0)
 
 
 def _is_fp8(rows: Paged) -> bool:

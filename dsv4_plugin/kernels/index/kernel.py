@@ -64,7 +64,7 @@ LAUNCHES = {
     # 243 us for 4,096 rows at 8,192 tokens, where 1,525 were without gathering
     "any": Launch(entries=64, paged=Way(4, 1), flat=Way(4, 3)),
 }
-COUNTS = ("paged", "flat", "scales", "padded", "ratio", "out_stride")
+COUNTS = ("last", "tables", "flat", "scales", "padded", "ratio", "out_stride")
 """Arguments whose values are not compiled in."""
 
 
@@ -234,7 +234,7 @@ def _key_parts(row, ok, C: tl.constexpr, P: tl.constexpr, FORMAT: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def gather_keys(
-    paged, lengths, flat, scales, padded, ratio, C: tl.constexpr, P: tl.constexpr,
+    paged, last, tables, lengths, flat, scales, padded, ratio, C: tl.constexpr, P: tl.constexpr,
     FORMAT: tl.constexpr, WORDS: tl.constexpr, PAGE_ROWS: tl.constexpr, ALIGN: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):  # fmt: skip
@@ -245,7 +245,7 @@ def gather_keys(
     n = (tl.load(lengths + who) // ratio).to(tl.int32)
     if begin >= n:
         return
-    storage, table, stride, offset, last, tables = paged
+    storage, table, stride, offset = paged
     entry = begin + tl.arange(0, ENTRIES)
     row, ok = row_pointers(
         storage, table + who * tables, entry, entry < n, stride, offset, last, PAGE_ROWS, WORDS,
@@ -265,7 +265,8 @@ def gather_keys(
 
 @triton.jit(do_not_specialize=COUNTS)
 def index_scores(
-    q, weight, position, request, paged, flat, scales, padded, out, out_stride, INDEX_HEADS,
+    q, weight, position, request, paged, last, tables, flat, scales, padded, out, out_stride,
+    INDEX_HEADS,
     IP: tl.constexpr, C: tl.constexpr, P: tl.constexpr, FORMAT: tl.constexpr, WORDS: tl.constexpr,
     PAGE_ROWS: tl.constexpr, ALIGN: tl.constexpr, RATIO: tl.constexpr, ENTRIES: tl.constexpr,
     FLAT: tl.constexpr, STAGES: tl.constexpr,
@@ -288,7 +289,7 @@ def index_scores(
     q1 = tl.load(from_q + QUARTER + c[:, None], mask=some, other=0.0)
     q2 = tl.load(from_q + 2 * QUARTER + c[:, None], mask=some, other=0.0)
     q3 = tl.load(from_q + 3 * QUARTER + c[:, None], mask=some, other=0.0)
-    storage, table, stride, offset, last, tables = paged
+    storage, table, stride, offset = paged
     blocks = tl.cdiv(seen, ENTRIES)
     for block in tl.range(tl.program_id(1), blocks, tl.num_programs(1), num_stages=STAGES):
         entry = block * ENTRIES + tl.arange(0, ENTRIES)
@@ -373,7 +374,7 @@ def gathered(keys: Paged, lengths: Tensor, ratio: int, n: int) -> Flat | None:
         torch.empty((requests, padded), dtype=torch.float32, device=device),
     )
     gather_keys[(requests, padded // block)](
-        _part(keys), lengths, found.keys, found.scale, padded, ratio, **_shape(keys, c),
+        *_part(keys), lengths, found.keys, found.scale, padded, ratio, **_shape(keys, c),
         ENTRIES=block, num_warps=4,
     )  # fmt: skip
     return found
@@ -409,7 +410,7 @@ def scores(
     blocks = triton.cdiv(n, launch.entries)
     shares = max(triton.cdiv(launch.programs, t), triton.cdiv(blocks, launch.blocks) if flat else 1)
     index_scores[(t, min(blocks, shares))](
-        q, weight, position, request, _part(keys),
+        q, weight, position, request, *_part(keys),
         flat.keys if flat else q, flat.scale if flat else weight,
         flat.keys.shape[1] if flat else 0, out, width, heads,
         # With 16 heads ptxas takes 96 registers for sm_86, and spills in the loop.
@@ -420,10 +421,12 @@ def scores(
     return out
 
 
-def _part(keys: Paged) -> tuple[Tensor, Tensor, int, int, int, int]:
-    """As `row_pointers` takes it, and the row stride of the table."""
+def _part(keys: Paged) -> tuple[tuple[Tensor, Tensor, int, int], int, int]:
+    """As `row_pointers` takes it, and the row stride of the table; in three arguments, because
+    numbers in tuples are compiled in where they are 1 or multiples of 16."""
     table = keys.table
-    return keys.pool.storage, table, keys.stride, keys.offset, table.shape[1] - 1, table.stride(0)
+    fixed = keys.pool.storage, table, keys.stride, keys.offset
+    return fixed, table.shape[1] - 1, table.stride(0)
 
 
 def _shape(keys: Paged, c: int) -> dict[str, int]:
