@@ -225,7 +225,9 @@ def attend(
         near = tile < near_tiles
         begin = tl.where(near, tile, tile - near_tiles) * KEYS
         address = find_rows(
-            near, window + (window_last, window_tables), entries + (entries_last, entries_tables),
+            near,
+            window + (window_last, window_tables),  # noqa: RUF005  (Triton unpacks no tuples)
+            entries + (entries_last, entries_tables),  # noqa: RUF005
             who, tl.where(near, pos + 1 - front, 0) + begin,
             tl.where(near, front, seen) - begin, chosen + t * choices + begin,
             (pos + 1) // RATIO if RATIO > 0 else 0,
