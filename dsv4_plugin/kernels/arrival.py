@@ -56,3 +56,14 @@ def is_last(counter, programs):
     if last:
         tl.store(counter, 0)
     return last
+
+
+@triton.jit
+def in_order(part, step, PIECES: tl.constexpr, mask=None):
+    """The sum of what PIECES programs have stored, `step` values apart from the pointers `part` on,
+    in their order; 0 where not `mask`. For the last to arrive."""
+    other = None if mask is None else 0.0
+    total = tl.load(part, mask=mask, other=other, cache_modifier=".cg")
+    for piece in tl.static_range(1, PIECES):
+        total += tl.load(part + piece * step, mask=mask, other=other, cache_modifier=".cg")
+    return total

@@ -30,16 +30,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_plugin.config import FP8_BLOCK
-from dsv4_plugin.kernels.arrival import is_last
+from dsv4_plugin.kernels.arrival import in_order, is_last
 from dsv4_plugin.kernels.bits import (
     E4M3_UNIT,
     e2m1_codes,
+    e4m3_block,
     e4m3_codes,
     e4m3_decode,
-    e4m3_encode,
-    e4m3_scale,
     int4_codes,
-    ue8m0_decode,
 )
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Int4Matrix, Matrix, NVFP4Matrix
 
@@ -121,8 +119,8 @@ def position(i, EACH: tl.constexpr):
 @triton.jit
 def rounded(value, AXIS: tl.constexpr):
     """float32, a block along AXIS, rounded to e4m3 under a power of two."""
-    byte, inverse = e4m3_scale(tl.max(tl.abs(value), AXIS, keep_dims=True))
-    return e4m3_decode(e4m3_encode(value * inverse)) * E4M3_UNIT * ue8m0_decode(byte)
+    code, unit = e4m3_block(value, AXIS)
+    return e4m3_decode(code) * E4M3_UNIT * unit
 
 
 @triton.jit
@@ -294,15 +292,6 @@ def _opened(fresh, total, part):
     return tl.where(fresh, total + part, total), part * tl.where(fresh, 0.0, 1.0)
 
 
-@triton.jit
-def _merged(partial, mask, step, PIECES: tl.constexpr):
-    """The sum of the pieces at partial [M, W], `step` values apart, in order."""
-    total = tl.load(partial, mask=mask, other=0.0, cache_modifier=".cg")
-    for piece in tl.static_range(1, PIECES):
-        total += tl.load(partial + piece * step, mask=mask, other=0.0, cache_modifier=".cg")
-    return total
-
-
 @triton.jit(do_not_specialize=["pairs", "x_stride", "limit"])
 def multiply_experts(
     x, w1, scale1, top1, w3, scale3, top3, weight, expert_of, row_of, used, out, partial, counter,
@@ -373,9 +362,9 @@ def multiply_experts(
             tl.store(at + tl.program_id(2) * step + size, up, mask=mask)
         if not is_last(counter + tl.program_id(1) * tl.num_programs(0) + block, PIECES):
             return
-        gate = _merged(at, mask, step, PIECES)
+        gate = in_order(at, step, PIECES, mask)
         if GATED:
-            up = _merged(at + size, mask, step, PIECES)
+            up = in_order(at + size, step, PIECES, mask)
     if (KIND == MXFP4) | (KIND == NVFP4):
         gate *= FP4_UNIT
         up *= FP4_UNIT

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4_plugin.kernels.arrival import counters, is_last
+from dsv4_plugin.kernels.arrival import counters, in_order, is_last
 from dsv4_plugin.kernels.launch import pick, require
 
 PARTS = 3
@@ -120,11 +120,7 @@ def float32_product(
         tl.store(partial + tl.program_id(2) * step + at, total, mask=mask)
         if not is_last(counter + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), PIECES):
             return
-        total = tl.load(partial + at, mask=mask, other=0.0, cache_modifier=".cg")
-        for piece in tl.static_range(1, PIECES):
-            total += tl.load(
-                partial + piece * step + at, mask=mask, other=0.0, cache_modifier=".cg"
-            )
+        total = in_order(partial + at, step, PIECES, mask)
     tl.store(out + at, total, mask=mask)
 
 

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4_plugin.kernels.arrival import counters, is_last
+from dsv4_plugin.kernels.arrival import counters, in_order, is_last
 from dsv4_plugin.kernels.bits import (
     E4M3_UNIT,
     e4m3_block,
@@ -194,15 +194,6 @@ def _place(rows_tiles, tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _merged(part, at, step, PIECES: tl.constexpr):
-    """The sum of all pieces, in order."""
-    total = tl.load(part + at, cache_modifier=".cg")
-    for p in tl.static_range(1, PIECES):
-        total += tl.load(part + p * step + at, cache_modifier=".cg")
-    return total
-
-
-@triton.jit
 def _write(
     one, two, limit, out, out_scale, rows, m, n, N, first,
     FORM: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
@@ -298,9 +289,9 @@ def fp8_product(
             tl.store(mine + (PIECES + piece) * SIZE + at, two)
         if not is_last(counter + slot, PIECES):
             return
-        one = _merged(mine, at, SIZE, PIECES)
+        one = in_order(mine + at, SIZE, PIECES)
         if GATED:
-            two = _merged(mine + PIECES * SIZE, at, SIZE, PIECES)
+            two = in_order(mine + PIECES * SIZE + at, SIZE, PIECES)
     _write(one, two, limit, out, out_scale, rows, m, n, N, first, FORM, GATED, KIND)
 
 
