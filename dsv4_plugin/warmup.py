@@ -26,6 +26,7 @@ from dsv4_plugin.cache.layer import LayerCache
 from dsv4_plugin.cache.layout import CacheLayout
 from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.cache.step import Step
+from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.block import Block
@@ -33,10 +34,6 @@ from dsv4_plugin.model.transformer import Network, Transformer
 
 log = logging.getLogger("dsv4_plugin")
 
-COMPANIES = (4, 80)
-"""Rows of decoding batches between the smallest and the largest, for which kernels are launched in
-another way than for both: more pairs than experts split (`experts.kernel.Launch`), more tokens than
-mHC takes as few (`streams.kernel.Launch`)."""
 OFTEN = 5.0
 """Seconds between two lines about progress."""
 
@@ -45,12 +42,16 @@ Shape = tuple[int, int, int]
 """Of a step: rows, most rows of a request, most tokens of a request."""
 
 
-def shapes(rows: int, requests: int, longest: int, drafts: int = 0) -> list[Shape]:
+def shapes(
+    config: ModelConfig, rows: int, requests: int, longest: int, drafts: int = 0
+) -> list[Shape]:
     """Of the steps to run: decoding alone and in company, with and without drafts, short
     prompts and long ones, at every length that changes a launch."""
+    from dsv4_plugin.kernels.experts import kernel as experts
     from dsv4_plugin.kernels.index.topk import BLOCKS, LAUNCHES
     from dsv4_plugin.kernels.launch import pick
     from dsv4_plugin.kernels.packed.fp8 import LINEARS
+    from dsv4_plugin.kernels.streams import kernel as streams
 
     few = (1, 256)  # no compressed rows; some, but not more than are chosen
     scores = *BLOCKS, pick(LAUNCHES).long
@@ -60,7 +61,11 @@ def shapes(rows: int, requests: int, longest: int, drafts: int = 0) -> list[Shap
         (1, 1), (requests, 1), (short, short), (rows, rows),
         *((min(n * looked, rows), min(looked, rows)) for n in (1, requests)),
     })  # fmt: skip
-    companies = [(n, 1, lengths[0]) for n in COMPANIES if n < rows]
+    # The first batches whose pairs of tokens and experts are not split, and not placed, by one
+    # program, and which mHC does not take as few.
+    pairs = pick(experts.LAUNCHES).split, experts.PLACED
+    more = {1 + n // config.num_experts_per_tok for n in pairs} | {1 + pick(streams.LAUNCHES).few}
+    companies = [(n, 1, lengths[0]) for n in sorted(more) if n < rows]
     return companies + [(n, query, length) for length in lengths for n, query in batches]
 
 

@@ -78,7 +78,7 @@ class Backend(AttentionBackend):
         strides = pool.window.stride, pool.page.stride, pool.ring.stride
         tables = BlockTables.of_nothing(strides, device)
         padding = Padding(self.runner.model.model, self.steps, pool.layers, tables)
-        needed = shapes(self.steps.rows, self.requests, self.longest)
+        needed = shapes(pool.config, self.steps.rows, self.requests, self.longest)
         warm_up(padding, device, needed, (parallel.rank, parallel.size))
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:

@@ -70,6 +70,7 @@ class DraftModel(nn.Module):
             "draft", words, {"block_size": self.layout.window_block, "window": window}
         )
         self.cache.changed = self._changed
+        self.caches: list[LayerCache] = []
         self.device = torch.device(vllm_config.device_config.device)
         scheduler = vllm_config.scheduler_config
         speculative = vllm_config.speculative_config
@@ -95,10 +96,6 @@ class DraftModel(nn.Module):
         out: Tensor = self.model.embed_tokens(input_ids)
         return out
 
-    def caches(self) -> list[LayerCache]:
-        assert self.cache.storage is not None
-        return bind_layers(self.layout, self.ratios, self.cache.storage, None, None)
-
     def _begin(self, n_tokens: int) -> None:
         """As the target's: the step of so many rows, for all layers."""
         metadata = get_forward_context().attn_metadata
@@ -108,7 +105,7 @@ class DraftModel(nn.Module):
             together = False
         else:
             group: GroupMetadata = metadata[self.cache.prefix]
-            caches, tables, together = self.caches(), self._tables(group.table), self.together
+            caches, tables, together = self.caches, self._tables(group.table), self.together
             lengths = n_tokens, group.longest_query, group.longest
             given = tables, group.query_start, group.seq_lens, *lengths
         step = self.steps.build(*given, together=together)
@@ -119,7 +116,9 @@ class DraftModel(nn.Module):
 
     def _changed(self, entry: CacheBlocks) -> None:
         self.parallel.running.forget()
+        self.caches = []
         if entry.storage is not None:
+            self.caches = bind_layers(self.layout, self.ratios, entry.storage, None, None)
             self._compile()
 
     def _compile(self) -> None:
@@ -128,7 +127,8 @@ class DraftModel(nn.Module):
             return
         self._compiled_for = self.cache.stride
         with override_forward_context(None):
-            needed = shapes(*self.limits, longest=self.config.sliding_window, drafts=self.width)
+            c, longest = self.config, self.config.sliding_window
+            needed = shapes(c, *self.limits, longest=longest, drafts=self.width)
             warm_up(self.padding, self.device, needed, share())
 
     @property

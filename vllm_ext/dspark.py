@@ -55,13 +55,13 @@ class DeepseekV4DSpark(DraftModel):
         """Write the window rows of tokens of the target; none, where vLLM has no caches yet."""
         if isinstance(slots, (list, tuple)):
             slots = slots[0]
-        if slots is None or self.cache.storage is None:
+        if slots is None or not self.caches:
             return
         assert isinstance(slots, Tensor)
         block, row = self.layout.window_block, self.layout.window.parts["kv"].codec.words
         address = slots // block * self.cache.stride + slots % block * row
         cis = self.steps.window_cis(positions)
-        self.network.store(main, cis, address.where(slots >= 0, -1), self.caches())
+        self.network.store(main, cis, address.where(slots >= 0, -1), self.caches)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None

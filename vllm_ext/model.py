@@ -124,7 +124,7 @@ class DeepseekV4ForCausalLM(nn.Module):
         caches, _, _ = nothing(self.model, self.layout, self.device)
         padding = Padding(self.model, self.steps, caches, self.caches.nothing(self.device))
         with override_forward_context(None):
-            warm_up(padding, self.device, shapes(*self.limits), share())
+            warm_up(padding, self.device, shapes(self.config, *self.limits), share())
 
     def _report(self) -> None:
         """One line per rank."""

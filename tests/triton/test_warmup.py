@@ -17,6 +17,7 @@ from dsv4_plugin import warmup
 from dsv4_plugin.kernels import launch
 from dsv4_plugin.kernels.norm import kernel
 from dsv4_plugin.kernels.packed import fp8
+from dsv4_plugin.tools.kernel_work import FLASH
 from dsv4_plugin.tools.make import make_checkpoint
 from lab.kit import mode
 from lab.kit.targets import FakeGPU
@@ -105,7 +106,7 @@ def test_linears_are_compiled_for_every_number_of_rows(monkeypatch):
         chosen = launch.pick(fp8.LINEARS)
         tiles = chosen.bits.plain
         for rows, requests in ((8192, 512), (8192, 4), (256, 64)):
-            some = [n for n, _, _ in warmup.shapes(rows, requests, 1 << 20)]
+            some = [n for n, _, _ in warmup.shapes(FLASH, rows, requests, 1 << 20)]
             assert {tiles.of(n, chosen.line) for n in some} == {tiles.few, tiles.some, tiles.many}
 
 
