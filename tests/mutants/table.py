@@ -74,7 +74,7 @@ MUTANTS = [
     Mutant("outputs past the last", PRODUCT, "inside = n < N\n", "inside = n < N + 9\n", "triton/test_experts", "packed_experts and fp8"),
     Mutant("entries that a row does not see are chosen", INDEX_TOPK, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "triton/test_index", "topk"),
     Mutant("no guard for a tile that nobody sees", ATTENTION, "m = tl.maximum(tl.ceil(tl.max(s, 1) * scale), LOWEST)", "m = tl.ceil(tl.max(s, 1) * scale)", "triton/test_attention", "decode"),
-    Mutant("entries that do not exist yet are seen", ATTENTION, "seen = (pos + 1) // RATIO if", "seen = (pos + RATIO) // RATIO if", "triton/test_attention", "prefill"),
+    Mutant("entries that do not exist yet are seen", ATTENTION, "seen = (pos + 1) // RATIO\n", "seen = (pos + RATIO) // RATIO\n", "triton/test_attention", "prefill"),
     # Off by one
     Mutant("the window is one too long", ATTENTION, "front = tl.minimum(pos + 1, SPAN)", "front = tl.minimum(pos + 1, SPAN + 1)", "triton/test_attention", "prefill"),
     Mutant("an entry closes a token late", COMPRESS, "(begin + R <= end)", "(begin + R < end)", "triton/test_compress", "csa"),

@@ -13,6 +13,7 @@ from dsv4_plugin.cache.rows import Float32Rows, RowPool
 from dsv4_plugin.cache.step import TILED
 from dsv4_plugin.kernels.attention import kernel, unpack
 from dsv4_plugin.kernels.attention.kernel import attention
+from dsv4_plugin.kernels.attention.keys import NEVER
 from dsv4_plugin.kernels.attention.reference import attention as reference
 from lab.kernels.cases import far, generator, kv_codec, paged, pairs, step_of_rows
 from lab.kit import mode
@@ -254,7 +255,7 @@ def test_unpacked_blocks_of_a_draft(gpu, monkeypatch):
 def test_no_rows_are_unpacked_beyond_the_bound(gpu, monkeypatch):
     """There is room for one of two requests, and for a row less than one."""
     case = prompts([range(300, 316), range(400, 416)], 4, "fp8", d=64, rope=16)
-    given = case["step"], case["window"], SPAN, None, 0, 16, unpack.ALL, 2.0
+    given = case["step"], case["window"], SPAN, None, NEVER, 16, unpack.ALL, 2.0
     need = 16 + SPAN - 1
     monkeypatch.setattr(unpack, "UNPACKED_BYTES", need * 128)
     found = unpack.unpacked(*given)
@@ -273,7 +274,7 @@ def test_no_rows_are_unpacked_beyond_the_bound(gpu, monkeypatch):
 def test_when_rows_are_unpacked():
     """By how often a row is read, of all requests or, if these were one, of some."""
 
-    def unpacked(rows, requests, length, ratio=0, choices=unpack.ALL, least=4.0):
+    def unpacked(rows, requests, length, ratio=NEVER, choices=unpack.ALL, least=4.0):
         at = torch.empty(rows, dtype=torch.int32)
         step = replace(
             step_of_rows(at, at, length, tiles=True), query_start=at.new_empty(requests + 1),
@@ -281,7 +282,7 @@ def test_when_rows_are_unpacked():
         )  # fmt: skip
         pool = RowPool(at.new_empty(1 << 10), kv_codec("fp8"))
         some = Paged(pool, at.new_empty(requests, 4), 1 << 8, 0, 64)
-        entries = some if ratio else None
+        entries = None if ratio == NEVER else some
         found = unpack.unpacked(step, some, SPAN, entries, ratio, 64, choices, least)
         return found and (found.all, found.window.pool.storage.nbytes)
 

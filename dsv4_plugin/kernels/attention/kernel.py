@@ -33,7 +33,7 @@ from torch import Tensor
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.cache.step import Step
-from dsv4_plugin.kernels.attention.keys import aligned, find_rows, load_quarter, part
+from dsv4_plugin.kernels.attention.keys import NEVER, aligned, find_rows, load_quarter, part
 from dsv4_plugin.kernels.attention.unpack import ALL, unpacked
 from dsv4_plugin.kernels.launch import pick, require
 
@@ -190,7 +190,7 @@ def _tiles(pos, choices, SPAN: tl.constexpr, RATIO: tl.constexpr, CHOOSING: tl.c
            KEYS: tl.constexpr):  # fmt: skip
     """Of a row that sees positions up to pos: rows of its window, entries, tiles of both."""
     front = tl.minimum(pos + 1, SPAN)
-    seen = (pos + 1) // RATIO if RATIO > 0 else 0 * pos
+    seen = (pos + 1) // RATIO
     if CHOOSING:
         seen = tl.minimum(seen, choices)
     return front, seen, tl.cdiv(front, KEYS) + tl.cdiv(seen, KEYS)
@@ -253,8 +253,7 @@ def attend(
             entries + (entries_last, entries_tables),  # noqa: RUF005
             who, tl.where(near, pos + 1 - front, 0) + begin,
             tl.where(near, front, seen) - begin, chosen + t * choices + begin,
-            (pos + 1) // RATIO if RATIO > 0 else 0,
-            WINDOW_ROWS, ENTRY_ROWS, WORDS, CHOOSING, KEYS, THREADS,
+            (pos + 1) // RATIO, WINDOW_ROWS, ENTRY_ROWS, WORDS, CHOOSING, KEYS, THREADS,
         )  # fmt: skip
         k = ()  # type: tuple[object, ...]
         for i in tl.static_range(4):
@@ -354,7 +353,8 @@ def attention(
     launch = pick(LAUNCHES)
     block = max(MIN_DOT, min(launch.heads, triton.next_power_of_2(heads)))
     blocks = triton.cdiv(heads, block)
-    longest = step.longest // ratio if ratio else 0
+    ratio = ratio or NEVER
+    longest = step.longest // ratio
     choices = 0 if chosen is None else chosen.shape[1]
     most = longest if chosen is None else min(longest, choices)
     tiles = triton.cdiv(sliding_window, launch.keys) + triton.cdiv(most, launch.keys)

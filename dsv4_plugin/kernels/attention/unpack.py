@@ -52,7 +52,7 @@ def _needs(
     count = ends - begins
     first = tl.maximum(length - count - (SPAN - 1), 0)
     near = length - first
-    seen = length // RATIO if RATIO > 0 else 0 * length
+    seen = length // RATIO
     read = tl.minimum(length, SPAN) + tl.minimum(seen, choices)
     pays = count.to(tl.float32) * read.to(tl.float32) >= least * (near + seen).to(tl.float32)
     pays = pays & (count > 0)
@@ -128,7 +128,7 @@ def unpacked(
     """
     n, requests = len(step.position), len(step.seq_lens)
     codec = BFloat16Rows(window.pool.codec.width)
-    most = step.longest // ratio if ratio else 0
+    most = step.longest // ratio
     reads = n * (min(span, step.longest) + min(most, choices))
     bound = n + requests * (span - 1 + most)
     limit = UNPACKED_BYTES // (4 * codec.words)
