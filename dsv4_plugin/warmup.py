@@ -61,11 +61,11 @@ def shapes(
         (1, 1), (requests, 1), (short, short), (rows, rows),
         *((min(n * looked, rows), min(looked, rows)) for n in (1, requests)),
     })  # fmt: skip
-    # The first batches whose pairs of tokens and experts are not split, and not placed, by one
-    # program, and which mHC does not take as few.
-    pairs = pick(experts.LAUNCHES).split, experts.PLACED
-    more = {1 + n // config.num_experts_per_tok for n in pairs} | {1 + pick(streams.LAUNCHES).few}
-    companies = [(n, 1, lengths[0]) for n in sorted(more) if n < rows]
+    # The first batches whose pairs of tokens and experts are not split, and which mHC does not take
+    # as few.
+    split = 1 + pick(experts.LAUNCHES).split // config.num_experts_per_tok
+    more = sorted({split, 1 + pick(streams.LAUNCHES).few})
+    companies = [(n, 1, lengths[0]) for n in more if n < rows]
     return companies + [(n, query, length) for length in lengths for n, query in batches]
 
 
