@@ -87,10 +87,12 @@ OPS = {
         LONG,
         {
             "heads": (16, 32, 64),
-            "ways.0.below": (16, 32, 64, 128),
-            **_tile("ways.0", columns=(1, 2, 4), warps=_WARPS, deal=(0, 4, math.inf)),
-            **_tile("ways.1", columns=(1, 2, 4), warps=_WARPS),
-            "stages": (1, 2, 3),
+            "fp8.0.below": (16, 32, 64, 128),
+            **_tile("fp8.0", columns=(1, 2, 4), warps=_WARPS, deal=(0, 4, math.inf)),
+            **_tile("fp8.1", columns=(1, 2, 4), warps=_WARPS, unpack=(2, 4, 16, math.inf)),
+            "bfloat16.0.below": (16, 32, 64, 128),
+            **_tile("bfloat16.0", columns=(1, 2, 4), warps=_WARPS, stages=(1, 2, 3)),
+            **_tile("bfloat16.1", columns=(1, 2, 4), warps=_WARPS, stages=(1, 2, 3)),
         },
     ),
     "index": Op(
