@@ -41,7 +41,7 @@ STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX, SWIGLU = 
     ]
 )
 FP8 = f"{KERNELS}/packed/fp8.py"
-ATTENTION_KEYS = f"{KERNELS}/attention/keys.py"
+ATTENTION_KEYS, UNPACK = f"{KERNELS}/attention/keys.py", f"{KERNELS}/attention/unpack.py"
 INDEX_TOPK = f"{KERNELS}/index/topk.py"
 BLOCK, TRANSFORMER, DSPARK = (
     f"dsv4_plugin/model/{name}.py" for name in ("block", "transformer", "dspark")
@@ -150,6 +150,16 @@ MUTANTS = [
     Mutant("cells are folded from the last on", ATTENTION, "place = (t * places + cell) * H + h\n            x =", "place = (t * places + end - 1 - cell + piece * own) * H + h\n            x =", "triton/test_attention", "order"),
     Mutant("dealt tiles know no pieces", ATTENTION, "own = PIECE // each", "own = 1", "triton/test_attention", "order"),
     Mutant("a cell more than there is", ATTENTION, "end = tl.minimum(piece * own + own, cells)", "end = piece * own + own", "triton/test_attention", "order"),
+    # Unpacked rows
+    Mutant("a chunk's window is unpacked a row late", UNPACK, "length - count - (SPAN - 1), 0", "length - count - (SPAN - 2), 0", "triton/test_attention", "bits and positions0"),
+    Mutant("unpacked windows overlap", UNPACK, "tl.program_id(0) * (SPAN - 1)", "tl.program_id(0) * (SPAN - 2)", "triton/test_attention", "bits and positions0"),
+    Mutant("a text begins where its unpacked rows do", UNPACK, "to_window - first + before", "to_window + before", "triton/test_attention", "bits and positions0"),
+    Mutant("a tile is written past a request's rows", UNPACK, "real = (i < left)[:, None] &", "real = (i < left + 1)[:, None] &", "triton/test_attention", "bits and positions2"),
+    Mutant("unpacked entries are those of the request before", UNPACK, "tl.program_id(0) * room", "(tl.program_id(0) - tl.minimum(tl.program_id(0), 1)) * room", "triton/test_attention", "bits and positions2"),
+    Mutant("entries past a request's length are unpacked", UNPACK, "seen = length // RATIO if", "seen = length // RATIO + 1 if", "triton/test_attention", "bits and positions2"),
+    Mutant("one request's entries are counted", UNPACK, "+ len(step.seq_lens) * (step.longest", "+ 1 * (step.longest", "triton/test_attention", "when"),
+    Mutant("decoded rows are unpacked", ATTENTION, "if fp8 and step.tiles and", "if fp8 and", "triton/test_attention", "decode"),
+    Mutant("only steps of prompts are warmed up with many rows", "dsv4_plugin/warmup.py", "*((n, 1) for n in ways),", "", "triton/test_warmup", "pages", compiled=True),
     # Graphs
     Mutant("attention is captured with its metadata", BLOCK, "self.attend = parallel.breaking(self.attn.forward)", "self.attend = self.attn.forward", "triton/test_vllm", compiled=True),
     # Addresses

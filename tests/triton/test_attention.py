@@ -233,12 +233,16 @@ def test_unpacked_blocks_of_a_draft(gpu, monkeypatch):
 
 def test_no_rows_are_unpacked_beyond_the_bound(gpu, monkeypatch):
     case = prompts([range(300, 316)], 4, "fp8", d=64, rope=16)
+    given = case["step"], case["window"], SPAN, None, 0, 16
     monkeypatch.setattr(unpack, "UNPACKED_BYTES", (16 + SPAN - 1) * 128 - 1)
-    packed, plain, count = both_ways(monkeypatch, case)
-    assert count == 0
-    assert torch.equal(plain, packed)
+    assert unpack.unpacked(*given) is None
     monkeypatch.setattr(unpack, "UNPACKED_BYTES", (16 + SPAN - 1) * 128)
-    assert both_ways(monkeypatch, case)[2] == 1
+    rows, entries = unpack.unpacked(*given)
+    assert entries is None
+    at = torch.arange(300 - SPAN + 1, 316, device=mode.DEVICE)
+    found, real = rows.read(torch.zeros_like(at), at)
+    assert real.all()
+    assert torch.equal(found, case["window"].read(torch.zeros_like(at), at)[0])
 
 
 def test_when_rows_are_unpacked():

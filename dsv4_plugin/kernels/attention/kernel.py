@@ -83,7 +83,7 @@ LAUNCHES = {
     # compiled: no spills, 66 KiB
     "consumer": Launch(
         32, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 8, unpack=4)),
-        (Way(64, 4, 4, deal=4), Way(inf, 1, 8)),
+        (Way(64, 4, 4, 2, deal=4), Way(inf, 1, 8, 2)),
     ),
     # compiled: no spills; 32 heads would spill in the loop
     "cdna": Launch(
@@ -93,7 +93,7 @@ LAUNCHES = {
     # guessed
     "any": Launch(
         32, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 8, unpack=4)),
-        (Way(64, 4, 4, deal=4), Way(inf, 1, 8)),
+        (Way(64, 4, 4, 2, deal=4), Way(inf, 1, 8, 2)),
     ),
 }  # fmt: skip
 SCRATCH_BYTES = 1 << 27
