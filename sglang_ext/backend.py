@@ -50,7 +50,8 @@ class Backend(AttentionBackend):
             return
         args, device = runner.server_args, torch.device(runner.device)
         chunk = args.chunked_prefill_size or 0
-        rows = max(chunk if chunk > 0 else args.max_prefill_tokens, self.requests)
+        verified = self.requests * (1 + drafts())
+        rows = max(chunk if chunk > 0 else args.max_prefill_tokens, verified)
         self.steps = self._builder(rows)
         if use_triton(device):
             self._warm_up(device)

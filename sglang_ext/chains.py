@@ -7,13 +7,19 @@ requests, N drafts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+from sglang.srt.layers.sampler import top_k_top_p_min_p_sampling_from_probs_torch
 from sglang.srt.mem_cache.allocation import get_last_loc_torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import Tensor
 
+_verified: ContextVar[tuple[Any, Tensor]] = ContextVar("verified")
+"""SGLang's batch whose drafts are being verified, and the logits of all rows."""
+EAGLE = "sglang.srt.speculative.eagle_utils"
 ALLOCATION = "sglang.srt.mem_cache.allocation"
 KERNELS = "sglang.kernels.ops.speculative"
 
@@ -94,14 +100,50 @@ def verify_chain(
     target_predict: Tensor,
     **tree: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """candidates [B, N + 1] are the chains, target_predict what the model says behind each of their
-    rows; drafts are kept as long as they are that."""
+    """candidates [B, N + 1] are the chains, target_predict what the model finds likeliest behind
+    each of their rows. Drafts are kept as long as they are what is picked there, as without drafts:
+    that, or a sample."""
+    batch, logits = _verified.get()
+    if not batch.sampling_info.is_all_greedy:
+        target_predict = samples(batch.sampling_info, batch.seq_lens, logits).view_as(candidates)
     kept = (candidates[:, 1:] == target_predict[:, :-1]).int().cumprod(1).sum(1)
     accept_token_num.copy_(kept)
     inside = torch.arange(candidates.shape[1]) <= kept[:, None]
     accept_index.copy_(torch.where(inside, retrieve_index, -1))
     predicts.copy_(target_predict.flatten())
     return predicts, accept_index, accept_token_num
+
+
+def samples(info: Any, seq_lens: Tensor, logits: Tensor) -> Tensor:
+    """One behind each row of chains, by SGLang's sampler in torch: logits [B * (N + 1), V]."""
+    n = len(logits) // len(seq_lens)
+
+    def of_rows(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.repeat_interleave(n, 0)
+
+    found: Tensor = top_k_top_p_min_p_sampling_from_probs_torch(
+        torch.softmax(logits.float() / of_rows(info.temperatures), -1),
+        of_rows(info.top_ks), of_rows(info.top_ps), of_rows(info.min_ps),
+        info.need_min_p_sampling, of_rows(info.sampling_seed),
+        (seq_lens[:, None] + torch.arange(n)).flatten(),
+    )  # fmt: skip
+    return found
+
+
+def verify(
+    original: Callable, verify_input: Any, batch: Any, logits_output: Any, *args: Any, **rest: Any
+) -> Any:
+    """AROUND eagle_sample: it adjusts logits in place, and `verify_chain` picks."""
+    token = _verified.set((batch, logits_output.next_token_logits))
+    try:
+        return original(verify_input, batch, logits_output, *args, **rest)
+    finally:
+        _verified.reset(token)
+
+
+def picks_itself(**conditions: bool) -> bool:
+    """In place of _verify_uses_greedy: `verify_chain` samples, too."""
+    return True
 
 
 def last_tokens(
@@ -124,15 +166,18 @@ REPLACED = {
     f"{KERNELS}.spec_tree.build_tree_kernel_efficient_func": build_chain,
     f"{KERNELS}.spec_tree.verify_tree_greedy_func": verify_chain,
     f"{KERNELS}.eagle.fill_bonus_tokens_func": last_tokens,
+    f"{EAGLE}._verify_uses_greedy": picks_itself,
 }
 
 
 def install() -> None:
     """In a process whose model drafts on a CPU."""
-    for target, function in REPLACED.items():
+    hooks = {target: (function, HookType.REPLACE) for target, function in REPLACED.items()}
+    hooks[f"{EAGLE}.eagle_sample"] = verify, HookType.AROUND
+    for target, (function, kind) in hooks.items():
         if target not in HookRegistry._hooks:
-            HookRegistry.register(target, function, HookType.REPLACE)
+            HookRegistry.register(target, function, kind)
     HookRegistry.apply_hooks()
-    missing = REPLACED.keys() - HookRegistry._patched
+    missing = hooks.keys() - HookRegistry._patched
     if missing:
         raise RuntimeError(f"dsv4-plugin cannot draft on this CPU: {min(missing)} is not hooked")

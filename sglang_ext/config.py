@@ -153,7 +153,7 @@ def fill_defaults(server_args: ServerArgs, previous: Callable[[ServerArgs], None
         declare_resolution(server_args, "dsv4-plugin", default_chat_template_kwargs=chat)
     if config.architectures == [SERVED_ARCHITECTURE]:
         mtp = args.speculative_algorithm is not None
-        found = _draft_defaults(args) if mtp else {}
+        found = draft_defaults(args) if mtp else {}
         found["cuda_graph_config"] = _graphs(args.cuda_graph_config, args.device, mtp)
         found["max_running_requests"] = args.max_running_requests or MAX_RUNNING_REQUESTS
         declare_resolution(server_args, "dsv4-plugin", **found)
@@ -169,8 +169,10 @@ def _graphs(config: CudaGraphConfig, device: str, mtp: bool = False) -> CudaGrap
     if wanted and device == "cuda":
         log.info(
             "CUDA graphs: %s; steps of prompts run without.",
-            "whole ones of decode steps" if able
-            else "none, because of drafts" if triton
+            "whole ones of decode steps"
+            if able
+            else "none, because of drafts"
+            if triton
             else "none, because kernels are torch's",
         )
     config = with_phase(config, Phase.DECODE, backend=decode)
@@ -191,7 +193,7 @@ def allow_fp4_indexer(server_args: ServerArgs, previous: Callable[[ServerArgs], 
     declare_resolution(server_args, "dsv4-plugin", **{name: True})
 
 
-def _draft_defaults(args: Any) -> dict[str, Any]:
+def draft_defaults(args: Any) -> dict[str, Any]:
     """What SGLang's EAGLE worker needs to draft with the checkpoint's own MTP layer."""
     verified = args.speculative_num_draft_tokens
     steps = args.speculative_num_steps or (verified - 1 if verified else DRAFTS)
