@@ -15,6 +15,7 @@ import torch
 from sglang.srt.layers.sampler import top_k_top_p_min_p_sampling_from_probs_torch
 from sglang.srt.mem_cache.allocation import get_last_loc_torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 _verified: ContextVar[tuple[Any, Tensor]] = ContextVar("verified")
@@ -106,6 +107,7 @@ def verify_chain(
     batch, logits = _verified.get()
     if not batch.sampling_info.is_all_greedy:
         target_predict = samples(batch.sampling_info, batch.seq_lens, logits).view_as(candidates)
+        target_predict = get_parallel().tp_group.broadcast(target_predict)
     kept = (candidates[:, 1:] == target_predict[:, :-1]).int().cumprod(1).sum(1)
     accept_token_num.copy_(kept)
     inside = torch.arange(candidates.shape[1]) <= kept[:, None]

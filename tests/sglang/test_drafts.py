@@ -4,8 +4,10 @@ whatever is drafted; and how many drafts are kept is what it should be."""
 from __future__ import annotations
 
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -58,17 +60,29 @@ class Forced:
 
 
 @pytest.fixture(scope="module")
-def forced(drafting: Path, tmp_path_factory: pytest.TempPathFactory, roomy: Server):
-    """With a pool poisoned with NaN; prompts are read in chunks of 256."""
-    directory = tmp_path_factory.mktemp("forced")
-    file = directory / "drafts"
-    file.write_text("[]")
-    options = ("--speculative-algorithm=NEXTN", f"--speculative-num-steps={STEPS}")
-    with Server(
-        drafting, *FLOAT32, *POOL, *options, log=directory / "log",
-        testing="poison,drafts", environ={"DSV4_DRAFTS": str(file)},
-    ) as server:  # fmt: skip
-        yield Forced(server, roomy, file)
+def start(drafting: Path, tmp_path_factory: pytest.TempPathFactory, roomy: Server):
+    """start(*options, **environ): with a pool poisoned with NaN; prompts are read in chunks of 256,
+    and drafts are forced."""
+
+    @contextmanager
+    def running(*options: str, **environ: str):
+        directory = tmp_path_factory.mktemp("forced")
+        file = directory / "drafts"
+        file.write_text("[]")
+        options += ("--speculative-algorithm=NEXTN", f"--speculative-num-steps={STEPS}")
+        with Server(
+            drafting, *FLOAT32, *POOL, *options, log=directory / "log",
+            testing="poison,drafts", environ={"DSV4_DRAFTS": str(file), **environ},
+        ) as server:  # fmt: skip
+            yield Forced(server, roomy, file)
+
+    return running
+
+
+@pytest.fixture(scope="module")
+def forced(start):
+    with start() as running:
+        yield running
 
 
 @pytest.mark.parametrize(("wrong", "kept"), [(-1, 3), (0, 0), (1, 1), (2, 2)])
@@ -113,3 +127,44 @@ def test_abort(forced: Forced):
             forced.server.post("/abort_request", {"rid": "", "abort_all": True})
             assert request.result()["meta_info"]["finish_reason"]["type"] == "abort"
     forced.compare(prompts(300, seed=83)[::4], N, [-1, 0, 1, 2], 4)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 50},
+        {"temperature": 0, "frequency_penalty": 1.0, "logit_bias": {"77": 3.0}},
+        {"temperature": 0, "regex": "(abc|de)+x"},
+    ],
+)
+def test_other_ways_to_pick(forced: Forced, sampling: dict):
+    """Sampled tokens are n of the vocabulary; greedy ones those of no drafts. (None is kept: with
+    drafts in between, SGLang's penalties stand still.)"""
+    body = {"input_ids": [0, *ids(50, 84)], "sampling_params": {"max_new_tokens": N, **sampling}}
+    found, plain = (s.post("/generate", body) for s in (forced.server, forced.plain))
+    if sampling["temperature"]:
+        assert len(found["output_ids"]) == N
+        assert found["output_ids"] != plain["output_ids"]  # 24 of 129,280
+    else:
+        assert found["output_ids"] == plain["output_ids"]
+    assert found["meta_info"]["finish_reason"]["type"] in ("length", "stop")
+
+
+@pytest.mark.thorough
+def test_two_ranks(start):
+    with start("--tp-size=2", SGLANG_CPU_OMP_THREADS_BIND="0|1") as forced:
+        forced.compare(prompts(600, seed=85), N, [i % 5 - 1 for i in range(16)], 8)
+        body = {"input_ids": [0, 5, 6], "sampling_params": {"temperature": 1, "max_new_tokens": N}}
+        assert len(forced.server.post("/generate", body)["output_ids"]) == N
+
+
+@pytest.mark.thorough
+def test_retraction(start):
+    """A pool of 24 pages: requests are thrown out, and come back."""
+    forced_out = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "3"}
+    options = "--max-total-tokens=3072", "--max-running-requests=8"
+    with start(*options, **forced_out) as forced:
+        forced.compare(prompts(900, seed=86), 60, [i % 5 - 1 for i in range(16)], 16)
+        log = forced.server.read_log()
+    assert sum(map(int, re.findall(r"#retracted_reqs: (\d+)", log))) >= 10
