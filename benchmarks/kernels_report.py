@@ -105,7 +105,7 @@ def attention_work(context: int, ratio: int, many: bool) -> Counted:
     kind = "CSA" if ratio == CSA else "HCA"
     how = "in company" if many else "alone"
     table = attention.LAUNCHES
-    of_many = {family: replace(row, ways=row.ways[-1:]) for family, row in table.items()}
+    of_many = {family: replace(row, fp8=row.fp8[-1:]) for family, row in table.items()}
     attention.LAUNCHES = of_many if many else table
     try:
         work = kernel_work.attention(one_request(context), ratio)

@@ -41,7 +41,7 @@ STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX, SWIGLU = 
     ]
 )
 FP8 = f"{KERNELS}/packed/fp8.py"
-ATTENTION_KEYS = f"{KERNELS}/attention/keys.py"
+ATTENTION_KEYS, UNPACK = f"{KERNELS}/attention/keys.py", f"{KERNELS}/attention/unpack.py"
 INDEX_TOPK = f"{KERNELS}/index/topk.py"
 BLOCK, TRANSFORMER, DSPARK = (
     f"dsv4_plugin/model/{name}.py" for name in ("block", "transformer", "dspark")
@@ -104,8 +104,9 @@ MUTANTS = [
     Mutant("the second weight's rows are as long as the first's", FP8, "tl.where(later, N - first, first)", "first", "triton/test_packed", "two_weights"),
     Mutant("weights of the first choice", PRODUCT, "tl.load(weight + pair,", "tl.load(weight + pair // PAIRS * PAIRS,", "triton/test_experts", "plain"),
     Mutant("inputs in the order of another format", PRODUCT, "i % EACH * (BLOCK // EACH) + i // EACH", "i % (BLOCK // EACH) * EACH + i // (BLOCK // EACH)", "triton/test_experts", "packed_experts and fp4"),
-    Mutant("a placed pair is its own forerunner", EXPERTS, "i[:, None] < i[None, :]", "i[:, None] <= i[None, :]", "triton/test_experts", "place"),
-    Mutant("a placed block is not filled up", EXPERTS, "rest < ((first + blocks) * M)", "rest < ((first + blocks) * M - 1)", "triton/test_experts", "place"),
+    Mutant("a block is not filled up", EXPERTS, "mask=rest < last * M)", "mask=rest < last * M - 1)", "triton/test_experts", "place"),
+    Mutant("pairs of nobody count", EXPERTS, "mask=(id >= 0) & (id < E))", "mask=id < EXPERTS)", "triton/test_experts", "place"),
+    Mutant("an expert's next pairs begin anew", EXPERTS, "            next_row += tl.sum(mine", "            next_row = first * M + tl.sum(mine", "triton/test_experts", "place"),
     Mutant("scales of the wrong blocks", ATTENTION_KEYS, "(u // 8 % 4 * 8)", "(u // 8 % 2 * 8)", "triton/test_attention", "decode"),
     Mutant("choices of another row", ATTENTION, "chosen + t * choices + begin", "chosen + begin", "triton/test_attention", "decode"),
     Mutant("quarters are counted on, past the last", ATTENTION, "dim = (first ^ i) * W + w", "dim = (first + i) * W + w", "triton/test_attention", "decode"),
@@ -151,6 +152,16 @@ MUTANTS = [
     Mutant("cells are folded from the last on", ATTENTION, "place = (t * places + cell) * H + h\n            x =", "place = (t * places + end - 1 - cell + piece * own) * H + h\n            x =", "triton/test_attention", "order"),
     Mutant("dealt tiles know no pieces", ATTENTION, "own = PIECE // each", "own = 1", "triton/test_attention", "order"),
     Mutant("a cell more than there is", ATTENTION, "end = tl.minimum(piece * own + own, cells)", "end = piece * own + own", "triton/test_attention", "order"),
+    # Unpacked rows
+    Mutant("a chunk's window is unpacked a row late", UNPACK, "length - count - (SPAN - 1), 0", "length - count - (SPAN - 2), 0", "triton/test_attention", "bits and positions0"),
+    Mutant("unpacked windows overlap", UNPACK, "tl.program_id(0) * (SPAN - 1)", "tl.program_id(0) * (SPAN - 2)", "triton/test_attention", "bits and positions0"),
+    Mutant("a text begins where its unpacked rows do", UNPACK, "to_window - first + before", "to_window + before", "triton/test_attention", "bits and positions0"),
+    Mutant("a tile is written past a request's rows", UNPACK, "real = (i < left)[:, None] &", "real = (i < left + 1)[:, None] &", "triton/test_attention", "bits and positions2"),
+    Mutant("unpacked entries are those of the request before", UNPACK, "tl.program_id(0) * room", "(tl.program_id(0) - tl.minimum(tl.program_id(0), 1)) * room", "triton/test_attention", "bits and positions2"),
+    Mutant("entries past a request's length are unpacked", UNPACK, "seen = length // RATIO if", "seen = length // RATIO + 1 if", "triton/test_attention", "bits and positions2"),
+    Mutant("one request's entries are counted", UNPACK, "+ len(step.seq_lens) * (step.longest", "+ 1 * (step.longest", "triton/test_attention", "when"),
+    Mutant("decoded rows are unpacked", ATTENTION, "if fp8 and step.tiles and", "if fp8 and", "triton/test_attention", "decode"),
+    Mutant("only steps of prompts are warmed up with many rows", "dsv4_plugin/warmup.py", "*((n, 1) for n in ways),", "", "triton/test_warmup", "pages", compiled=True),
     # Graphs
     Mutant("attention is captured with its metadata", BLOCK, "self.attend = parallel.breaking(self.attn.forward)", "self.attend = self.attn.forward", "triton/test_vllm", compiled=True),
     # Addresses

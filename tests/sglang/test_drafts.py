@@ -132,8 +132,8 @@ def test_abort(forced: Forced):
 @pytest.mark.parametrize(
     "sampling",
     [
-        {"temperature": 1.0},
-        {"temperature": 0.7, "top_p": 0.9, "top_k": 50},
+        {"temperature": 1.0, "ignore_eos": True},
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "ignore_eos": True},
         {"temperature": 0, "frequency_penalty": 1.0, "logit_bias": {"77": 3.0}},
         {"temperature": 0, "regex": "(abc|de)+x"},
     ],

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dsv4_plugin.cache.rows import Float32Rows, RowPool
-from dsv4_plugin.kernels.attention import kernel
+from dsv4_plugin.cache.step import TILED
+from dsv4_plugin.kernels.attention import kernel, unpack
 from dsv4_plugin.kernels.attention.kernel import attention
 from dsv4_plugin.kernels.attention.reference import attention as reference
 from lab.kernels.cases import far, generator, kv_codec, paged, pairs, step_of_rows
@@ -120,7 +121,7 @@ def test_blocks_whose_rows_see_one_another(gpu, kind):
 
 
 LAUNCH = kernel.LAUNCHES["any"]
-ONE, MANY = LAUNCH.ways
+ONE, MANY = LAUNCH.fp8
 WAYS = {
     "dealt": [replace(ONE, deal=0)],
     "in pieces": [replace(ONE, deal=inf)],
@@ -129,10 +130,10 @@ WAYS = {
 }
 
 
-def launched(monkeypatch, case, ways, **changes):
+def launched(monkeypatch, case, ways):
     """attention(**case), launched so: of pieces of three tiles."""
     ways = tuple(replace(w, below=inf) for w in ways)
-    table = {"any": replace(LAUNCH, piece=3, ways=ways, **changes)}
+    table = {"any": replace(LAUNCH, piece=3, fp8=ways, bfloat16=ways)}
     monkeypatch.setattr(kernel, "LAUNCHES", table)
     return attention(**case)
 
@@ -154,6 +155,110 @@ def test_the_same_bits_alone_in_company_and_in_pieces(gpu, monkeypatch, kind):
     assert torch.equal(launched(monkeypatch, case, WAYS["in pieces"]), dealt)
     monkeypatch.setattr(kernel, "DEALT_BYTES", 0)
     assert torch.equal(launched(monkeypatch, case, WAYS["dealt"]), dealt)
+
+
+def prompts(positions, *given, **kinds):
+    """A case of prompts: as `world`, of which the step knows where each request's rows are."""
+    case = world(positions, *given, **kinds)
+    counts = torch.tensor([0, *(sum(p is not None for p in some) for some in positions)])
+    lengths = [max([p for p in some if p is not None], default=-1) + 1 for some in positions]
+    step = replace(
+        case["step"],
+        query_start=counts.cumsum(0).int().to(mode.DEVICE),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=mode.DEVICE),
+        longest_query=max(TILED, int(counts.max())),
+    )
+    return case | {"step": step}
+
+
+def both_ways(monkeypatch, case, *ways):
+    """attention(**case) with rows as they are, and with unpacked ones; how often it unpacks."""
+    count = 0
+
+    def noted(*given):
+        nonlocal count
+        rows = unpack.unpacked(*given)
+        count += rows is not None
+        return rows
+
+    monkeypatch.setattr(kernel, "unpacked", noted)
+    found = []
+    for at in (inf, 0):
+        fp8 = tuple(replace(w, below=inf, unpack=at) for w in ways or (MANY,))
+        table = {"any": replace(LAUNCH, fp8=fp8, bfloat16=LAUNCH.bfloat16[-1:])}
+        monkeypatch.setattr(kernel, "LAUNCHES", table)
+        found.append(attention(**case))
+    return *found, count
+
+
+UNPACKED = [
+    # positions of each request's rows, heads, ratio, chosen
+    # a chunk behind a window, a first one, a decoded row, a request without rows, and padding
+    ([range(300, 317), range(5), [700], [None], [None] * 2], 16, 0, None),
+    interpreted_first([range(520, 537), [260], range(3)], 64, 128, None),
+    ([range(400, 417), [130], range(200, 203)], 8, 4, 64),
+    interpreted_first([range(16)], 8, 4, None),
+]
+
+
+@pytest.mark.parametrize(("positions", "heads", "ratio", "k"), UNPACKED)
+def test_unpacked_rows_give_the_same_bits(gpu, monkeypatch, positions, heads, ratio, k):
+    case = prompts(positions, heads, "fp8", ratio, k)
+    case["q"] *= 8  # Large scores, whose last bits weigh something.
+    packed, plain, count = both_ways(monkeypatch, case)
+    assert count == 1
+    assert torch.equal(plain, packed)
+    assert error(plain, reference(**case)) < ATTENTION_BF16
+
+
+def test_unpacked_rows_of_a_long_limit(gpu, monkeypatch):
+    """Lengths that the host knows are bounds; what is beyond a request's is not touched."""
+    case = prompts([range(300, 316), range(2)], 4, "fp8", 4, 64, d=64, rope=16)
+    step = replace(case["step"], longest=1 << 13, longest_query=4096)
+    packed, plain, count = both_ways(monkeypatch, case | {"step": step})
+    assert count == 1
+    assert torch.equal(plain, packed)
+    assert torch.equal(plain, attention(**case))
+
+
+def test_unpacked_blocks_of_a_draft(gpu, monkeypatch):
+    """Rows that see one another."""
+    case = prompts([range(180, 197), range(4, 21)], 4, "fp8", d=64, rope=16, span=SPAN + 17)
+    case["step"] = replace(case["step"], together=17)
+    packed, plain, count = both_ways(monkeypatch, case)
+    assert count == 1
+    assert torch.equal(plain, packed)
+    assert error(plain, reference(**case)) < ATTENTION_BF16
+
+
+def test_no_rows_are_unpacked_beyond_the_bound(gpu, monkeypatch):
+    case = prompts([range(300, 316)], 4, "fp8", d=64, rope=16)
+    given = case["step"], case["window"], SPAN, None, 0, 16
+    monkeypatch.setattr(unpack, "UNPACKED_BYTES", (16 + SPAN - 1) * 128 - 1)
+    assert unpack.unpacked(*given) is None
+    monkeypatch.setattr(unpack, "UNPACKED_BYTES", (16 + SPAN - 1) * 128)
+    rows, entries = unpack.unpacked(*given)
+    assert entries is None
+    at = torch.arange(300 - SPAN + 1, 316, device=mode.DEVICE)
+    found, real = rows.read(torch.zeros_like(at), at)
+    assert real.all()
+    assert torch.equal(found, case["window"].read(torch.zeros_like(at), at)[0])
+
+
+def test_when_rows_are_unpacked():
+    """By how often a row is read."""
+    at = torch.zeros(4096, dtype=torch.int32)
+    lengths = torch.zeros(1, dtype=torch.int32)
+    prompt = replace(step_of_rows(at, at, 65536, tiles=True), seq_lens=lengths)
+    assert unpack.reads(prompt, SPAN, 0, 0) == 4096 * SPAN / (4096 + SPAN - 1)
+    assert unpack.reads(prompt, SPAN, 128, 512) == 4096 * (SPAN + 512) / (4096 + SPAN - 1 + 512)
+    assert unpack.reads(prompt, SPAN, 4, 512) == 4096 * (SPAN + 512) / (4096 + SPAN - 1 + 16384)
+    short = replace(prompt, longest=16)
+    assert unpack.reads(short, SPAN, 0, 0) == 4096 * 16 / (4096 + SPAN - 1)
+    company = replace(prompt, seq_lens=torch.zeros(4096, dtype=torch.int32))
+    assert unpack.reads(company, SPAN, 4, 512) < 1
+    for launch in kernel.LAUNCHES.values():
+        assert launch.fp8[-1].unpack > 1
 
 
 def test_the_order_of_tiles_matters_and_that_of_programs_does_not(gpu, monkeypatch):

@@ -1,4 +1,5 @@
 """Triton: a program takes the heads of one query, and decodes every key once for all of them.
+Where a step's queries read the same rows many times, these are unpacked to bfloat16 first.
 
 What a query sees is a list of tiles of KEYS rows: its window's, then its entries'. Of each tile a
 program makes the scores, their maximum rounded up to a whole power of two, and the weighted sum of
@@ -32,8 +33,8 @@ from torch import Tensor
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.cache.step import Step
-from dsv4_plugin.kernels.attention.keys import find_rows, load_quarter
-from dsv4_plugin.kernels.device import alignment
+from dsv4_plugin.kernels.attention.keys import aligned, find_rows, load_quarter, part
+from dsv4_plugin.kernels.attention.unpack import reads, unpacked
 from dsv4_plugin.kernels.launch import pick, require
 
 LOG2E = 1.4426950408889634
@@ -42,41 +43,59 @@ LOG2E = 1.4426950408889634
 @dataclass(frozen=True)
 class Way:
     """below: taken for fewer rows, times head blocks, than this. columns: parts that the output is
-    cut into (1, 2 or 4: a program each). deal: lists of more tiles than this are dealt out, a tile
-    to a program, as far as DEALT_BYTES go; else a program takes a piece."""
+    cut into (1, 2 or 4: a program each). stages: of the loop over tiles, where nothing lies between
+    loads and products. deal: lists of more tiles than this are dealt out, a tile to a program, as
+    far as DEALT_BYTES go; else a program takes a piece. unpack: rows of fp8 that prompts read so
+    many times, on average, are unpacked first."""
 
     below: float
     columns: int
     warps: int
+    stages: int = 1
     deal: float = inf
+    unpack: float = inf
 
 
 @dataclass(frozen=True)
 class Launch:
-    """heads of a program, at most; keys of a tile; tiles of a piece; the ways of few to many rows;
-    stages of the loop over tiles where rows are bfloat16, and nothing lies between their loads and
-    the products."""
+    """heads of a program, at most; keys of a tile; tiles of a piece; the ways of few to many rows,
+    for keys in fp8 and in bfloat16, unpacked ones among them."""
 
     heads: int
     keys: int
     piece: int
-    ways: tuple[Way, ...]
-    stages: int = 1
+    fp8: tuple[Way, ...]
+    bfloat16: tuple[Way, ...]
 
 
 LAUNCHES = {
     # measured, an H200, with other sums and cells of 128 keys: 32 keys; 4 columns for one row, 2
     # for many; a window alone not dealt out. compiled: 13 spilled words, of wgmma's descriptors
-    "hopper": Launch(64, 32, 40, (Way(32, 4, 4, deal=4), Way(inf, 2, 4))),
+    "hopper": Launch(
+        64, 32, 40, (Way(32, 4, 4, deal=4), Way(inf, 2, 4, unpack=4)),
+        (Way(32, 4, 4, deal=4), Way(inf, 2, 4)),
+    ),
     # compiled: no spills; 64 heads would spill, 32 keys more of them
-    "a100": Launch(32, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 8)), 2),
+    "a100": Launch(
+        32, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 8, unpack=4)),
+        (Way(64, 4, 4, 2, deal=4), Way(inf, 1, 8, 2)),
+    ),
     # compiled: no spills, 66 KiB
-    "consumer": Launch(32, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 8)), 1),
+    "consumer": Launch(
+        32, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 8, unpack=4)),
+        (Way(64, 4, 4, 2, deal=4), Way(inf, 1, 8, 2)),
+    ),
     # compiled: no spills; 32 heads would spill in the loop
-    "cdna": Launch(16, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 4))),
+    "cdna": Launch(
+        16, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 4, unpack=4)),
+        (Way(64, 4, 4, deal=4), Way(inf, 1, 4)),
+    ),
     # guessed
-    "any": Launch(32, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 8)), 1),
-}
+    "any": Launch(
+        32, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 8, unpack=4)),
+        (Way(64, 4, 4, 2, deal=4), Way(inf, 1, 8, 2)),
+    ),
+}  # fmt: skip
 SCRATCH_BYTES = 1 << 27
 """Most of the cells of a launch: more rows take their turn."""
 DEALT_BYTES = 1 << 26
@@ -315,9 +334,6 @@ def attention(
     assert q.stride()[1:] == (d, 1)
     assert window.table.stride(1) == 1
     assert d % 8 == rope % 8 == 0, f"{d} and {rope} dims are not columns of 8"
-    entries_or_window = window if entries is None else entries
-    align = min(alignment(window), alignment(entries_or_window))
-    assert align % 2 == 0, "rows do not begin at multiples of 8 bytes"
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if n == 0:
         return out
@@ -328,7 +344,13 @@ def attention(
     choices = 0 if chosen is None else chosen.shape[1]
     most = longest if chosen is None else min(longest, choices)
     tiles = triton.cdiv(sliding_window, launch.keys) + triton.cdiv(most, launch.keys)
-    way = next(w for w in launch.ways if n * blocks < w.below)
+    way = _way(launch, fp8, n * blocks)
+    if fp8 and step.tiles and reads(step, sliding_window, ratio, most) >= way.unpack:
+        plain = unpacked(step, window, sliding_window, entries, ratio, rope)
+        if plain is not None:
+            fp8, (window, entries) = False, plain
+            way = _way(launch, fp8, n * blocks)
+    either = window if entries is None else entries
     cell_bytes = heads * (d + 2) * 4
     dealt = tiles > way.deal and n * tiles * cell_bytes <= DEALT_BYTES
     each = 1 if dealt else launch.piece
@@ -350,14 +372,13 @@ def attention(
         sees = step.sees[rows]
         cell_args = cells_m, cells_l, cells_acc
         attend[(programs, places)](
-            q[rows], sink, sees, step.request[rows], cis[rows], *_part(window),
-            *_part(entries_or_window), sees if chosen is None else chosen[rows], out[rows],
+            q[rows], sink, sees, step.request[rows], cis[rows], *part(window), *part(either),
+            sees if chosen is None else chosen[rows], out[rows],
             *cell_args, d**-0.5 * LOG2E, choices, places, each, q.stride(0), heads,
-            **shape, FP8=fp8, WORDS=window.pool.codec.words, ALIGN=align,
-            WINDOW_ROWS=window.rows, ENTRY_ROWS=entries_or_window.rows,
-            COLUMNS=way.columns, HEADS=block,
-            THREADS=max(1, 32 * way.warps // launch.keys) if fp8 else 1,
-            STAGES=1 if fp8 else launch.stages, num_warps=way.warps, num_stages=1,
+            **shape, FP8=fp8, WORDS=window.pool.codec.words, ALIGN=aligned(window, either),
+            WINDOW_ROWS=window.rows, ENTRY_ROWS=either.rows, COLUMNS=way.columns, HEADS=block,
+            THREADS=max(1, 32 * way.warps // launch.keys),
+            STAGES=way.stages, num_warps=way.warps, num_stages=1,
         )  # fmt: skip
         if places > 1:
             merge[(heads, count)](
@@ -367,11 +388,8 @@ def attention(
     return out
 
 
-def _part(rows: Paged) -> tuple[tuple[Tensor, Tensor, int, int], int, int]:
-    """As `find_rows` takes it, in three arguments."""
-    table = rows.table
-    fixed = rows.pool.storage, table, rows.stride, rows.offset
-    return fixed, table.shape[1] - 1, table.stride(0)
+def _way(launch: Launch, fp8: bool, rows: int) -> Way:
+    return next(w for w in (launch.fp8 if fp8 else launch.bfloat16) if rows < w.below)
 
 
 def _is_fp8(rows: Paged) -> bool:

@@ -9,7 +9,7 @@ DSV4_DRAFTS says.
 import json
 import logging
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 log = logging.getLogger("sglang.srt.dsv4_testing")
@@ -33,7 +33,8 @@ def register():
         from sglang_ext import config
 
         config.require_driver = lambda: None  # the emulator takes its place later
-        pool.allocate = emulated(pool.allocate)
+        load = "sglang.srt.model_loader.loader.DefaultModelLoader.load_weights_only"
+        HookRegistry.register(load, emulate, HookType.BEFORE)
 
 
 def count_mixed(batch, running):
@@ -45,30 +46,28 @@ def poisoned(allocate):
     return lambda words, device: allocate(words, device).fill_(-1)
 
 
-def emulated(allocate):
-    """From the first pool on: SGLang's imports shall find no GPU."""
+def emulate(*args, **kwargs):
+    """From the weights on, which are laid out for the chip: SGLang's imports shall find no GPU."""
+    begin_emulation()
 
-    def enter_first(words, device):
-        from lab.kit.gpu import EmulatedGPU
 
-        pool.allocate = allocate
-        EmulatedGPU("sm80").__enter__()
-        return allocate(words, device)
+@cache
+def begin_emulation():
+    """Once: a drafter's weights come after the model's."""
+    from lab.kit.gpu import EmulatedGPU
 
-    from sglang_ext import pool
-
-    return enter_first
+    EmulatedGPU("sm80").__enter__()
 
 
 def break_carry():
-    from dsv4_plugin.cache import step
+    from dsv4_plugin.cache import groups
 
     def by_request(self, ratio, request, page):
-        offset = self.layout.page[ratio].parts["carry"].offset if ratio == step.CSA else 0
+        offset = self.layout.page[ratio].parts["carry"].offset if ratio == groups.CSA else 0
         number = self.tables.ring[request] + page * 0
         return number * self.tables.page_stride + offset
 
-    step._Build._carry = by_request
+    groups._Grouping._carry = by_request
 
 
 def force_drafts(file):
