@@ -53,7 +53,9 @@ RENDER, ENCODER = "dsv4_plugin/chat/render.py", "dsv4_plugin/chat/encoder.py"
 MACHINE, TRIAL = "dsv4_plugin/chat/machine.py", "dsv4_plugin/chat/trial.py"
 VLLM_CACHE, VLLM_ACTIVE = "vllm_ext/cache.py", "vllm_ext/active.py"
 PARALLEL, VLLM_PARALLEL = "dsv4_plugin/model/parallel.py", "vllm_ext/parallel.py"
-SGLANG_ACTIVE = "sglang_ext/active.py"
+SGLANG_ACTIVE, SGLANG_BACKEND, SGLANG_CHAINS = (
+    f"sglang_ext/{name}.py" for name in ("active", "backend", "chains")
+)
 BENCH_CLIENT, MEASURES, DATASETS = (
     f"dsv4_plugin/tools/bench/{name}.py" for name in ("client", "measures", "datasets")
 )
@@ -229,5 +231,13 @@ MUTANTS = [
     Mutant("data-parallel ranks take the first one's rows", VLLM_PARALLEL, "first = group.rank_in_group * most", "first = 0", "parallel/test_ranks", "data_parallel"),
     Mutant("what the cache had counts as compiled", "dsv4_plugin/warmup.py", "if not cache_hit:", "if src is not None:", "triton/test_warmup", compiled=True),
     Mutant("a forced end tells nobody in SGLang", "sglang_ext/hooks.py", "for rid in list(self.rid_to_state):", "for rid in ():", "sglang/test_registration", "forced", engine="sglang"),
+    Mutant("SGLang keeps right drafts behind a wrong one", SGLANG_CHAINS, ".cumprod(1).sum(1)", ".sum(1)", "sglang/test_chains", "kept", compiled=True, engine="sglang"),
+    Mutant("SGLang's samples are another request's", SGLANG_CHAINS, "values.repeat_interleave(n, 0)", "values.repeat_interleave(n, 0).flip(0)", "sglang/test_chains", "samples", compiled=True, engine="sglang"),
+    Mutant("new slots of SGLang's start a token early", SGLANG_CHAINS, "req_to_token[request, start:end]", "req_to_token[request, start - 1 : end - 1]", "sglang/test_chains", "new_slots", compiled=True, engine="sglang"),
+    Mutant("verified drafts take the places before them in SGLang", SGLANG_BACKEND, "query = ahead = batch.spec_info.draft_token_num", "query = batch.spec_info.draft_token_num", "sglang/test_steps", compiled=True, engine="sglang"),
+    Mutant("all of SGLang's drafts are of one place", SGLANG_BACKEND, "Backend(runner, ahead + 1)", "Backend(runner, 1)", "sglang/test_steps", "rows", compiled=True, engine="sglang"),
+    Mutant("SGLang's rings are as without drafts", "sglang_ext/config.py", "num_speculative_tokens=num_speculative_tokens", "num_speculative_tokens=0", "sglang/test_steps", "rejected", compiled=True, engine="sglang"),
+    Mutant("nobody counts SGLang's drafter's windows", "sglang_ext/pool.py", "window += 4 * model.layout.window.words", "pass", "sglang/test_registration", "pool_takes", engine="sglang"),
+    Mutant("any drafter will do for SGLang's MTP", "sglang_ext/config.py", "if config.dspark is not None:", "if config is None:", "sglang/test_registration", "checkpoint_s", engine="sglang"),
     Mutant("a hook that is not there goes unnoticed in SGLang", SGLANG_ACTIVE, "if target not in HookRegistry._patched]", "if not target]", "sglang/test_registration", engine="sglang"),
 ]  # fmt: skip
