@@ -136,9 +136,9 @@ def _pairs(words, KIND: tl.constexpr):
     if KIND == FP8:
         pairs: tl.tuple = e4m3_pairs(words, tl.bfloat16)
     elif KIND >= INT4:
-        pairs: tl.tuple = int4_pairs(words)
+        pairs = int4_pairs(words)
     else:
-        pairs: tl.tuple = e2m1_pairs(words, tl.bfloat16)
+        pairs = e2m1_pairs(words, tl.bfloat16)
     return pairs
 
 
