@@ -215,6 +215,9 @@ MUTANTS = [
     Mutant("failed requests are dropped", MEASURES, "requests=len(sent.answers) + sent.unsent", "requests=len(good) + sent.unsent", "core/test_bench", "counted"),
     Mutant("a cut stream counts as whole", BENCH_CLIENT, "if self.error is None and not self.done:", "if self.error is None and self.done is None:", "core/test_bench", "counted"),
     Mutant("levels ask the same", DATASETS, 'Random(f"{seed}/{level}/{session}")', 'Random(f"{seed}/{session}")', "core/test_bench", "levels_have"),
+    # The tuner
+    Mutant("other bits pass where they have to be the same", "benchmarks/tune.py", "if op.sums is None:", "if not op.sums:", "triton/test_tune", "bits"),
+    Mutant("variants that launch otherwise are not timed", "benchmarks/tune.py", "compiled.launches == known[AS_IT_IS].launches", "compiled.launches != known[AS_IT_IS].launches", "triton/test_tune", "launches"),
     # Chat
     Mutant("text may forge a turn", ENCODER, "state.update(added_tokens=[], ", "state.update(", "chat/test_security"),
     Mutant("system texts run together", RENDER, '"\\n\\n".join(turn.content for turn in system', '"".join(turn.content for turn in system', "chat/test_encoder"),
