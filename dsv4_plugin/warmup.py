@@ -30,6 +30,7 @@ from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.block import Block
+from dsv4_plugin.model.mtp import MTP
 from dsv4_plugin.model.transformer import Network, Transformer
 
 log = logging.getLogger("dsv4_plugin")
@@ -135,6 +136,24 @@ class Padding:
         size = (shape[0], model.config.hc_mult, model.config.hidden_size)
         h = torch.zeros(size, dtype=block.attn.dtype, device=device)
         model.run(h, ids, step, self.caches)
+
+
+@dataclass(frozen=True)
+class MTPPadding:
+    """The same for the MTP layer, with the product that makes hidden states of its streams."""
+
+    model: MTP
+    steps: StepBuilder
+    caches: Sequence[LayerCache]
+    tables: BlockTables
+
+    def __call__(self, shape: Shape) -> None:
+        model, device = self.model, self.tables.window.device
+        step = nobody(self.steps, self.tables, shape)
+        ids = torch.zeros(shape[0], dtype=torch.int32, device=device)
+        size = (shape[0], model.config.hc_mult, model.config.hidden_size)
+        h = torch.zeros(size, dtype=model.block.attn.dtype, device=device)
+        model.collapse(model(h, h[:, 0], ids, step, self.caches[0]))
 
 
 def nobody(steps: StepBuilder, tables: BlockTables, shape: Shape, together: bool = False) -> Step:

@@ -30,7 +30,7 @@ from torch import Tensor
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.cache.step import Step
-from dsv4_plugin.kernels.bits import e2m1_codes, e4m3_codes
+from dsv4_plugin.kernels.bits import e2m1_pairs, e4m3_codes, halves
 from dsv4_plugin.kernels.device import BFLOAT16, FP4, FP8, alignment, row_pointers
 from dsv4_plugin.kernels.index.topk import topk
 from dsv4_plugin.kernels.launch import pick, require
@@ -212,17 +212,17 @@ def _narrow_keys(row, ok, C: tl.constexpr, P: tl.constexpr):
     top = tl.maximum(tl.max(byte, 1), 1)
     power = tl.maximum(byte - top[:, None] + 127 + 14, 1)
     factor = (power << 23).to(tl.float32, bitcast=True)
-    k0 = _nibbles(words, factor, N, P)
-    k1 = _nibbles(words >> 4, factor, N, P)
-    k2 = _nibbles(words >> 8, factor, N, P)
-    k3 = _nibbles(words >> 12, factor, N, P)
-    return k0, k1, k2, k3, (top << 23).to(tl.float32, bitcast=True)
+    p0, p1, p2, p3 = e2m1_pairs(words, tl.float16)
+    return (
+        _times(p0, factor, N, P), _times(p1, factor, N, P), _times(p2, factor, N, P),
+        _times(p3, factor, N, P), (top << 23).to(tl.float32, bitcast=True),
+    )  # fmt: skip
 
 
 @triton.jit
-def _nibbles(words, factor, N: tl.constexpr, P: tl.constexpr):
-    """The lowest codes of both halves of each word, times factor [N, P // 8]: float16 [N, P]."""
-    low, high = e2m1_codes(words, tl.float16)
+def _times(pairs, factor, N: tl.constexpr, P: tl.constexpr):
+    """Words of two float16 values [N, P // 2] times factor [N, P // 8]: float16 [N, P]."""
+    low, high = halves(pairs, tl.float16)
     x = tl.reshape(tl.join(low, high).to(tl.float32), (N, P // 8, 8))
     return tl.reshape(x * factor[:, :, None], (N, P)).to(tl.float16)
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4_plugin.kernels.bits import int4_codes
+from dsv4_plugin.kernels.bits import halves, int4_pairs
 from dsv4_plugin.kernels.launch import pick
 from dsv4_plugin.kernels.packed import FP8Matrix, Inputs, Int4Matrix, Matrix, fp8
 from dsv4_plugin.kernels.packed.fp8 import (
@@ -69,10 +69,11 @@ def _values(words):
     """int32 [N, W] of 8 codes -> bfloat16 [N, 8 W]."""
     N: tl.constexpr = words.shape[0]
     W: tl.constexpr = words.shape[1]
-    k0, k4 = int4_codes(words)
-    k1, k5 = int4_codes(words >> 4)
-    k2, k6 = int4_codes(words >> 8)
-    k3, k7 = int4_codes(words >> 12)
+    p0, p1, p2, p3 = int4_pairs(words)
+    k0, k4 = halves(p0, tl.bfloat16)
+    k1, k5 = halves(p1, tl.bfloat16)
+    k2, k6 = halves(p2, tl.bfloat16)
+    k3, k7 = halves(p3, tl.bfloat16)
     even = tl.join(tl.join(k0, k4), tl.join(k2, k6))
     odd = tl.join(tl.join(k1, k5), tl.join(k3, k7))
     return tl.reshape(tl.join(even, odd), (N, 8 * W))
