@@ -106,7 +106,7 @@ BITS = Way(
     # compiled: no spills; two sums of 128 x 128 would
     gated=Tiles(Tile(128, 16, 8, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 3)),
 )
-# compiled: no spills in loops, up to 98 KiB; 128 x 128 takes 3.7 instructions for a product on tensor
+# compiled: no spills in loops, up to 98 KiB; 128 x 128 takes 3.7 instructions for each of tensor
 # cores, 128 x 64 took 5.1. With mma.sync two sums of 128 x 64 spill.
 SMALL_BITS = Way(
     plain=Tiles(Tile(64, 16, 4, 4), Tile(64, 32, 4, 4), Tile(128, 128, 8, 3)),
