@@ -30,6 +30,7 @@ from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.block import Block
+from dsv4_plugin.model.mtp import MTP
 from dsv4_plugin.model.transformer import Network, Transformer
 
 log = logging.getLogger("dsv4_plugin")
@@ -47,6 +48,7 @@ def shapes(
 ) -> list[Shape]:
     """Of the steps to run: decoding alone and in company, with and without drafts, short
     prompts and long ones, at every length that changes a launch."""
+    from dsv4_plugin.kernels.attention import kernel as attention
     from dsv4_plugin.kernels.experts import kernel as experts
     from dsv4_plugin.kernels.index.topk import BLOCKS, LAUNCHES
     from dsv4_plugin.kernels.launch import pick
@@ -57,15 +59,17 @@ def shapes(
     scores = *BLOCKS, pick(LAUNCHES).long
     lengths = sorted({min(n, longest) for n in (*few, *(4 * b for b in scores))} | {longest})
     looked, short = 1 + drafts, min(rows, pick(LINEARS).line)
+    # As few as go by attention's next way, and of one token each: keys are not unpacked.
+    ways = [min(rows, int(w.below)) for w in pick(attention.LAUNCHES).fp8[:-1]]
     batches = sorted({
-        (1, 1), (requests, 1), (short, short), (rows, rows),
+        (1, 1), (requests, 1), *((n, 1) for n in ways), (short, short), (rows, rows),
         *((min(n * looked, rows), min(looked, rows)) for n in (1, requests)),
     })  # fmt: skip
-    # The first batches whose pairs of tokens and experts are not split, and not placed, by one
-    # program, and which mHC does not take as few.
-    pairs = pick(experts.LAUNCHES).split, experts.PLACED
-    more = {1 + n // config.num_experts_per_tok for n in pairs} | {1 + pick(streams.LAUNCHES).few}
-    companies = [(n, 1, lengths[0]) for n in sorted(more) if n < rows]
+    # The first batches whose pairs of tokens and experts are not split, and which mHC does not take
+    # as few.
+    split = 1 + pick(experts.LAUNCHES).split // config.num_experts_per_tok
+    more = sorted({split, 1 + pick(streams.LAUNCHES).few})
+    companies = [(n, 1, lengths[0]) for n in more if n < rows]
     return companies + [(n, query, length) for length in lengths for n, query in batches]
 
 
@@ -132,6 +136,24 @@ class Padding:
         size = (shape[0], model.config.hc_mult, model.config.hidden_size)
         h = torch.zeros(size, dtype=block.attn.dtype, device=device)
         model.run(h, ids, step, self.caches)
+
+
+@dataclass(frozen=True)
+class MTPPadding:
+    """The same for the MTP layer, with the product that makes hidden states of its streams."""
+
+    model: MTP
+    steps: StepBuilder
+    caches: Sequence[LayerCache]
+    tables: BlockTables
+
+    def __call__(self, shape: Shape) -> None:
+        model, device = self.model, self.tables.window.device
+        step = nobody(self.steps, self.tables, shape)
+        ids = torch.zeros(shape[0], dtype=torch.int32, device=device)
+        size = (shape[0], model.config.hc_mult, model.config.hidden_size)
+        h = torch.zeros(size, dtype=model.block.attn.dtype, device=device)
+        model.collapse(model(h, h[:, 0], ids, step, self.caches[0]))
 
 
 def nobody(steps: StepBuilder, tables: BlockTables, shape: Shape, together: bool = False) -> Step:

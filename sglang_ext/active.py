@@ -8,6 +8,7 @@ from dsv4_plugin import env
 from sglang_ext import hooks
 
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+DRAFT_BACKENDS = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 HOOKS = (
     (
         "sglang.srt.configs.model_config.ModelConfig.from_server_args",
@@ -25,6 +26,8 @@ HOOKS = (
         HookType.AROUND,
     ),
     (f"{CONFIGURATOR}._build_token_to_kv_pool", hooks.build_pool, HookType.AROUND),
+    (f"{DRAFT_BACKENDS}.create_decode_backend", hooks.draft_steps, HookType.AROUND),
+    (f"{DRAFT_BACKENDS}.create_draft_extend_backend", hooks.draft_extension, HookType.AROUND),
     (
         "sglang.srt.mem_cache.kv_cache_dtype.configure_kv_cache_dtype",
         hooks.kv_cache_dtype,

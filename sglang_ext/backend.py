@@ -17,8 +17,9 @@ from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.cache.step import Step
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import StepBuilder
-from dsv4_plugin.warmup import Padding, shapes, warm_up
-from sglang_ext.pool import KVPool
+from dsv4_plugin.model.mtp import MTP
+from dsv4_plugin.warmup import MTPPadding, Padding, shapes, warm_up
+from sglang_ext.pool import KVPool, drafts
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -35,17 +36,22 @@ class Backend(AttentionBackend):
 
     forward_metadata: Step
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, ahead: int = 0) -> None:
+        """ahead: of a decode step, tokens behind the length that SGLang says (`DraftSteps`)."""
         super().__init__()
         if not isinstance(runner.token_to_kv_pool, KVPool):
             raise RuntimeError(
                 f"attention backend {NAME} serves dsv4-plugin's models only; "
                 "leave --attention-backend out"
             )
-        self.runner = runner
+        self.runner, self.ahead = runner, ahead
+        if ahead:
+            self.steps = self._builder(self.requests)
+            return
         args, device = runner.server_args, torch.device(runner.device)
         chunk = args.chunked_prefill_size or 0
-        rows = max(chunk if chunk > 0 else args.max_prefill_tokens, self.requests)
+        verified = self.requests * (1 + drafts())
+        rows = max(chunk if chunk > 0 else args.max_prefill_tokens, verified)
         self.steps = self._builder(rows)
         if use_triton(device):
             self._warm_up(device)
@@ -77,19 +83,27 @@ class Backend(AttentionBackend):
         pool, parallel = self.token_to_kv_pool, self.runner.model.parallel
         strides = pool.window.stride, pool.page.stride, pool.ring.stride
         tables = BlockTables.of_nothing(strides, device)
-        padding = Padding(self.runner.model.model, self.steps, pool.layers, tables)
-        needed = shapes(pool.config, self.steps.rows, self.requests, self.longest)
+        network = self.runner.model.model
+        kind = MTPPadding if isinstance(network, MTP) else Padding
+        padding = kind(network, self.steps, pool.layers, tables)
+        longest = self.longest if pool.layout.page else pool.config.sliding_window
+        needed = shapes(pool.config, self.steps.rows, self.requests, longest, drafts())
         warm_up(padding, device, needed, (parallel.rank, parallel.size))
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Of a step that is not replayed."""
-        batch = forward_batch
-        extending = batch.forward_mode.is_extend()
-        lengths = batch.seq_lens.int()
-        counts = batch.extend_seq_lens if extending else torch.ones_like(lengths)
+        """Of a step that is not replayed. SGLang's lengths are those after the step, but for drafts
+        that are verified, and those that are drafted one by one."""
+        batch, mode = forward_batch, forward_batch.forward_mode
+        lengths, longest = batch.seq_lens.int(), self._longest(batch)
+        query, ahead = 1, self.ahead
+        if mode.is_target_verify():
+            query = ahead = batch.spec_info.draft_token_num
+        counts = torch.full_like(lengths, query)
+        if mode.is_extend_or_draft_extend_or_mixed(include_draft_extend_v2=True):
+            counts, query = batch.extend_seq_lens, max(batch.extend_seq_lens_cpu)
         start = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-        rows, longest = len(batch.input_ids), self._longest(batch)
-        query = max(batch.extend_seq_lens_cpu) if extending else 1
+        rows = len(lengths) if mode.is_decode() else len(batch.input_ids)
+        lengths, longest = lengths + ahead, longest + ahead
         if rows > self.steps.rows:  # more than SGLang said
             self.steps = self._builder(rows)
         self.forward_metadata = self.steps.build(
@@ -152,3 +166,15 @@ class Backend(AttentionBackend):
 
     def support_triton(self) -> bool:
         return False
+
+
+class DraftSteps:
+    """What SGLang's EAGLE worker has as the backend of its drafts: one for each behind the first,
+    which all are of the same lengths and write one row further each."""
+
+    def __init__(self, runner: ModelRunner, number: int) -> None:
+        self.attn_backends = [Backend(runner, ahead + 1) for ahead in range(number)]
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        for backend in self.attn_backends:
+            backend.init_forward_metadata(forward_batch)

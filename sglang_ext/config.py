@@ -20,7 +20,8 @@ from sglang.srt.server_args import ServerArgs
 
 from dsv4_plugin import env
 from dsv4_plugin.cache.layout import CacheLayout, resolve_kv_dtype
-from dsv4_plugin.checkpoint.files import check_checkpoint
+from dsv4_plugin.checkpoint.files import check_checkpoint, read_headers
+from dsv4_plugin.checkpoint.names import with_drafter
 from dsv4_plugin.config import CSA, HCA, ModelConfig
 from dsv4_plugin.kernels.dispatch import require_driver, use_triton
 from dsv4_plugin.serving import config_json, with_int4
@@ -31,6 +32,8 @@ log = logging.getLogger("sglang.srt.dsv4")
 SERVED_ARCHITECTURE = "DeepseekV4PluginForCausalLM"
 """hf_config.architectures where the plugin serves: SGLang treats the published name as its own
 network, and finds the chat format by the substring `DeepseekV4`."""
+DRAFT_ARCHITECTURE = f"{SERVED_ARCHITECTURE}NextN"
+"""Of the MTP layer, in SGLang's second configuration of the same checkpoint."""
 CHAT_SPEC = "dsv4"
 """SGLang's name of the V4 chat encoding."""
 PAGE_SIZE = HCA
@@ -46,7 +49,15 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "enable_unified_memory": (False,),
     "disable_hybrid_swa_memory": (False,),
     "disaggregation_mode": ("null",),
-    "speculative_algorithm": (None,),
+    "speculative_algorithm": (None, "EAGLE", "NEXTN"),
+    "speculative_eagle_topk": (None, 1),
+    "speculative_adaptive": (False,),
+    "speculative_use_rejection_sampling": (False,),
+    "speculative_use_block_verification": (False,),
+    "speculative_token_map": (None,),
+    "speculative_draft_attention_backend": (None, NAME),
+    "speculative_draft_window_size": (None,),
+    "enable_multi_layer_eagle": (False,),
     "tokenizer_worker_num": (1,),
     "attention_backend": (None, NAME),
     "prefill_attention_backend": (None, NAME),
@@ -74,6 +85,15 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 """Server arguments that decide whether the plugin can serve, and the values it can."""
 
 
+DRAFTS = 3
+"""Without an option that says it: SGLang's own number for models of this family."""
+NO_DSPARK = (
+    "--speculative-algorithm is given and this checkpoint's drafter, or the algorithm, is DSPARK, "
+    "which SGLang has on GPUs only, for its own network (DSV4_MODEL=native); dsv4-plugin drafts "
+    "with it in its local engine: load(DIR, mtp=True).generate(..., num_speculative_tokens=5)"
+)
+
+
 def server_defaults(server_args: ServerArgs, hf_config: Any) -> dict[str, Any]:
     """SGLang's override provider: refuse what cannot be served, then fill in defaults.
 
@@ -94,13 +114,32 @@ def server_defaults(server_args: ServerArgs, hf_config: Any) -> dict[str, Any]:
     page_size = server_args.page_size or PAGE_SIZE
     dtype = config.torch_dtype if server_args.dtype == "auto" else server_args.dtype
     cache_layout(config, dtype, server_args.kv_cache_dtype, page_size)
+    mtp = server_args.speculative_algorithm is not None
+    if mtp:
+        require_mtp(server_args, config)
     if Path(server_args.model_path).is_dir():
-        check_checkpoint(config, server_args.model_path)
+        check_checkpoint(config, server_args.model_path, mtp)
     return {
         "attention_backend": NAME,
         "page_size": page_size,
         "dtype": dtype,
     }
+
+
+def require_mtp(args: ServerArgs, config: ModelConfig) -> None:
+    """Raise ValueError or NotImplementedError unless drafts are those of the checkpoint's MTP
+    layer."""
+    path = args.speculative_draft_model_path
+    if path not in (None, args.model_path):
+        raise NotImplementedError(
+            f"--speculative-draft-model-path is {path!r}; dsv4-plugin drafts with the MTP layer of "
+            "--model-path, so leave the option out"
+        )
+    if Path(args.model_path).is_dir():
+        config = with_drafter(config, read_headers(args.model_path))
+    if config.dspark is not None:
+        raise NotImplementedError(NO_DSPARK)
+    config.with_draft_layers("--speculative-algorithm")
 
 
 def fill_defaults(server_args: ServerArgs, previous: Callable[[ServerArgs], None]) -> None:
@@ -113,23 +152,28 @@ def fill_defaults(server_args: ServerArgs, previous: Callable[[ServerArgs], None
         chat = {"thinking": True} | (args.default_chat_template_kwargs or {})
         declare_resolution(server_args, "dsv4-plugin", default_chat_template_kwargs=chat)
     if config.architectures == [SERVED_ARCHITECTURE]:
-        graphs = _graphs(args.cuda_graph_config, args.device)
-        requests = args.max_running_requests or MAX_RUNNING_REQUESTS
-        declare_resolution(
-            server_args, "dsv4-plugin", max_running_requests=requests, cuda_graph_config=graphs
-        )
+        mtp = args.speculative_algorithm is not None
+        found = draft_defaults(args) if mtp else {}
+        found["cuda_graph_config"] = _graphs(args.cuda_graph_config, args.device, mtp)
+        found["max_running_requests"] = args.max_running_requests or MAX_RUNNING_REQUESTS
+        declare_resolution(server_args, "dsv4-plugin", **found)
 
 
-def _graphs(config: CudaGraphConfig, device: str) -> CudaGraphConfig:
+def _graphs(config: CudaGraphConfig, device: str, mtp: bool = False) -> CudaGraphConfig:
     """Whole graphs of decode steps on a GPU, of the sizes that SGLang's options say, unless they
-    leave them out. Steps of prompts are not captured, and steps in plain torch cannot be."""
-    able = device == "cuda" and use_triton(torch.device(device))
+    leave them out. Steps of prompts and of drafts are not captured; steps in torch cannot be."""
+    triton = device == "cuda" and use_triton(torch.device(device))
+    able = triton and not mtp
     wanted = [p for p in Phase.ALL if config[p].backend != Backend.DISABLED]
     decode = Backend.FULL if able and Phase.DECODE in wanted else Backend.DISABLED
     if wanted and device == "cuda":
         log.info(
             "CUDA graphs: %s; steps of prompts run without.",
-            "whole ones of decode steps" if able else "none, because kernels are torch's",
+            "whole ones of decode steps"
+            if able
+            else "none, because of drafts"
+            if triton
+            else "none, because kernels are torch's",
         )
     config = with_phase(config, Phase.DECODE, backend=decode)
     return with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)
@@ -149,13 +193,22 @@ def allow_fp4_indexer(server_args: ServerArgs, previous: Callable[[ServerArgs], 
     declare_resolution(server_args, "dsv4-plugin", **{name: True})
 
 
+def draft_defaults(args: Any) -> dict[str, Any]:
+    """What SGLang's EAGLE worker needs to draft with the checkpoint's own MTP layer."""
+    verified = args.speculative_num_draft_tokens
+    steps = args.speculative_num_steps or (verified - 1 if verified else DRAFTS)
+    return {
+        "speculative_draft_model_path": args.model_path,
+        "speculative_draft_model_revision": args.revision,
+        "speculative_num_steps": steps,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": steps + 1,
+    }
+
+
 def refuse_unsupported(server_args: ServerArgs) -> None:
     if server_args.speculative_algorithm == "DSPARK":
-        raise NotImplementedError(
-            "--speculative-algorithm is 'DSPARK', which SGLang has on GPUs only, for its own "
-            "network (DSV4_MODEL=native); dsv4-plugin drafts with it in its local engine: "
-            "load(DIR, mtp=True).generate(..., num_speculative_tokens=5)"
-        )
+        raise NotImplementedError(NO_DSPARK)
     for name, allowed in SUPPORTED.items():
         value = getattr(server_args, name)
         if value not in allowed:
@@ -167,7 +220,12 @@ def refuse_unsupported(server_args: ServerArgs) -> None:
 
 
 def cache_layout(
-    config: ModelConfig, dtype: str, kv_cache_dtype: str, page_size: int, fp4_indexer: bool = False
+    config: ModelConfig,
+    dtype: str,
+    kv_cache_dtype: str,
+    page_size: int,
+    fp4_indexer: bool = False,
+    num_speculative_tokens: int = 0,
 ) -> CacheLayout:
     """The layout that --dtype, --kv-cache-dtype, --page-size and --enable-deepseek-v4-fp4-indexer
     ask for. Window blocks are as long as pages: SGLang allocates both tiers in step."""
@@ -179,6 +237,7 @@ def cache_layout(
         kv_dtype,
         page_size,
         window_block=page_size,
+        num_speculative_tokens=num_speculative_tokens,
         index_dtype="fp4" if fp4_indexer else "auto",
     )
 
@@ -188,6 +247,16 @@ def model_config(hf_config: Any) -> ModelConfig:
     int4 = hf_config.dsv4_int4
     config = ModelConfig.from_hf(hf_config.dsv4_json)
     return replace(config, int4_modules=None if int4 is None else frozenset(int4))
+
+
+def settle_model(config: Any, is_draft: bool) -> None:
+    """After SGLang has read config.json (its ModelConfig): the core's layers take packed weights,
+    not SGLang's, and what travels to the drafter are streams. The drafter's own has one layer."""
+    config.quantization = None
+    core = model_config(config.hf_config)
+    config.spec_hidden_size = core.hc_mult * core.hidden_size
+    if is_draft:
+        config.hf_config.architectures = [DRAFT_ARCHITECTURE]
 
 
 def take_over(hf_config: Any, model: str, revision: str | None, overrides: Mapping | None) -> None:

@@ -26,17 +26,16 @@ def serving_device() -> str:
 
 
 def remember_device(original: Callable, server_args: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND ModelConfig.from_server_args, which reads config.json without knowing the device, and
-    finds hf_quant_config.json by itself: the core's layers take packed weights, not SGLang's."""
+    """AROUND ModelConfig.from_server_args, which reads config.json without knowing the device."""
     token = _device.set(server_args.device)
     try:
         config = original(server_args, *args, **kwargs)
     finally:
         _device.reset(token)
-    from sglang_ext.config import SERVED_ARCHITECTURE
+    from sglang_ext.config import SERVED_ARCHITECTURE, settle_model
 
     if config.hf_config.architectures == [SERVED_ARCHITECTURE]:
-        config.quantization = None
+        settle_model(config, kwargs.get("is_draft_model", False))
     return config
 
 
@@ -87,13 +86,30 @@ def build_pool(
     pool = KVPool(
         self.model.config,
         self.model.layout,
+        self.model.model.ratios,
         sizes.full_max_total_num_tokens,
         sizes.swa_max_total_num_tokens,
         req_to_token_pool.req_to_token.shape[0],
         self.device,
     )
-    pool.report(type(self.model).__name__)
+    if not self.is_draft_worker:
+        pool.report(type(self.model).__name__)
     return pool
+
+
+def draft_steps(original: Callable, self: Any) -> Any:
+    """AROUND DraftBackendFactory.create_decode_backend."""
+    if not serves(self.draft_model_runner.model):
+        return original(self)
+    from sglang_ext.backend import DraftSteps
+
+    behind = self.speculative_num_steps - 1
+    return DraftSteps(self.draft_model_runner, behind) if behind else None
+
+
+def draft_extension(original: Callable, self: Any) -> Any:
+    """AROUND DraftBackendFactory.create_draft_extend_backend: the runner's own backend serves."""
+    return None if serves(self.draft_model_runner.model) else original(self)
 
 
 def kv_cache_dtype(original: Callable, **kwargs: Any) -> Any:
@@ -150,6 +166,6 @@ def end_streams(original: Callable, self: Any) -> None:
 
 
 def serves(model: Any) -> bool:
-    from sglang_ext.config import SERVED_ARCHITECTURE
+    from sglang_ext.config import DRAFT_ARCHITECTURE, SERVED_ARCHITECTURE
 
-    return type(model).__name__ == SERVED_ARCHITECTURE
+    return type(model).__name__ in (SERVED_ARCHITECTURE, DRAFT_ARCHITECTURE)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from sglang.srt.model_executor.pool_configurator import (
     MemoryPoolConfigurator,
     compute_swa_request_cap,
 )
-from sglang.srt.runtime_context import get_schedule
+from sglang.srt.runtime_context import get_schedule, get_spec
 from torch import Tensor
 
 from dsv4_plugin import env
@@ -39,6 +40,12 @@ WINDOW_SHARE = 0.1
 need: the windows that cached prefixes keep."""
 
 
+def drafts() -> int:
+    """Tokens drafted per step."""
+    spec = get_spec()
+    return spec.speculative_num_steps if spec.speculative_algorithm else 0
+
+
 class Blocks:
     """`count` blocks of `words` words, each with every layer's part side by side."""
 
@@ -53,7 +60,10 @@ def allocate(words: int, device: str) -> Tensor:
 
 
 class KVPool(BaseSWAKVPool):
-    """The caches behind SGLang's `SWATokenToKVPoolAllocator`. Slot 0's block is its padding."""
+    """The caches behind SGLang's `SWATokenToKVPoolAllocator`. Slot 0's block is its padding.
+
+    A drafter has a pool of its own, of windows; its blocks are numbered as the target's.
+    """
 
     swa_kv_pool = full_kv_pool = None
 
@@ -61,20 +71,21 @@ class KVPool(BaseSWAKVPool):
         self,
         config: ModelConfig,
         layout: CacheLayout,
+        ratios: Sequence[int],
         full_tokens: int,
         swa_tokens: int,
         requests: int,
         device: str,
     ) -> None:
-        n, size = config.num_hidden_layers, layout.page_size
+        n, size = len(ratios), layout.page_size
         super().__init__(full_tokens, size, torch.int32, n, device, False, 0, n)
-        window, page, ring = block_words(layout, config.compress_ratios)
+        window, page, ring = block_words(layout, ratios)
         self.config, self.layout = config, layout
         self.window = Blocks(window, swa_tokens // size + 1, device)
         self.page = Blocks(page, full_tokens // size + 1, device)
         self.ring = Blocks(ring, requests, device)
         self.layers = bind_layers(
-            layout, config.compress_ratios,
+            layout, ratios,
             self.window.storage, self.page.storage, self.ring.storage,
         )  # fmt: skip
         self._finalize_allocation_log(full_tokens)
@@ -131,8 +142,10 @@ class PoolSizer(MemoryPoolConfigurator):
 
     def __init__(self, kvc: KVCacheConfigurator) -> None:
         model, args = kvc.model, kvc.server_args
-        words = block_words(model.layout, model.config.compress_ratios)
+        words = block_words(model.layout, model.model.ratios)
         window, page, ring = (4 * n for n in words)
+        if drafts():  # the drafter's own window, in a pool beside this one
+            window += 4 * model.layout.window.words
         self.page_size, self.sliding_window = model.layout.page_size, model.config.sliding_window
         self.window_block, self.page, self.ring = window, page, ring
         self.requests = get_schedule().max_running_requests

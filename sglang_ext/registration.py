@@ -45,7 +45,7 @@ def _register_model() -> None:
 
     from sglang_ext.models.deepseek_v4 import EntryClass
 
-    ModelRegistry.models[EntryClass.__name__] = EntryClass
+    ModelRegistry.models |= {model.__name__: model for model in EntryClass}
 
 
 def _register_backend() -> None:

@@ -13,16 +13,13 @@ from vllm.forward_context import get_forward_context, override_forward_context
 
 from dsv4_plugin.cache.layer import LayerCache, bind_layers
 from dsv4_plugin.cache.paged import BlockTables
-from dsv4_plugin.cache.step import Step
-from dsv4_plugin.checkpoint.files import MTP as PREFIX
-from dsv4_plugin.checkpoint.load import load_weights
-from dsv4_plugin.checkpoint.names import stored_tensors
+from dsv4_plugin.checkpoint.load import load_drafter
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.kernels.dispatch import use_triton
 from dsv4_plugin.kernels.step import StepBuilder
 from dsv4_plugin.model.dspark import DSpark
 from dsv4_plugin.model.mtp import MTP
-from dsv4_plugin.warmup import Shape, nobody, nothing, shapes, warm_up
+from dsv4_plugin.warmup import Shape, nothing, shapes, warm_up
 from vllm_ext.cache import CacheBlocks, GroupMetadata
 from vllm_ext.config import cache_layout, drafter_config
 from vllm_ext.model import share
@@ -87,9 +84,7 @@ class DraftModel(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Raises ValueError where the checkpoint lacks a tensor."""
-        mine = ((name, tensor) for name, tensor in weights if name.startswith(PREFIX))
-        needed = {name for name in stored_tensors(self.config, True) if name.startswith(PREFIX)}
-        load_weights(self.model.network, mine, needed)
+        load_drafter(self.model.network, weights)
         return {name for name, _ in self.named_parameters()}
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -139,8 +134,7 @@ class DraftModel(nn.Module):
     def padding(self, shape: Shape) -> None:
         raise NotImplementedError
 
-    def nobody(self, shape: Shape, together: bool = False) -> tuple[Step, list[LayerCache]]:
-        """A step of no request's rows, and caches for it."""
+    def spare(self) -> tuple[list[LayerCache], BlockTables]:
+        """Caches of no request's rows, and their tables."""
         caches, _, _ = nothing(self.model.network, self.layout, self.device)
-        tables = BlockTables.of_nothing((self.cache.stride, 0, 0), self.device)
-        return nobody(self.steps, tables, shape, together), caches
+        return caches, BlockTables.of_nothing((self.cache.stride, 0, 0), self.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.model.dspark import DSpark
-from dsv4_plugin.warmup import Shape
+from dsv4_plugin.warmup import Shape, nobody
 from vllm_ext.draft import DraftModel
 from vllm_ext.parallel import VllmParallel
 
@@ -101,9 +101,10 @@ class DeepseekV4DSpark(DraftModel):
         zeros = {"dtype": self.parallel.dtype, "device": self.device}
         d, dspark = self.config.hidden_size, self.network.dspark
         main = self.network.join(torch.zeros(rows, len(dspark.target_layer_ids) * d, **zeros))
-        step, caches = self.nobody(shape)
+        caches, tables = self.spare()
+        step = nobody(self.steps, tables, shape)
         self.network.store(main, self.steps.window_cis(step.position), step.window_write, caches)
         if query == self.drafts:
-            step, caches = self.nobody(shape, together=True)
+            step = nobody(self.steps, tables, shape, together=True)
             ids = torch.zeros(rows, dtype=torch.int32, device=self.device)
             self.network.normed(self.network(torch.zeros(rows, d, **zeros), ids, step, caches))

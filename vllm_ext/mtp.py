@@ -6,12 +6,11 @@ the streams that the target left; further passes take single drafts with the dra
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dsv4_plugin.config import ModelConfig
 from dsv4_plugin.model.mtp import MTP
-from dsv4_plugin.warmup import Shape
+from dsv4_plugin.warmup import MTPPadding, Shape
 from vllm_ext.draft import DraftModel
 from vllm_ext.parallel import VllmParallel
 
@@ -42,9 +41,5 @@ class DeepseekV4MTP(DraftModel):
         return self.parallel.gather_logits(self.lm_head(self.model.network.collapse(streams)))
 
     def padding(self, shape: Shape) -> None:
-        step, caches = self.nobody(shape)
-        size = shape[0], self.config.hc_mult, self.config.hidden_size
-        h = torch.zeros(size, dtype=self.parallel.dtype, device=self.device)
-        ids = torch.zeros(shape[0], dtype=torch.int32, device=self.device)
-        network = self.model.network
-        network.collapse(network(h, h[:, 0], ids, step, caches[0]))
+        caches, tables = self.spare()
+        MTPPadding(self.model.network, self.steps, caches, tables)(shape)

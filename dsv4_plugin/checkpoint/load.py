@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from dsv4_plugin.checkpoint.files import MTP
 from dsv4_plugin.checkpoint.names import (
     is_for_images,
     is_unread_scale,
@@ -66,6 +67,16 @@ def load_weights(
     unfilled = {n for n in parameters if ".experts." not in n} - filled
     assert not unfilled, f"{min(unfilled)} was not loaded"
     model.finalize_weights()
+
+
+def load_drafter(drafter: Network, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """`load_weights` of what an engine reads of a whole checkpoint.
+
+    Raises ValueError where it lacks a tensor of the drafter.
+    """
+    mine = ((name, tensor) for name, tensor in tensors if name.startswith(MTP))
+    needed = {name for name in stored_tensors(drafter.config, True) if name.startswith(MTP)}
+    load_weights(drafter, mine, needed)
 
 
 def _weight_bytes(model: Network) -> WeightBytes:

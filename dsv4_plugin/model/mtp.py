@@ -45,7 +45,7 @@ class MTP(Network):
         self.mtp = nn.ModuleList([MTPBlock(config, quantised(config, parallel), "mtp.0")])
 
     @property
-    def _block(self) -> MTPBlock:
+    def block(self) -> MTPBlock:
         block = self.mtp[0]
         assert isinstance(block, MTPBlock)
         return block
@@ -55,12 +55,12 @@ class MTP(Network):
     ) -> Tensor:
         """Streams h [T, R, D] of the last main layer (or of the draft before), and the next token
         of each position, ids [T], embedding [T, D] -> this block's streams [T, R, D]."""
-        block = self._block
+        block = self.block
         e = block.e_proj(block.enorm(embedding))
         joined = block.h_proj(block.hnorm(h.flatten(0, 1))).view_as(h)
         return spread(*block((None, e[:, None] + joined, None), ids, step, cache))
 
     def collapse(self, h: Tensor) -> Tensor:
         """Streams [T, R, D] -> hidden states [T, D], ready for the head."""
-        block = self._block
+        block = self.block
         return plain(streams(None, h, None, block.hc_head.mixer(block.norm))[1])

@@ -1,8 +1,9 @@
 """What fits: bytes per GPU of a layout, by part, and the tokens of KV cache that remain.
 
-Weights are counted tensor by tensor from config.json, as the network holds them: packed ones as
-stored; norms, gates, compressors and the output head in float32. The cache is counted by its own
-layout. Workspace is an estimate: the largest tensors that a step has at once.
+Weights are counted tensor by tensor from config.json, as the network holds them on NVIDIA's GPUs:
+norms in float32, others as stored (AMD's have routers and compressors in float32, 1 % more). The
+cache is counted by its own layout. Workspace is an estimate: the largest tensors that a step has at
+once.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _BYTES = {
     "I8": 1,
     "U8": 1,
 }
-_WIDE = re.compile(r"norm\.weight$|ffn\.gate\.weight$|compressor\.w(kv|gate)\.weight$|^head\.")
+_WIDE = re.compile(r"norm\.weight$")
 """Stored in bfloat16, held in float32."""
 _EXPERT = re.compile(r"ffn\.experts\.")
 _WO_B = re.compile(r"attn\.wo_b\.")

@@ -88,6 +88,8 @@ ATTENTION: dict[str, Case] = {
     "CSA decode of 1, bfloat16 rows": case(attention, 1, kv_dtype="bfloat16", ratio=CSA),
     "HCA decode of 1, 64 heads": case(attention, 1, ratio=HCA),
     "HCA decode of 1,024, 64 heads": case(attention, 1024, ratio=HCA),
+    "CSA prefill, 64 heads": case(attention, 1, CHUNK, length=1 << 16, ratio=CSA),
+    "HCA decode of 64, 8 heads": case(attention, 64, config=heads(FLASH, 8), ratio=HCA),
     "HCA prefill, 64 heads": case(attention, 1, CHUNK, ratio=HCA),
     "HCA prefill, 8 heads": case(attention, 1, CHUNK, config=heads(FLASH, 8), ratio=HCA),
     "HCA prefill, bfloat16 rows": case(attention, 1, CHUNK, kv_dtype="bfloat16", ratio=HCA),

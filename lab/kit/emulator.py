@@ -1,10 +1,11 @@
 """Executes PTX on the CPU, as Triton emits it for sm_80 .. sm_120 without wgmma and tcgen05.
 
 Every thread of every block is a numpy lane; lanes go in lock step, lowest program counter first, so
-that diverged threads meet again and barriers need nothing. Blocks run in a random order, and where
-they meet in atomics some run after others have ended. Global addresses are the host's, checked
-against the tensors of the launch. Not modelled: time, races, asynchronous copies still in flight,
-flushing of denormals, the order of sums in tensor cores, the last bits of approximate functions.
+that diverged threads meet again; those at a barrier wait until all are at one. Blocks run in a
+random order, and where they meet in atomics some run after others have ended. Global addresses are
+the host's, checked against the tensors of the launch. Not modelled: time, races, asynchronous
+copies still in flight, flushing of denormals, the order of sums in tensor cores, the last bits of
+approximate functions.
 """
 
 from __future__ import annotations
@@ -143,6 +144,7 @@ class Blocks:
         instructions, labels = self.program.instructions, self.program.labels
         end, at, mask = len(instructions), 0, None
         counter = np.zeros(self.lanes, np.int32)
+        barriers = np.array([i.op[0] in ("bar", "barrier") for i in instructions] + [False])
         while True:
             i = instructions[at]
             active = self._active(i, mask)
@@ -169,6 +171,8 @@ class Blocks:
             if not running.any():
                 return
             at = int(counter[running].min())
+            if barriers[at] and (others := running & ~barriers[counter]).any():
+                at = int(counter[others].min())
             mask = counter == at
             if mask.all():
                 mask = None

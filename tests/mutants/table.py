@@ -41,7 +41,7 @@ STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX, SWIGLU = 
     ]
 )
 FP8 = f"{KERNELS}/packed/fp8.py"
-ATTENTION_KEYS = f"{KERNELS}/attention/keys.py"
+ATTENTION_KEYS, UNPACK = f"{KERNELS}/attention/keys.py", f"{KERNELS}/attention/unpack.py"
 INDEX_TOPK = f"{KERNELS}/index/topk.py"
 BLOCK, TRANSFORMER, DSPARK = (
     f"dsv4_plugin/model/{name}.py" for name in ("block", "transformer", "dspark")
@@ -53,7 +53,9 @@ RENDER, ENCODER = "dsv4_plugin/chat/render.py", "dsv4_plugin/chat/encoder.py"
 MACHINE, TRIAL = "dsv4_plugin/chat/machine.py", "dsv4_plugin/chat/trial.py"
 VLLM_CACHE, VLLM_ACTIVE = "vllm_ext/cache.py", "vllm_ext/active.py"
 PARALLEL, VLLM_PARALLEL = "dsv4_plugin/model/parallel.py", "vllm_ext/parallel.py"
-SGLANG_ACTIVE = "sglang_ext/active.py"
+SGLANG_ACTIVE, SGLANG_BACKEND, SGLANG_CHAINS = (
+    f"sglang_ext/{name}.py" for name in ("active", "backend", "chains")
+)
 BENCH_CLIENT, MEASURES, DATASETS = (
     f"dsv4_plugin/tools/bench/{name}.py" for name in ("client", "measures", "datasets")
 )
@@ -74,7 +76,7 @@ MUTANTS = [
     Mutant("outputs past the last", PRODUCT, "inside = n < N\n", "inside = n < N + 9\n", "triton/test_experts", "packed_experts and fp8"),
     Mutant("entries that a row does not see are chosen", INDEX_TOPK, "seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)", "seen = n", "triton/test_index", "topk"),
     Mutant("no guard for a tile that nobody sees", ATTENTION, "m = tl.maximum(tl.ceil(tl.max(s, 1) * scale), LOWEST)", "m = tl.ceil(tl.max(s, 1) * scale)", "triton/test_attention", "decode"),
-    Mutant("entries that do not exist yet are seen", ATTENTION, "seen = (pos + 1) // RATIO if", "seen = (pos + RATIO) // RATIO if", "triton/test_attention", "prefill"),
+    Mutant("entries that do not exist yet are seen", ATTENTION, "seen = (pos + 1) // RATIO\n", "seen = (pos + RATIO) // RATIO\n", "triton/test_attention", "prefill"),
     # Off by one
     Mutant("the window is one too long", ATTENTION, "front = tl.minimum(pos + 1, SPAN)", "front = tl.minimum(pos + 1, SPAN + 1)", "triton/test_attention", "prefill"),
     Mutant("an entry closes a token late", COMPRESS, "(begin + R <= end)", "(begin + R < end)", "triton/test_compress", "csa"),
@@ -96,14 +98,15 @@ MUTANTS = [
     Mutant("the scale of the next block", PACKED, "(K // BLOCK) + block[None, :]", "(K // BLOCK) + 0 * block[None, :]", "triton/test_experts", "every_code_of_int4"),
     Mutant("one scale for all rows", FP8, "scale = (w_scale + row * BLOCKS)[:, None]", "scale = (w_scale + row // 128 * BLOCKS)[:, None]", "triton/test_packed", "grouped"),
     Mutant("what is rounded is not of the model's dtype", STREAMS, "        y = y.to(h.dtype.element_ty).to(tl.float32)\n        store", "        store", "triton/test_packed", "sublayer"),
-    Mutant("codes lie as in the checkpoint", FP8, "codes.view(rows, -1, 4, 32).transpose(2, 3).reshape(rows, -1)", "codes.clone()", "triton/test_packed", "every_code and bits"),
+    Mutant("codes lie as in the checkpoint", FP8, "codes.view(rows, -1, 2, 32, 2).permute(0, 1, 3, 4, 2).reshape(rows, -1)", "codes.clone()", "triton/test_packed", "every_code and bits"),
     Mutant("a row's scale is its first block's", FP8, "by = tl.load(x_scale + i)", "by = tl.load(x_scale)", "triton/test_packed", "test_product and codes"),
     Mutant("torch reads codes as they lie", "dsv4_plugin/kernels/packed/__init__.py", "if self.bits:", "if False:", "triton/test_packed", "torch_reads"),
     Mutant("the second weight's rows are as long as the first's", FP8, "tl.where(later, N - first, first)", "first", "triton/test_packed", "two_weights"),
     Mutant("weights of the first choice", PRODUCT, "tl.load(weight + pair,", "tl.load(weight + pair // PAIRS * PAIRS,", "triton/test_experts", "plain"),
-    Mutant("inputs in the order of another format", PRODUCT, "i % EACH * (BLOCK // EACH) + i // EACH", "i % (BLOCK // EACH) * EACH + i // (BLOCK // EACH)", "triton/test_experts", "packed_experts and fp4"),
-    Mutant("a placed pair is its own forerunner", EXPERTS, "i[:, None] < i[None, :]", "i[:, None] <= i[None, :]", "triton/test_experts", "place"),
-    Mutant("a placed block is not filled up", EXPERTS, "rest < ((first + blocks) * M)", "rest < ((first + blocks) * M - 1)", "triton/test_experts", "place"),
+    Mutant("inputs in the order of another format", PRODUCT, "i // EACH * (EACH // HALF) + j // HALF", "i // EACH + j // HALF * (BLOCK // EACH)", "triton/test_experts", "packed_experts and fp4"),
+    Mutant("a block is not filled up", EXPERTS, "mask=rest < last * M)", "mask=rest < last * M - 1)", "triton/test_experts", "place"),
+    Mutant("pairs of nobody count", EXPERTS, "mask=(id >= 0) & (id < E))", "mask=id < EXPERTS)", "triton/test_experts", "place"),
+    Mutant("an expert's next pairs begin anew", EXPERTS, "            next_row += tl.sum(mine", "            next_row = first * M + tl.sum(mine", "triton/test_experts", "place"),
     Mutant("scales of the wrong blocks", ATTENTION_KEYS, "(u // 8 % 4 * 8)", "(u // 8 % 2 * 8)", "triton/test_attention", "decode"),
     Mutant("choices of another row", ATTENTION, "chosen + t * choices + begin", "chosen + begin", "triton/test_attention", "decode"),
     Mutant("quarters are counted on, past the last", ATTENTION, "dim = (first ^ i) * W + w", "dim = (first + i) * W + w", "triton/test_attention", "decode"),
@@ -111,6 +114,9 @@ MUTANTS = [
     Mutant("the sink is left out", ATTENTION, "_fold(tl.exp2(at - m), alpha, l_i, beta)", "_fold(0.0 * at, alpha, l_i, beta)", "triton/test_attention", "prefill"),
     Mutant("what is far below the maximum weighs more", ATTENTION, "tl.where(n < -64.0, 0.0, bits.to", "tl.where(n < -999.0, 0.0, 2e18 * bits.to", "triton/test_attention", "far"),
     Mutant("a scale by multiplication", BITS, "(bits & 0x7FFFFF) > 0x600000", "(bits & 0x7FFFFF) >= 0x600000", "triton/test_kit"),
+    Mutant("a sign comes from the next code", BITS, "(words & -0x7FFF8000) | ((words >> DOWN)", "((words >> 1) & -0x7FFF8000) | ((words >> DOWN)", "triton/test_experts", "packed_experts and fp4"),
+    Mutant("zeros of int4 are not -8", BITS, "0x3F803F80, -0x3CF73CF8)", "0x3F803F80, -0x3CF83CF8)", "triton/test_experts", "every_code_of_int4"),
+    Mutant("pairs change places", BITS, "tl.join(low, high), (pairs", "tl.join(high, low), (pairs", "triton/test_packed", "every_code and bits"),
     Mutant("ties of e4m3 away from zero", BITS, "size + 0x7FFFF + ((size >> 20) & 1)", "size + 0x80000", "triton/test_kit"),
     Mutant("no rounding to the model's dtype", QKV, "(x.to(tl.float32) * rms * w).to(kind).to(tl.float32)", "x.to(tl.float32) * rms * w", "triton/test_qkv", "real"),
     Mutant("multiply-adds are fused", QKV, "enable_fp_fusion=False", "enable_fp_fusion=True", "triton/test_qkv", "real", compiled=True),
@@ -134,6 +140,7 @@ MUTANTS = [
     # Between programs
     Mutant("an expert's tiles share a counter", PRODUCT, "counter + tl.program_id(1) * tl.num_programs(0) + block", "counter + block", "triton/test_experts", "company"),
     Mutant("the last but one goes on", ARRIVAL, "== programs - 1", "== tl.maximum(programs - 2, 0)", "triton/test_arrival"),
+    Mutant("a kernel does not wait for the launch before", GATE, "    follow()\n", "", "triton/test_programmatic", "follows"),
     Mutant("counters are not put back", ARRIVAL, "tl.store(counter, 0)", "pass", "triton/test_arrival"),
     Mutant("no barrier before an arrival", ARRIVAL, "    tl.debug_barrier()", "    # tl.debug_barrier()", "triton/test_arrival"),
     Mutant("an arrival orders nothing", ARRIVAL, 'sem="acq_rel"', 'sem="relaxed"', "triton/test_arrival"),
@@ -149,6 +156,20 @@ MUTANTS = [
     Mutant("cells are folded from the last on", ATTENTION, "place = (t * places + cell) * H + h\n            x =", "place = (t * places + end - 1 - cell + piece * own) * H + h\n            x =", "triton/test_attention", "order"),
     Mutant("dealt tiles know no pieces", ATTENTION, "own = PIECE // each", "own = 1", "triton/test_attention", "order"),
     Mutant("a cell more than there is", ATTENTION, "end = tl.minimum(piece * own + own, cells)", "end = piece * own + own", "triton/test_attention", "order"),
+    # Unpacked rows
+    Mutant("a chunk's window is unpacked a row late", UNPACK, "length - count - (SPAN - 1), 0", "length - count - (SPAN - 2), 0", "triton/test_attention", "bits and positions0"),
+    Mutant("unpacked rows of two requests overlap", UNPACK, "to_window += tl.sum(near + seen)", "to_window += tl.sum(near + seen) - 1", "triton/test_attention", "bits and positions0"),
+    Mutant("a text begins where its unpacked rows do", UNPACK, "to_window - first + before", "to_window + before", "triton/test_attention", "bits and positions0"),
+    Mutant("a tile is written past a request's rows", UNPACK, "real = (i < left)[:, None] &", "real = (i < left + 1)[:, None] &", "triton/test_attention", "bits and positions2"),
+    Mutant("unpacked entries begin among the window's", UNPACK, "to_entries = to_window + front", "to_entries = to_window + front - 1", "triton/test_attention", "bits and positions2"),
+    Mutant("rows are unpacked where there is no room", UNPACK, "& (to_entries + seen <= room)", "", "triton/test_attention", "beyond"),
+    Mutant("requests without rows are unpacked", UNPACK, "pays = pays & (count > 0)", "pays = pays | (count < 0)", "triton/test_attention", "bits and positions0"),
+    Mutant("all requests are unpacked with the prompts", UNPACK, "0.0 if fits else least,", "0.0,", "triton/test_attention", "only and positions0"),
+    Mutant("decoded rows among prompts are left out", ATTENTION, "[] if plain.all else [replace(lies, take=0)]", "[]", "triton/test_attention", "only and positions0"),
+    Mutant("decoded rows among prompts are taken for unpacked", ATTENTION, "-1 if plain.all else 1", "-1", "triton/test_attention", "only and positions0"),
+    Mutant("one request's entries are counted", UNPACK, "n + requests * (span - 1 + most)", "n + requests * (span - 1) + most", "triton/test_attention", "when", compiled=True),
+    Mutant("decoded rows are unpacked", ATTENTION, "if fp8 and step.tiles and", "if fp8 and", "triton/test_attention", "decode"),
+    Mutant("only steps of prompts are warmed up with many rows", "dsv4_plugin/warmup.py", "*((n, 1) for n in ways),", "", "triton/test_warmup", "pages", compiled=True),
     # Graphs
     Mutant("attention is captured with its metadata", BLOCK, "self.attend = parallel.breaking(self.attn.forward)", "self.attend = self.attn.forward", "triton/test_vllm", compiled=True),
     # Addresses
@@ -198,6 +219,9 @@ MUTANTS = [
     Mutant("failed requests are dropped", MEASURES, "requests=len(sent.answers) + sent.unsent", "requests=len(good) + sent.unsent", "core/test_bench", "counted"),
     Mutant("a cut stream counts as whole", BENCH_CLIENT, "if self.error is None and not self.done:", "if self.error is None and self.done is None:", "core/test_bench", "counted"),
     Mutant("levels ask the same", DATASETS, 'Random(f"{seed}/{level}/{session}")', 'Random(f"{seed}/{session}")', "core/test_bench", "levels_have"),
+    # The tuner
+    Mutant("other bits pass where they have to be the same", "benchmarks/tune.py", "if op.sums is None:", "if not op.sums:", "triton/test_tune", "bits"),
+    Mutant("variants that launch otherwise are not timed", "benchmarks/tune.py", "compiled.launches == known[AS_IT_IS].launches", "compiled.launches != known[AS_IT_IS].launches", "triton/test_tune", "launches"),
     # Chat
     Mutant("text may forge a turn", ENCODER, "state.update(added_tokens=[], ", "state.update(", "chat/test_security"),
     Mutant("system texts run together", RENDER, '"\\n\\n".join(turn.content for turn in system', '"".join(turn.content for turn in system', "chat/test_encoder"),
@@ -214,5 +238,13 @@ MUTANTS = [
     Mutant("data-parallel ranks take the first one's rows", VLLM_PARALLEL, "first = group.rank_in_group * most", "first = 0", "parallel/test_ranks", "data_parallel"),
     Mutant("what the cache had counts as compiled", "dsv4_plugin/warmup.py", "if not cache_hit:", "if src is not None:", "triton/test_warmup", compiled=True),
     Mutant("a forced end tells nobody in SGLang", "sglang_ext/hooks.py", "for rid in list(self.rid_to_state):", "for rid in ():", "sglang/test_registration", "forced", engine="sglang"),
+    Mutant("SGLang keeps right drafts behind a wrong one", SGLANG_CHAINS, ".cumprod(1).sum(1)", ".sum(1)", "sglang/test_chains", "kept", compiled=True, engine="sglang"),
+    Mutant("SGLang's samples are another request's", SGLANG_CHAINS, "values.repeat_interleave(n, 0)", "values.repeat_interleave(n, 0).flip(0)", "sglang/test_chains", "samples", compiled=True, engine="sglang"),
+    Mutant("new slots of SGLang's start a token early", SGLANG_CHAINS, "req_to_token[request, start:end]", "req_to_token[request, start - 1 : end - 1]", "sglang/test_chains", "new_slots", compiled=True, engine="sglang"),
+    Mutant("verified drafts take the places before them in SGLang", SGLANG_BACKEND, "query = ahead = batch.spec_info.draft_token_num", "query = batch.spec_info.draft_token_num", "sglang/test_steps", compiled=True, engine="sglang"),
+    Mutant("all of SGLang's drafts are of one place", SGLANG_BACKEND, "Backend(runner, ahead + 1)", "Backend(runner, 1)", "sglang/test_steps", "rows", compiled=True, engine="sglang"),
+    Mutant("SGLang's rings are as without drafts", "sglang_ext/config.py", "num_speculative_tokens=num_speculative_tokens", "num_speculative_tokens=0", "sglang/test_steps", "rejected", compiled=True, engine="sglang"),
+    Mutant("nobody counts SGLang's drafter's windows", "sglang_ext/pool.py", "window += 4 * model.layout.window.words", "pass", "sglang/test_registration", "pool_takes", engine="sglang"),
+    Mutant("any drafter will do for SGLang's MTP", "sglang_ext/config.py", "if config.dspark is not None:", "if config is None:", "sglang/test_registration", "checkpoint_s", engine="sglang"),
     Mutant("a hook that is not there goes unnoticed in SGLang", SGLANG_ACTIVE, "if target not in HookRegistry._patched]", "if not target]", "sglang/test_registration", engine="sglang"),
 ]  # fmt: skip

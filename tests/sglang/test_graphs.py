@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from dsv4_plugin import load
 from dsv4_plugin.cache.layout import CacheLayout
@@ -19,7 +20,7 @@ from dsv4_plugin.warmup import compiled
 from lab.kit import mode
 from lab.kit.gpu import EmulatedGPU
 from lab.kit.graphs import RecordedGraph, recorded
-from sglang_ext import config
+from sglang_ext import backend, config
 from sglang_ext.backend import Backend
 from sglang_ext.pool import KVPool
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
@@ -45,7 +46,8 @@ class Runner:
     def bind(self):
         """Pools anew, full of NaN; the SWA tier hands out other blocks than the full one."""
         tokens = REQUESTS * CONTEXT
-        pool = KVPool(self.config, self.layout, tokens, tokens, REQUESTS, "cpu")
+        ratios = self.model.model.ratios
+        pool = KVPool(self.config, self.layout, ratios, tokens, tokens, REQUESTS, "cpu")
         blocks = tokens // PAGE
         swa = torch.cat([torch.tensor([0]), blocks - torch.arange(blocks)])
         mapping = swa[:, None] * PAGE + torch.arange(PAGE)
@@ -59,7 +61,7 @@ def batch(rows, lengths, counts=None):
     """A ForwardBatch of these request rows; counts: their new tokens, None in a decode step."""
     counts_or_one = counts or [1] * len(rows)
     return SimpleNamespace(
-        forward_mode=SimpleNamespace(is_extend=lambda: counts is not None),
+        forward_mode=ForwardMode.DECODE if counts is None else ForwardMode.EXTEND,
         req_pool_indices=torch.tensor(rows), seq_lens=torch.tensor(lengths),
         seq_lens_cpu=torch.tensor(lengths), extend_seq_lens=torch.tensor(counts_or_one),
         extend_seq_lens_cpu=counts_or_one, input_ids=torch.zeros(sum(counts_or_one)),
@@ -152,6 +154,7 @@ def test_replayed_steps_give_the_ordinary_ones_tokens(local, monkeypatch):
     """From pools that are bound anew too. The warm-up compiles everything; the builder is made
     once."""
     mode.kernels(monkeypatch, "triton")
+    monkeypatch.setattr(backend, "drafts", lambda: 0)
     made = []
     build = StepBuilder.__init__
     monkeypatch.setattr(StepBuilder, "__init__", lambda *args: made.append(args) or build(*args))
@@ -172,19 +175,21 @@ def test_replayed_steps_give_the_ordinary_ones_tokens(local, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "kernels", "given", "left"),
+    ("device", "kernels", "mtp", "given", "left"),
     [
-        ("cuda", "triton", ("full", "breakable"), ("full", "disabled")),
-        ("cuda", "triton", ("breakable", "full"), ("full", "disabled")),
-        ("cuda", "triton", ("disabled", "breakable"), ("disabled", "disabled")),
-        ("cuda", "torch", ("full", "breakable"), ("disabled", "disabled")),
-        ("cpu", "triton", ("full", "breakable"), ("disabled", "disabled")),
+        ("cuda", "triton", False, ("full", "breakable"), ("full", "disabled")),
+        ("cuda", "triton", False, ("breakable", "full"), ("full", "disabled")),
+        ("cuda", "triton", False, ("disabled", "breakable"), ("disabled", "disabled")),
+        ("cuda", "triton", True, ("full", "breakable"), ("disabled", "disabled")),
+        ("cuda", "torch", False, ("full", "breakable"), ("disabled", "disabled")),
+        ("cpu", "triton", False, ("full", "breakable"), ("disabled", "disabled")),
     ],
 )
-def test_the_server_s_options_decide(monkeypatch, device, kernels, given, left):
-    """Whole graphs of decode steps unless they are left out, of the sizes asked for."""
+def test_the_server_s_options_decide(monkeypatch, device, kernels, mtp, given, left):
+    """Whole graphs of decode steps unless they are left out, of the sizes asked for; none where
+    tokens are drafted."""
     mode.kernels(monkeypatch, kernels)
     decode, prefill = (PhaseConfig(backend=b, bs=[1, 2, 8]) for b in given)
-    found = config._graphs(CudaGraphConfig(decode, prefill), device)
+    found = config._graphs(CudaGraphConfig(decode, prefill), device, mtp)
     assert (found.decode.backend, found.prefill.backend) == left
     assert found.decode.bs == [1, 2, 8]

@@ -9,6 +9,7 @@ import json
 import pkgutil
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,7 @@ from transformers import PretrainedConfig
 import sglang_ext
 from dsv4_plugin import env
 from dsv4_plugin.config import ARCHITECTURE, CSA, SWA, V41, V41_REFUSED, ModelConfig
+from dsv4_plugin.tools.make import make_checkpoint
 from lab.paths import ROOT
 from sglang_ext import active, hooks
 from sglang_ext.choice import choose
@@ -38,11 +40,13 @@ from sglang_ext.config import (
     KV_DTYPES,
     SERVED_ARCHITECTURE,
     SUPPORTED,
+    draft_defaults,
     refuse_unsupported,
+    require_mtp,
     take_over,
 )
 
-from ..conftest import v41_fields
+from ..conftest import SMALL, v41_fields
 from ..refusals import named
 from .server import FLOAT32, Server
 
@@ -51,6 +55,8 @@ PARAMETERS = {
     "get_config": {"model", "trust_remote_code", "revision", "model_override_args"},
     "create_memory_pool_configurator": {"kvc"},
     "_build_token_to_kv_pool": {"self", "sizes", "req_to_token_pool"},
+    "create_decode_backend": {"self"},
+    "create_draft_extend_backend": {"self"},
     "configure_kv_cache_dtype": {"server_args_kv_cache_dtype", "model"},
     "_validate_request": {"self", "request"},
     "force_exit_handler": {"self"},
@@ -202,7 +208,9 @@ def test_other_versions_are_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch)
         ("enable_hierarchical_cache", True),
         ("enable_unified_memory", True),
         ("disaggregation_mode", "prefill"),
-        ("speculative_algorithm", "EAGLE"),
+        ("speculative_algorithm", "EAGLE3"),
+        ("speculative_eagle_topk", 4),
+        ("speculative_adaptive", True),
         ("tokenizer_worker_num", 2),
         ("attention_backend", "torch_native"),
         ("kv_cache_dtype", "fp8_e5m2"),
@@ -224,8 +232,46 @@ def test_unsupported_arguments_are_named(name: str, value: object):
 def test_who_has_dspark_is_named():
     args = SimpleNamespace(**{field: allowed[0] for field, allowed in SUPPORTED.items()})
     args.speculative_algorithm = "DSPARK"
-    with pytest.raises(NotImplementedError, match=r"'DSPARK', .* load\(DIR, mtp=True\).generate"):
+    with pytest.raises(NotImplementedError, match=r"DSPARK, .* load\(DIR, mtp=True\).generate"):
         refuse_unsupported(args)
+
+
+def test_drafts_are_the_checkpoint_s(tiny: Path, tmp_path: Path):
+    """Where it has an MTP layer, and no other model is asked for."""
+    args = SimpleNamespace(model_path=str(tiny), speculative_draft_model_path=None)
+    config = ModelConfig.from_pretrained(tiny)
+    with pytest.raises(ValueError, match=r"num_nextn_predict_layers is 0; .* --speculative-algori"):
+        require_mtp(args, config)
+    require_mtp(SimpleNamespace(**vars(args) | {"model_path": "hub/name"}), with_mtp(config))
+    args.speculative_draft_model_path = "other"
+    with pytest.raises(NotImplementedError, match="--speculative-draft-model-path is 'other'"):
+        require_mtp(args, with_mtp(config))
+    fields = SMALL | {"num_hidden_layers": 4, "compress_ratios": [0, 4, 128, 4]}
+    make_checkpoint(tmp_path / "dspark", "tiny", 0, fields, tokenizer=False, fmt="0731")
+    args = SimpleNamespace(model_path=str(tmp_path / "dspark"), speculative_draft_model_path=None)
+    with pytest.raises(NotImplementedError, match="DSPARK"):
+        require_mtp(args, ModelConfig.from_pretrained(args.model_path))
+
+
+def with_mtp(config: ModelConfig) -> ModelConfig:
+    return replace(config, num_nextn_predict_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "verified", "drafts"), [(None, None, 3), (2, None, 2), (None, 2, 1), (5, 6, 5)]
+)
+def test_sizes_of_drafts(steps: int | None, verified: int | None, drafts: int):
+    args = SimpleNamespace(
+        model_path="m", revision="r",
+        speculative_num_steps=steps, speculative_num_draft_tokens=verified,
+    )  # fmt: skip
+    assert draft_defaults(args) == {
+        "speculative_draft_model_path": "m",
+        "speculative_draft_model_revision": "r",
+        "speculative_num_steps": drafts,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": drafts + 1,
+    }
 
 
 def test_refusals_name_options():
@@ -303,16 +349,22 @@ def test_pool_takes_the_bytes_that_the_sizer_counts(tiny: Path, monkeypatch: pyt
     schedule = SimpleNamespace(max_running_requests=3, swa_full_tokens_ratio=0.5)
     monkeypatch.setattr(pool, "get_schedule", lambda: schedule)
     monkeypatch.setattr(pool, "compute_swa_request_cap", lambda **_: 1500)
-    for kv_dtype, ratio in (("auto", False), ("fp8_e4m3", True)):
-        layout = cache_layout(config, "bfloat16", kv_dtype, 256)
-        model = SimpleNamespace(config=config, layout=layout)
+    ratios = config.compress_ratios
+    for kv_dtype, ratio, n in (("auto", False, 0), ("fp8_e4m3", True, 0), ("auto", False, 2)):
+        monkeypatch.setattr(pool, "drafts", lambda n=n: n)
+        layout = cache_layout(config, "bfloat16", kv_dtype, 256, num_speculative_tokens=n)
+        model = SimpleNamespace(config=config, layout=layout, model=SimpleNamespace(ratios=ratios))
         args = SimpleNamespace(_swa_full_tokens_ratio_explicitly_set=ratio)
         sizer = pool.PoolSizer(SimpleNamespace(model=model, server_args=args, attn_dp_size=1))
         budget = 5_000_000
         sizes = sizer.calculate_pool_sizes(budget, 256)
         full, swa = sizes.full_max_total_num_tokens, sizes.swa_max_total_num_tokens
-        built = pool.KVPool(config, layout, full, swa, 4, "cpu")
-        assert built.get_kv_size_bytes() == sizer.nbytes(full // 256) <= budget
+        built = pool.KVPool(config, layout, ratios, full, swa, 4, "cpu").get_kv_size_bytes()
+        if n:
+            windows = layout.windows_only()
+            drafter = pool.KVPool(config, windows, [SWA], full, swa, 4, "cpu")
+            built += drafter.get_kv_size_bytes()
+        assert built == sizer.nbytes(full // 256) <= budget
         assert sizer.nbytes(full // 256 + 1) > budget
         assert swa == (full // 512 * 256 if ratio else min(full, max(1280, full // 2560 * 256)))
 

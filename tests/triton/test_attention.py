@@ -8,14 +8,18 @@ from math import inf
 import pytest
 import torch
 
+from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import Float32Rows, RowPool
-from dsv4_plugin.kernels.attention import kernel
+from dsv4_plugin.cache.step import TILED
+from dsv4_plugin.kernels.attention import kernel, unpack
 from dsv4_plugin.kernels.attention.kernel import attention
+from dsv4_plugin.kernels.attention.keys import NEVER
 from dsv4_plugin.kernels.attention.reference import attention as reference
 from lab.kernels.cases import far, generator, kv_codec, paged, pairs, step_of_rows
 from lab.kit import mode
 from lab.kit.mode import interpreted_first
 from lab.kit.order import seeded
+from lab.kit.targets import FakeGPU
 from tests.tolerances import ATTENTION_BF16
 
 SPAN = 128
@@ -120,7 +124,7 @@ def test_blocks_whose_rows_see_one_another(gpu, kind):
 
 
 LAUNCH = kernel.LAUNCHES["any"]
-ONE, MANY = LAUNCH.ways
+ONE, MANY = LAUNCH.fp8
 WAYS = {
     "dealt": [replace(ONE, deal=0)],
     "in pieces": [replace(ONE, deal=inf)],
@@ -129,10 +133,10 @@ WAYS = {
 }
 
 
-def launched(monkeypatch, case, ways, **changes):
+def launched(monkeypatch, case, ways):
     """attention(**case), launched so: of pieces of three tiles."""
     ways = tuple(replace(w, below=inf) for w in ways)
-    table = {"any": replace(LAUNCH, piece=3, ways=ways, **changes)}
+    table = {"any": replace(LAUNCH, piece=3, fp8=ways, bfloat16=ways)}
     monkeypatch.setattr(kernel, "LAUNCHES", table)
     return attention(**case)
 
@@ -154,6 +158,145 @@ def test_the_same_bits_alone_in_company_and_in_pieces(gpu, monkeypatch, kind):
     assert torch.equal(launched(monkeypatch, case, WAYS["in pieces"]), dealt)
     monkeypatch.setattr(kernel, "DEALT_BYTES", 0)
     assert torch.equal(launched(monkeypatch, case, WAYS["dealt"]), dealt)
+
+
+def prompts(positions, *given, **kinds):
+    """A case of prompts: as `world`, of which the step knows where each request's rows are."""
+    case = world(positions, *given, **kinds)
+    counts = torch.tensor([0, *(sum(p is not None for p in some) for some in positions)])
+    lengths = [max([p for p in some if p is not None], default=-1) + 1 for some in positions]
+    step = replace(
+        case["step"],
+        query_start=counts.cumsum(0).int().to(mode.DEVICE),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=mode.DEVICE),
+        longest_query=max(TILED, int(counts.max())),
+    )
+    return case | {"step": step}
+
+
+def both_ways(monkeypatch, case, least=0.0, **changes):
+    """attention(**case) with rows as they are, and with those unpacked that are read `least` times;
+    and where requests' unpacked rows start, -1 for none."""
+    found, starts = [], []
+
+    def noted(*given):
+        plain = unpack.unpacked(*given)
+        starts.append(None if plain is None else plain.starts[:, 0].tolist())
+        return plain
+
+    monkeypatch.setattr(kernel, "unpacked", noted)
+    for at in (inf, least):
+        fp8 = (replace(MANY, unpack=at),)
+        table = {"any": replace(LAUNCH, fp8=fp8, bfloat16=LAUNCH.bfloat16[-1:], **changes)}
+        monkeypatch.setattr(kernel, "LAUNCHES", table)
+        found.append(attention(**case))
+    (one,) = starts
+    return *found, one
+
+
+UNPACKED = [
+    # positions of each request's rows, heads, ratio, chosen
+    # a chunk behind a window, a first one, a decoded row, a request without rows, and padding
+    ([range(300, 317), range(5), [700], [None], [None] * 2], 16, 0, None),
+    interpreted_first([range(520, 537), [260], range(3)], 64, 128, None),
+    ([range(400, 417), [130], range(200, 203)], 8, 4, 64),
+    interpreted_first([range(16)], 8, 4, None),
+]
+
+
+@pytest.mark.parametrize(("positions", "heads", "ratio", "k"), UNPACKED)
+def test_unpacked_rows_give_the_same_bits(gpu, monkeypatch, positions, heads, ratio, k):
+    case = prompts(positions, heads, "fp8", ratio, k)
+    case["q"] *= 8  # Large scores, whose last bits weigh something.
+    packed, plain, starts = both_ways(monkeypatch, case)
+    assert [s >= 0 for s in starts] == [None not in some for some in positions]
+    assert torch.equal(plain, packed)
+    assert error(plain, reference(**case)) < ATTENTION_BF16
+
+
+SOME = [
+    # a chunk among decoded rows, and a first one too short for its window
+    ([[700], range(300, 317), [260], range(5), [None]], 0, None),
+    interpreted_first([[700], range(900, 917), range(3)], 128, None),
+    ([[500], range(400, 417), [130]], 4, 64),
+]
+
+
+@pytest.mark.parametrize(("positions", "ratio", "k"), SOME)
+def test_only_prompts_among_decoded_rows_are_unpacked(gpu, monkeypatch, positions, ratio, k):
+    """Rows of several pieces, in one launch as in the other."""
+    case = prompts(positions, 4, "fp8", ratio, k, d=64, rope=16)
+    packed, plain, starts = both_ways(monkeypatch, case, 7.0, piece=2)
+    assert [s >= 0 for s in starts] == [len(some) == 17 for some in positions]
+    assert torch.equal(plain, packed)
+    assert error(plain, reference(**case)) < ATTENTION_BF16
+
+
+def test_unpacked_rows_of_a_long_limit(gpu, monkeypatch):
+    """Lengths that the host knows are bounds; what is beyond a request's is not touched."""
+    case = prompts([range(300, 316), range(2)], 4, "fp8", 4, 64, d=64, rope=16)
+    step = replace(case["step"], longest=1 << 13, longest_query=4096)
+    packed, plain, starts = both_ways(monkeypatch, case | {"step": step})
+    assert min(starts) >= 0
+    assert torch.equal(plain, packed)
+    assert torch.equal(plain, attention(**case))
+
+
+def test_unpacked_blocks_of_a_draft(gpu, monkeypatch):
+    """Rows that see one another."""
+    case = prompts([range(180, 197), range(4, 21)], 4, "fp8", d=64, rope=16, span=SPAN + 17)
+    case["step"] = replace(case["step"], together=17)
+    packed, plain, starts = both_ways(monkeypatch, case)
+    assert min(starts) >= 0
+    assert torch.equal(plain, packed)
+    assert error(plain, reference(**case)) < ATTENTION_BF16
+
+
+def test_no_rows_are_unpacked_beyond_the_bound(gpu, monkeypatch):
+    """There is room for one of two requests, and for a row less than one."""
+    case = prompts([range(300, 316), range(400, 416)], 4, "fp8", d=64, rope=16)
+    given = case["step"], case["window"], SPAN, None, NEVER, 16, unpack.ALL, 2.0
+    need = 16 + SPAN - 1
+    monkeypatch.setattr(unpack, "UNPACKED_BYTES", need * 128)
+    found = unpack.unpacked(*given)
+    assert not found.all
+    assert found.window.pool.storage.nbytes == need * 128
+    assert [s >= 0 for s in found.starts[:, 0].tolist()] == [True, False]
+    at = torch.arange(300 - SPAN + 1, 316, device=mode.DEVICE)
+    rows, real = found.window.read(torch.zeros_like(at), at)
+    assert real.all()
+    assert torch.equal(rows, case["window"].read(torch.zeros_like(at), at)[0])
+    monkeypatch.setattr(unpack, "UNPACKED_BYTES", need * 128 - 1)
+    assert (unpack.unpacked(*given).starts == -1).all()
+
+
+@pytest.mark.skipif(mode.INTERPRET or mode.DEVICE != "cpu", reason="launches of an absent GPU")
+def test_when_rows_are_unpacked():
+    """By how often a row is read, of all requests or, if these were one, of some."""
+
+    def unpacked(rows, requests, length, ratio=NEVER, choices=unpack.ALL, least=4.0):
+        at = torch.empty(rows, dtype=torch.int32)
+        step = replace(
+            step_of_rows(at, at, length, tiles=True), query_start=at.new_empty(requests + 1),
+            seq_lens=at.new_empty(requests),
+        )  # fmt: skip
+        pool = RowPool(at.new_empty(1 << 10), kv_codec("fp8"))
+        some = Paged(pool, at.new_empty(requests, 4), 1 << 8, 0, 64)
+        entries = None if ratio == NEVER else some
+        found = unpack.unpacked(step, some, SPAN, entries, ratio, 64, choices, least)
+        return found and (found.all, found.window.pool.storage.nbytes)
+
+    row = 1024
+    with FakeGPU("sm80"), torch.device("meta"):
+        assert unpacked(4096, 1, 1 << 16) == (True, (4096 + 127) * row)
+        assert unpacked(4096, 1, 1 << 16, 4, 512) == (True, (4096 + 127 + (1 << 14)) * row)
+        assert unpacked(4096, 1, 1 << 20, 4, 512) == (False, 1 << 28)
+        assert unpacked(64, 1, 1 << 20, 4, 512) is None
+        assert unpacked(128, 64, 1 << 16, 128) == (False, 128 * 640 // 4 * row)
+        assert unpacked(16, 1, 16, least=2.0) is None
+        assert unpacked(4096, 4096, 1 << 16, least=1.0) == (False, 4096 * 128 * row >> 1)
+    for launch in kernel.LAUNCHES.values():
+        assert launch.fp8[-1].unpack > 1
 
 
 def test_the_order_of_tiles_matters_and_that_of_programs_does_not(gpu, monkeypatch):

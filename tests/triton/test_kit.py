@@ -198,6 +198,24 @@ def test_a_load_without_other_is_poisoned(gpu):
 
 
 @triton.jit
+def _count(x_ptr, out_ptr, n, N: tl.constexpr):
+    counts = tl.zeros((N,), tl.int32)
+    for start in range(0, n, N):
+        x = tl.load(x_ptr + start + tl.arange(0, N))
+        counts += tl.histogram(x, N, mask=x < N)
+    tl.store(out_ptr + tl.arange(0, N), counts)
+
+
+def test_threads_wait_at_a_barrier(gpu):
+    """Those whose values are not counted are at the next one before the others."""
+    x = torch.randint(0, 200, (512,), generator=torch.Generator().manual_seed(0)).int()
+    expected = torch.bincount(x, minlength=200)[:128].int().to(mode.DEVICE)
+    out = torch.empty_like(expected)
+    _count[(1,)](x.to(mode.DEVICE), out, len(x), N=128)
+    assert torch.equal(out, expected)
+
+
+@triton.jit
 def _product(a_ptr, b_ptr, c_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     at = i[:, None] * N + i[None, :]

@@ -83,7 +83,7 @@ def test_programs_do_not_grow_with_the_limit(monkeypatch, rows):
     and scratch within its bounds."""
     programs, scratch, scores, _ = launches(monkeypatch, rows, LIMITS[-1])
     launch = attention.LAUNCHES["a100"]
-    few, many = launch.ways
+    few, many = launch.fp8
     cell = 64 * 514 * 4
     pieces = -(-(LIMITS[-1] // HCA + 128) // (launch.keys * launch.piece))
     dealt = 2 * few.columns * (attention.DEALT_BYTES // cell)

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from dsv4_plugin import warmup
+from dsv4_plugin.cache.step import TILED
 from dsv4_plugin.kernels import launch
+from dsv4_plugin.kernels.attention import kernel as attention
 from dsv4_plugin.kernels.norm import kernel
 from dsv4_plugin.kernels.packed import fp8
 from dsv4_plugin.tools.kernel_work import FLASH
@@ -108,6 +110,18 @@ def test_linears_are_compiled_for_every_number_of_rows(monkeypatch):
         for rows, requests in ((8192, 512), (8192, 4), (256, 64)):
             some = [n for n, _, _ in warmup.shapes(FLASH, rows, requests, 1 << 20)]
             assert {tiles.of(n, chosen.line) for n in some} == {tiles.few, tiles.some, tiles.many}
+
+
+def test_attention_is_compiled_for_keys_in_pages_at_every_length(monkeypatch):
+    """Few rows and many, of prompts and not of prompts."""
+    for chip in ("sm80", "sm86", "sm90", "sm120", "gfx942"):
+        monkeypatch.setattr(launch, "architecture", lambda chip=chip: chip)
+        few = launch.pick(attention.LAUNCHES).fp8[-2].below
+        for rows, requests in ((8192, 512), (8192, 4), (256, 64)):
+            needed = warmup.shapes(FLASH, rows, requests, 1 << 20)
+            found = {(length, n >= few, query >= TILED) for n, query, length in needed}
+            kinds = ((False, False), (True, False), (True, True))
+            assert found >= {(length, *kind) for _, _, length in needed for kind in kinds}
 
 
 def test_processes_begin_at_different_places():

@@ -9,8 +9,28 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.kernels.bits import e4m3_codes, halves
+from dsv4_plugin.kernels.device import alignment
+
+NEVER = 1 << 30
+"""Tokens of an entry where there are no entries: a case of its own compiles to spills on sm_90."""
+
+
+def part(rows: Paged) -> tuple[tuple[Tensor, Tensor, int, int], int, int]:
+    """As kernels take it, in three arguments; `find_rows` takes them as one tuple."""
+    table = rows.table
+    fixed = rows.pool.storage, table, rows.stride, rows.offset
+    return fixed, table.shape[1] - 1, table.stride(0)
+
+
+def aligned(*parts: Paged) -> int:
+    """Words that the address of every row is a multiple of: 2 or 4."""
+    words = min(map(alignment, parts))
+    assert words % 2 == 0, "rows do not begin at multiples of 8 bytes"
+    return words
 
 
 @triton.jit

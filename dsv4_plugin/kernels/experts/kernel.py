@@ -1,12 +1,12 @@
 """Triton: the routed experts, every step of a fixed shape and nothing asked of the device.
 
 The (token, expert) pairs are put into blocks of one expert each; there is room for as many blocks
-as the shapes allow, and programs of those that stay empty leave at once. `prepare` puts the inputs
-into the form that products take, and places few pairs by the way; many are placed by `count_pairs`
-and `sort_pairs`. `multiply_experts` runs twice, for the gated and for the down product, each pair's
-result in a row of its own; `add_pairs` adds a token's rows in the order of its choices. So a
-token's result does not depend on its company, but for the tiles of few and of many rows an expert
-(`Launch`), which add in different orders.
+as the shapes allow, and programs of those that stay empty leave at once. `prepare` does so, a
+program for each expert, and puts the inputs into the form that products take. `multiply_experts`
+runs twice, for the gated and for the down product, each pair's result in a row of its own;
+`add_pairs` adds a token's rows in the order of its choices. So a token's result does not depend on
+its company, but for the tiles of few and of many rows an expert (`Launch`), which add in different
+orders.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ from dsv4_plugin.kernels.experts.product import (
 )
 from dsv4_plugin.kernels.launch import pick, require
 from dsv4_plugin.kernels.packed import Matrix
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
-CHUNK = 1024
-"""Pairs that a program looks at together while it counts or sorts."""
+CHUNK = tl.constexpr(512)
+"""Pairs that a program looks at together while it counts or places them."""
 COLUMNS = 1024
 """Columns that a program of `add_pairs` adds."""
-PLACED = 64
-"""Up to so many pairs one program places."""
 PREPARED = 8
 """Blocks of inputs that a program of `prepare` takes."""
 ALIGNED = 4
@@ -113,108 +112,75 @@ LAUNCHES = {
 }
 
 
-@triton.jit(do_not_specialize=["pairs"])
-def count_pairs(ids, counts, pairs, CHUNK: tl.constexpr):
-    """Program e: counts int32 [E], the pairs of its expert."""
-    e = tl.program_id(0)
-    mine = tl.zeros((CHUNK,), tl.int32)
+@triton.jit
+def _place(
+    ids, expert_of, row_of, used, pairs, e,
+    E: tl.constexpr, EXPERTS: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Expert e's blocks: expert_of int32 [B], e; row_of int32 [B * M], its pairs in order, then -1;
+    expert 0's program too, used int32 [1], the blocks of all experts. Every program counts the
+    pairs of all, by which it knows where its own begin, and nobody waits for another."""
+    counts = tl.zeros((EXPERTS,), tl.int32)
     for start in range(0, pairs, CHUNK):
         at = start + tl.arange(0, CHUNK)
-        mine += (tl.load(ids + at, mask=at < pairs, other=-1) == e).to(tl.int32)
-    tl.store(counts + e, tl.sum(mine, 0))
-
-
-@triton.jit(do_not_specialize=["pairs"])
-def sort_pairs(
-    ids,
-    counts,
-    expert_of,
-    row_of,
-    used,
-    pairs,
-    E: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    M: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Program e writes its expert's blocks: expert_of int32 [B], e; row_of int32 [B * M], pairs in
-    order, then -1; used int32 [1], the blocks of all experts. Pairs of no expert have no block."""
-    e = tl.program_id(0)
+        id = tl.load(ids + at, mask=at < pairs, other=-1).to(tl.int32)
+        counts += tl.histogram(id, EXPERTS, mask=(id >= 0) & (id < E))
     number = tl.arange(0, EXPERTS)
-    blocks = (tl.load(counts + number, mask=number < E, other=0) + (M - 1)) // M
+    blocks = (counts + (M - 1)) // M
     first = tl.sum(tl.where(number < e, blocks, 0), 0)
     last = tl.sum(tl.where(number <= e, blocks, 0), 0)
     if e == 0:
         tl.store(used, tl.sum(blocks, 0))
     for block in range(first, last):
         tl.store(expert_of + block, e)
-    next_row = first * M
-    for start in range(0, pairs, CHUNK):
-        at = start + tl.arange(0, CHUNK)
-        mine = tl.load(ids + at, mask=at < pairs, other=-1) == e
-        place = next_row + tl.cumsum(mine.to(tl.int32), 0) - 1
-        tl.store(row_of + place, at, mask=mine)
-        next_row += tl.sum(mine.to(tl.int32), 0)
-    rest = next_row + tl.arange(0, M)
-    tl.store(row_of + rest, -1, mask=rest < last * M)
+    if first < last:
+        next_row = first * M
+        for start in range(0, pairs, CHUNK):
+            at = start + tl.arange(0, CHUNK)
+            mine = tl.load(ids + at, mask=at < pairs, other=-1) == e
+            place = next_row + tl.cumsum(mine.to(tl.int32), 0) - 1
+            tl.store(row_of + place, at, mask=mine)
+            next_row += tl.sum(mine.to(tl.int32), 0)
+        rest = next_row + tl.arange(0, M)
+        tl.store(row_of + rest, -1, mask=rest < last * M)
 
 
-@triton.jit
-def _place(
-    ids, expert_of, row_of, used, pairs, E: tl.constexpr, M: tl.constexpr, PLACED: tl.constexpr
-):
-    """What `count_pairs` and `sort_pairs` do, for PLACED pairs at most."""
-    i = tl.arange(0, PLACED)
-    id = tl.load(ids + i, mask=i < pairs, other=-1).to(tl.int32)
-    real = (id >= 0) & (id < E)
-    id = tl.where(real, id, E)
-    same = id[:, None] == id[None, :]  # [others, pairs]
-    rank = tl.sum((same & (i[:, None] < i[None, :])).to(tl.int32), 0)
-    count = tl.sum(same.to(tl.int32), 0)
-    blocks = (count + (M - 1)) // M
-    opens = tl.where(real & (rank == 0), blocks, 0)
-    first = tl.sum(tl.where(id[:, None] < id[None, :], opens[:, None], 0), 0)
-    tl.store(used, tl.sum(opens, 0))
-    tl.store(expert_of + first + rank // M, id, mask=real & (rank % M == 0))
-    place = first * M + rank
-    tl.store(row_of + place, i, mask=real)
-    rest = place[:, None] + 1 + tl.arange(0, M)[None, :]
-    last = (real & (rank == count - 1))[:, None]
-    tl.store(row_of + rest, -1, mask=last & (rest < ((first + blocks) * M)[:, None]))
-
-
-@triton.jit(do_not_specialize=["pairs", "stride"])
+@kernel(do_not_specialize=["pairs", "stride"])
 def prepare(
     x, out, ids, expert_of, row_of, used, pairs, stride,
     K: tl.constexpr, OUT: tl.constexpr, ORDER: tl.constexpr, ROUND: tl.constexpr,
-    BLOCKS: tl.constexpr, PLACE: tl.constexpr, E: tl.constexpr, M: tl.constexpr,
-    PLACED: tl.constexpr,
+    BLOCKS: tl.constexpr, E: tl.constexpr, EXPERTS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, BLOCKS blocks): x [T, K] -> out [T, OUT], each block rounded if ROUND, in the
-    order for products of ORDER codes a word, zeros behind the last. If PLACE, the first program
-    places the pairs."""
-    row = tl.program_id(0) - (1 if PLACE else 0)
+    """The first programs place the pairs, an expert each. Then program (row, BLOCKS blocks): x
+    [T, K] -> out [T, OUT], each block rounded if ROUND, in the order for products of ORDER codes a
+    word, zeros behind the last."""
+    follow()
+    column, columns = tl.program_id(1), tl.num_programs(1)
+    row = tl.program_id(0) - tl.cdiv(E, columns)
     if row >= 0:
         t = row.to(tl.int64)
         i = tl.arange(0, BLOCK)
-        first = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[:, None] * BLOCK
+        first = (column * BLOCKS + tl.arange(0, BLOCKS))[:, None] * BLOCK
         at = first + i[None, :]
         value = tl.load(x + t * stride + at, mask=at < K, other=0.0).to(tl.float32)
         if ROUND:
             value = rounded(value, 1)
         to = first + position(i, ORDER)[None, :]
         tl.store(out + t * OUT + to, value, mask=at < OUT)
-    elif tl.program_id(1) == 0:
-        _place(ids, expert_of, row_of, used, pairs, E, M, PLACED)
+    else:
+        e = tl.program_id(0) * columns + column
+        if e < E:
+            _place(ids, expert_of, row_of, used, pairs, e, E, EXPERTS, M)
 
 
-@triton.jit
+@kernel()
 def add_pairs(
     y, ids, also, out,
     E: tl.constexpr, D: tl.constexpr, K: tl.constexpr, ALSO: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Program (token, columns): the sum of its pairs' rows y [T * K, D], float32, one by one. If
     ALSO, what else there is [T, D] joins the rounded sum."""
+    follow()
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -279,17 +245,6 @@ class Blocks:
         plan = torch.empty(ALIGNED + most * (rows + 1), dtype=torch.int32, device=ids.device)
         used, row_of, expert_of = plan.split([ALIGNED, most * rows, most])
         return cls(used, row_of, expert_of, most, rows, experts)
-
-
-def sort(ids: Tensor, blocks: Blocks) -> None:
-    """Put the pairs of ids [T, k], contiguous, into their blocks."""
-    e, pairs = blocks.experts, ids.numel()
-    counts = torch.empty(e, dtype=torch.int32, device=ids.device)
-    count_pairs[(e,)](ids, counts, pairs, CHUNK=CHUNK, num_warps=4)
-    sort_pairs[(e,)](
-        ids, counts, blocks.expert_of, blocks.row_of, blocks.used, pairs,
-        E=e, EXPERTS=triton.next_power_of_2(e), M=blocks.rows, CHUNK=CHUNK, num_warps=4,
-    )  # fmt: skip
 
 
 def padded(width: int) -> int:
@@ -360,18 +315,18 @@ class Products:
 
 
 def prepared(x: Tensor, ids: Tensor, blocks: Blocks, order: int, rounding: bool) -> Tensor:
+    """As `Products.prepared`; x itself where a product takes it as it is."""
+    (rows, k), e = x.shape, blocks.experts
+    width, columns, out = padded(k), 1, x
     if order == 1 and not rounding:
-        sort(ids, blocks)
-        return x
-    (rows, k), pairs = x.shape, ids.numel()
-    place, width = pairs <= PLACED, padded(k)
-    if not place:
-        sort(ids, blocks)
-    out = x.new_empty(rows, width)
-    prepare[(rows + place, triton.cdiv(width, PREPARED * BLOCK.value))](
-        x, out, ids, blocks.expert_of, blocks.row_of, blocks.used, pairs, x.stride(0),
-        K=k, OUT=width, ORDER=order, ROUND=rounding, BLOCKS=PREPARED, PLACE=place,
-        E=blocks.experts, M=blocks.rows, PLACED=PLACED, num_warps=4,
+        rows = 0
+    else:
+        columns = triton.cdiv(width, PREPARED * BLOCK.value)
+        out = x.new_empty(rows, width)
+    prepare[(triton.cdiv(e, columns) + rows, columns)](
+        x, out, ids, blocks.expert_of, blocks.row_of, blocks.used, ids.numel(), x.stride(0),
+        K=k, OUT=width, ORDER=order, ROUND=rounding, BLOCKS=PREPARED,
+        E=e, EXPERTS=triton.next_power_of_2(e), M=blocks.rows, num_warps=4,
     )  # fmt: skip
     return out
 
