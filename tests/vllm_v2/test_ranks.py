@@ -3,6 +3,8 @@ interpreter in the GPU's place."""
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 
@@ -23,9 +25,11 @@ NEW = 24
 def test_two_ranks(method, n, tmp_path, monkeypatch):
     """Answers are those of one process without drafts, and as many drafts are kept as there."""
     from vllm import LLM
+    from vllm.v1.executor import multiproc_executor
 
     mode.kernels(monkeypatch, "torch")
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "fork")
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiproc_executor, "get_mp_context", lambda: fork)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     make_mini(tmp_path / "mini", dspark=method == "dspark")
     renderer = Renderer()
