@@ -124,12 +124,13 @@ def test_blocks_whose_rows_see_one_another(gpu, kind):
 
 
 LAUNCH = kernel.LAUNCHES["any"]
-ONE, MANY = LAUNCH.fp8
+ONE, *_, MANY = LAUNCH.fp8
 WAYS = {
     "dealt": [replace(ONE, deal=0)],
     "in pieces": [replace(ONE, deal=inf)],
     "in company": [MANY],
     "halves": [replace(MANY, columns=2)],
+    "quarters": [replace(MANY, columns=4)],
 }
 
 
