@@ -125,8 +125,8 @@ def same(variant: str, known: dict[str, Answers]) -> dict[str, float]:
 def why_not(variant: str, args: argparse.Namespace) -> str:
     """Why a variant cannot be measured, or nothing."""
     engine, _, fmt = variant.partition("-")
-    if engine == "sglang" and fmt in ("mtp", "dspark"):
-        return "the SGLang adapter refuses speculative decoding"
+    if engine == "sglang" and fmt == "dspark":
+        return "SGLang drafts in blocks on GPUs, with its own network"
     if engine == "vllm" and fmt == "dspark":
         return "vLLM drafts in blocks on GPUs only"
     if engine == "sglang" and args.sglang is None:

@@ -189,6 +189,9 @@ def _vllm(checkpoint: str, setting: Setting, prompts: list[list[int]], most: int
 def _sglang(checkpoint: str, setting: Setting, prompts: list[list[int]], most: int) -> Answers:
     from sglang import Engine
 
+    drafts: dict[str, Any] = {}
+    if setting.drafts:
+        drafts = {"speculative_algorithm": "EAGLE", "speculative_num_steps": setting.drafts}
     engine = Engine(
         model_path=checkpoint,
         device="cpu",
@@ -202,11 +205,17 @@ def _sglang(checkpoint: str, setting: Setting, prompts: list[list[int]], most: i
         max_running_requests=AT_ONCE,
         skip_tokenizer_init=True,
         log_level="warning",
+        **drafts,
     )
     sampling = {"temperature": 0, "max_new_tokens": most, "stop_token_ids": [EOS]}
-    found = [a["output_ids"] for a in engine.generate(input_ids=prompts, sampling_params=sampling)]
+    answers = engine.generate(input_ids=prompts, sampling_params=sampling)
     engine.shutdown()
-    return Answers(found)
+    found = [answer["output_ids"] for answer in answers]
+    if not setting.drafts:
+        return Answers(found)
+    names = "spec_num_correct_drafts", "spec_num_proposed_drafts", "spec_verify_ct"
+    accepted, drafted, steps = (sum(a["meta_info"][name] for a in answers) for name in names)
+    return Answers(found, accepted / drafted, 1 + accepted / steps)
 
 
 ENGINES = {"transformers": _transformers, "local": _local, "vllm": _vllm, "sglang": _sglang}

@@ -32,58 +32,35 @@ def slots(req_to_token: Tensor, request: Tensor, start: Tensor, number: int) -> 
 
 
 def reserve_slots(
-    req_pool_indices: Tensor,
-    req_to_token: Tensor,
-    start_offset: Tensor,
-    end_offset: Tensor,
-    out_cache_loc: Tensor,
-    batch_size: int,
-) -> None:
+    req_pool_indices: Tensor, req_to_token: Tensor, start_offset: Tensor, end_offset: Tensor,
+    out_cache_loc: Tensor, batch_size: int,
+) -> None:  # fmt: skip
     """Enter new slots, those of a request behind those of another, at its tokens start..end-1."""
-    for found, slot in zip(
-        zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True),
-        out_cache_loc.split((end_offset - start_offset).tolist()),
-        strict=True,
-    ):
-        request, start, end = found
-        req_to_token[request, start:end] = slot.int()
+    requests, starts, ends = (x.tolist() for x in (req_pool_indices, start_offset, end_offset))
+    new = out_cache_loc.int().split((end_offset - start_offset).tolist())
+    for request, start, end, its in zip(requests, starts, ends, new, strict=True):
+        req_to_token[request, start:end] = its
 
 
 def draft_slots(
-    req_pool_indices: Tensor,
-    req_to_token: Tensor,
-    seq_lens: Tensor,
-    out_cache_loc: Tensor,
-    topk: int,
-    num_cols: int,
-    positions: None = None,
-    mrope: None = None,
-) -> None:
+    req_pool_indices: Tensor, req_to_token: Tensor, seq_lens: Tensor, out_cache_loc: Tensor,
+    topk: int, num_cols: int, **unused: None,
+) -> None:  # fmt: skip
     out_cache_loc.copy_(slots(req_to_token, req_pool_indices, seq_lens, topk * num_cols))
 
 
 def verified_slots(
-    req_pool_indices: Tensor,
-    req_to_token: Tensor,
-    start_offset: Tensor,
-    batch_size: int,
-    draft_token_num: int,
-    device: str,
-) -> Tensor:
+    req_pool_indices: Tensor, req_to_token: Tensor, start_offset: Tensor, batch_size: int,
+    draft_token_num: int, device: str,
+) -> Tensor:  # fmt: skip
     return slots(req_to_token, req_pool_indices, start_offset, draft_token_num)
 
 
 def build_chain(
-    parent_list: Tensor,
-    top_scores_index: Tensor,
-    seq_lens: Tensor,
-    tree_mask: Tensor,
-    positions: Tensor,
-    retrieve_index: Tensor,
-    retrieve_next_token: Tensor,
-    retrieve_next_sibling: Tensor,
-    *sizes: int,
-) -> None:
+    parent_list: Tensor, top_scores_index: Tensor, seq_lens: Tensor, tree_mask: Tensor,
+    positions: Tensor, retrieve_index: Tensor, retrieve_next_token: Tensor,
+    retrieve_next_sibling: Tensor, *sizes: int,
+) -> None:  # fmt: skip
     """Each row's index, and the next one's in its request [B, N + 1], -1 behind the last. There are
     no siblings, and nobody reads the mask."""
     rows = torch.arange(retrieve_index.shape[1])
@@ -93,14 +70,9 @@ def build_chain(
 
 
 def verify_chain(
-    predicts: Tensor,
-    accept_index: Tensor,
-    accept_token_num: Tensor,
-    candidates: Tensor,
-    retrieve_index: Tensor,
-    target_predict: Tensor,
-    **tree: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *, predicts: Tensor, accept_index: Tensor, accept_token_num: Tensor, candidates: Tensor,
+    retrieve_index: Tensor, target_predict: Tensor, **tree: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """candidates [B, N + 1] are the chains, target_predict what the model finds likeliest behind
     each of their rows. Drafts are kept as long as they are what is picked there, as without drafts:
     that, or a sample."""
@@ -149,12 +121,9 @@ def picks_itself(**conditions: bool) -> bool:
 
 
 def last_tokens(
-    accept_tokens: Tensor,
-    accept_lens: Tensor,
-    bonus_tokens: Tensor,
-    accept_stride: int,
+    accept_tokens: Tensor, accept_lens: Tensor, bonus_tokens: Tensor, accept_stride: int,
     batch_size: int,
-) -> None:
+) -> None:  # fmt: skip
     """Of each request's accepted tokens [B, accept_stride], of which the first accept_lens are."""
     last = accept_lens.long()[:, None] - 1
     bonus_tokens.copy_(accept_tokens.view(batch_size, accept_stride).gather(1, last)[:, 0])

@@ -254,7 +254,7 @@ def settle_model(config: Any, is_draft: bool) -> None:
     not SGLang's, and what travels to the drafter are streams. The drafter's own has one layer."""
     config.quantization = None
     core = model_config(config.hf_config)
-    config.spec_hidden_size = config.hc_hidden_size = core.hc_mult * core.hidden_size
+    config.spec_hidden_size = core.hc_mult * core.hidden_size
     if is_draft:
         config.hf_config.architectures = [DRAFT_ARCHITECTURE]
 

@@ -140,6 +140,7 @@ MUTANTS = [
     # Between programs
     Mutant("an expert's tiles share a counter", PRODUCT, "counter + tl.program_id(1) * tl.num_programs(0) + block", "counter + block", "triton/test_experts", "company"),
     Mutant("the last but one goes on", ARRIVAL, "== programs - 1", "== tl.maximum(programs - 2, 0)", "triton/test_arrival"),
+    Mutant("a kernel does not wait for the launch before", GATE, "    follow()\n", "", "triton/test_programmatic", "follows"),
     Mutant("counters are not put back", ARRIVAL, "tl.store(counter, 0)", "pass", "triton/test_arrival"),
     Mutant("no barrier before an arrival", ARRIVAL, "    tl.debug_barrier()", "    # tl.debug_barrier()", "triton/test_arrival"),
     Mutant("an arrival orders nothing", ARRIVAL, 'sem="acq_rel"', 'sem="relaxed"', "triton/test_arrival"),
@@ -198,6 +199,9 @@ MUTANTS = [
     Mutant("window layers turn as compressed ones do", "dsv4_plugin/kernels/step/__init__.py", "kinds = [SWA] + [CSA]", "kinds = [CSA] + [CSA]", "core/test_dspark", "a_block"),
     Mutant("stages are always three", "dsv4_plugin/checkpoint/names.py", "stages=1 + max(stages)", "stages=3", "core/test_dspark", "how_many"),
     Mutant("a stage's tensor too many is passed over", FILES, "(mtp or not name.startswith(MTP))", "not name.startswith(MTP)", "core/test_dspark", "too_many"),
+    Mutant("shared experts of stages are passed over", "dsv4_plugin/checkpoint/load.py", "if give(model, path, weight):", 'if (path.startswith("mtp.") and ".shared_" in path) or give(model, path, weight):', "core/test_dspark", "loaded_once"),
+    Mutant("a draft behind a wrong one is kept", SPECULATE, "kept = agree.long().cumprod(1).sum(1)", "kept = agree.long().sum(1)", "core/test_dspark", "forced"),
+    Mutant("a draft is kept unseen", SPECULATE, "agree = (picked[:, :-1] == ids[:, 1:]) & on_device[:, 1:]", "agree = ((picked[:, :-1] == ids[:, 1:]) | (ids[:, 1:] == 0)) & on_device[:, 1:]", "core/test_dspark", "sampled_answers"),
     Mutant("kernels see a block as a text", ATTENTION, "sees = step.sees[rows]", "sees = step.position[rows]", "triton/test_attention", "blocks"),
     Mutant("the drafter's head is normed", STREAMS, "NORM=not plain", "NORM=True", "triton/test_streams", "plain"),
     Mutant("a file's end is not checked", FILES, "if size != end:", "if size < first:", "core/test_bad_input"),
@@ -215,6 +219,9 @@ MUTANTS = [
     Mutant("failed requests are dropped", MEASURES, "requests=len(sent.answers) + sent.unsent", "requests=len(good) + sent.unsent", "core/test_bench", "counted"),
     Mutant("a cut stream counts as whole", BENCH_CLIENT, "if self.error is None and not self.done:", "if self.error is None and self.done is None:", "core/test_bench", "counted"),
     Mutant("levels ask the same", DATASETS, 'Random(f"{seed}/{level}/{session}")', 'Random(f"{seed}/{session}")', "core/test_bench", "levels_have"),
+    # The tuner
+    Mutant("other bits pass where they have to be the same", "benchmarks/tune.py", "if op.sums is None:", "if not op.sums:", "triton/test_tune", "bits"),
+    Mutant("variants that launch otherwise are not timed", "benchmarks/tune.py", "compiled.launches == known[AS_IT_IS].launches", "compiled.launches != known[AS_IT_IS].launches", "triton/test_tune", "launches"),
     # Chat
     Mutant("text may forge a turn", ENCODER, "state.update(added_tokens=[], ", "state.update(", "chat/test_security"),
     Mutant("system texts run together", RENDER, '"\\n\\n".join(turn.content for turn in system', '"".join(turn.content for turn in system', "chat/test_encoder"),

@@ -44,6 +44,7 @@ from dsv4_plugin.kernels.bits import (
     twice,
 )
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Int4Matrix, Matrix, NVFP4Matrix
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
 PLAIN = tl.constexpr(0)
 FP8 = tl.constexpr(1)
@@ -306,7 +307,7 @@ def _opened(fresh, total, part):
     return tl.where(fresh, total + part, total), part * tl.where(fresh, 0.0, 1.0)
 
 
-@triton.jit(do_not_specialize=["pairs", "x_stride", "limit"])
+@kernel(do_not_specialize=["pairs", "x_stride", "limit"])
 def multiply_experts(
     x, w1, scale1, top1, w3, scale3, top3, weight, expert_of, row_of, used, out, partial, counter,
     pairs, x_stride, limit,
@@ -320,6 +321,7 @@ def multiply_experts(
     turned. ROUND: each block of outputs is rounded; ORDER: they are stored for a next product of so
     many codes a word, zeros behind the last. If SPLIT, partial float32 [pieces, 1 + GATED, pairs,
     N] and a counter for each block and tile."""
+    follow()
     block = tl.program_id(0)
     if block >= tl.load(used):
         return

@@ -34,6 +34,7 @@ from dsv4_plugin.kernels.bits import e2m1_pairs, e4m3_codes, halves
 from dsv4_plugin.kernels.device import BFLOAT16, FP4, FP8, alignment, row_pointers
 from dsv4_plugin.kernels.index.topk import topk
 from dsv4_plugin.kernels.launch import pick, require
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
 SCORE_VALUES = 1 << 26
 """Most scores kept at a time (256 MiB): more rows take their turn."""
@@ -110,7 +111,7 @@ def _round_e2m1(x, C: tl.constexpr):
     return tl.reshape(tl.where(blocks < 0, -near, near) * power, (N, C))
 
 
-@triton.jit
+@kernel()
 def index_queries(
     q,
     weight,
@@ -129,6 +130,7 @@ def index_queries(
     HEADS: tl.constexpr,
 ):
     """Program (row, head block). Dim PARTS * w + j is stored at j * C / PARTS + w."""
+    follow()
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     ok = (h < INDEX_HEADS)[:, None]
@@ -238,7 +240,7 @@ def _key_parts(row, ok, C: tl.constexpr, P: tl.constexpr, FORMAT: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(do_not_specialize=COUNTS)
 def gather_keys(
     paged, last, tables, lengths, flat, scales, padded, ratio, C: tl.constexpr, P: tl.constexpr,
     FORMAT: tl.constexpr, WORDS: tl.constexpr, PAGE_ROWS: tl.constexpr, ALIGN: tl.constexpr,
@@ -246,6 +248,7 @@ def gather_keys(
 ):  # fmt: skip
     """Program (request, block of entries): keys as the products take them, side by side; those in
     no page are zero. There is room for `padded` entries of each request."""
+    follow()
     who = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * ENTRIES
     n = (tl.load(lengths + who) // ratio).to(tl.int32)
@@ -269,7 +272,7 @@ def gather_keys(
     tl.store(scales + who * padded + entry, scale)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(do_not_specialize=COUNTS)
 def index_scores(
     q, weight, position, request, paged, last, tables, flat, scales, padded, out, out_stride,
     INDEX_HEADS,
@@ -279,6 +282,7 @@ def index_scores(
 ):  # fmt: skip
     """Program (row, share of the blocks of ENTRIES entries that it sees). FLAT: keys are
     `gather_keys`'s, else they are read in their pages."""
+    follow()
     t = tl.program_id(0).to(tl.int64)
     seen = (tl.load(position + t) + 1) // RATIO
     if tl.program_id(1) * ENTRIES >= seen:

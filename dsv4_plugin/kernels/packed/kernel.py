@@ -26,6 +26,7 @@ from dsv4_plugin.kernels.packed.fp8 import (
     round_inputs,
     round_rows,
 )
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
 __all__ = [
     "arranged", "gated_product", "grouped_product", "product", "products", "round_inputs",
@@ -78,7 +79,7 @@ def _values(words):
     return tl.reshape(tl.join(even, odd), (N, 8 * W))
 
 
-@triton.jit(do_not_specialize=["rows", "out_stride"])
+@kernel(do_not_specialize=["rows", "out_stride"])
 def int4_product(
     x,
     w,
@@ -97,6 +98,7 @@ def int4_product(
 ):
     """Program (row tile, output tile). ROW: words from one output to the next; BLOCK: inputs that
     share a scale."""
+    follow()
     SCALES: tl.constexpr = DEPTH // BLOCK
     t = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     n = tl.program_id(1) * W + tl.arange(0, W)
