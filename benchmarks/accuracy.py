@@ -1,7 +1,9 @@
 """dsv4-mini's accuracy per skill on held-out conversations, through every engine and format.
 
 An answer is right if its content and its calls (names, arguments, order) are; reasoning may differ.
-Prints a table in markdown; rows are appended to benchmarks/results/accuracy.csv.
+With drafts, which make a full batch slower, a share of the conversations is asked; their answers
+are compared with those that the engine gives without. Prints a table in markdown; rows are appended
+to benchmarks/results/accuracy.csv.
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ DISTANCES = {200: 0.7, 1000: 0.2, 4000: 0.1}
 EFFORTS = ("none", "high", "max")
 MOST = 128
 """Tokens of an answer."""
+DRAFTED = 5
+"""With drafts, one conversation of so many is asked."""
+PLAIN = "bfloat16"
+"""What a variant with drafts is without them."""
 FORMATS: dict[str, tuple[Setting, str | None]] = {
     "float32": (Setting("float32"), None),
     "bfloat16": (Setting(), None),
@@ -71,31 +77,49 @@ def main() -> None:
     def answered(variant: str) -> Answers | RuntimeError:
         engine, _, fmt = variant.partition("-")
         setting, packed = FORMATS[fmt]
+        asked = prompts[:: every(variant)]
         python = args.sglang if engine == "sglang" else sys.executable
         checkpoint = converted(args.checkpoint, packed)
         start = time.monotonic()
         try:
-            found = ask(
-                engine, checkpoint, setting, prompts, MOST, python, max(1, jobs // args.jobs)
-            )
+            found = ask(engine, checkpoint, setting, asked, MOST, python, max(1, jobs // args.jobs))
         except RuntimeError as error:
             return error
         print(f"{variant}: {time.monotonic() - start:.0f} s", flush=True)
         return found
 
     rows: dict[str, dict[str, float]] = {}
+    known: dict[str, Answers] = {}
     failed = {}
     with ThreadPoolExecutor(args.jobs) as pool:
         for variant, answers in zip(variants, pool.map(answered, variants), strict=True):
             if isinstance(answers, Answers):
-                rows[variant] = judge.row(tests, answers)
-                record(variant, args.count, rows[variant])
+                known[variant] = answers
+                rows[variant] = judge.row(tests[:: every(variant)], answers) | same(variant, known)
+                record(variant, args.count // every(variant), rows[variant])
             else:
                 failed[variant] = answers
     print("\n" + "\n".join(table(rows)))
     for variant, reason in {**left_out, **failed}.items():
         print(f"{variant} is left out: {reason}")
     raise SystemExit(1 if failed else 0)
+
+
+def every(variant: str) -> int:
+    """One conversation of so many is asked."""
+    return DRAFTED if FORMATS[variant.partition("-")[2]][0].drafts else 1
+
+
+def same(variant: str, known: dict[str, Answers]) -> dict[str, float]:
+    """Of answers with drafts, the percent that are token by token those without, if both were
+    asked: in bfloat16 another order of a sum may decide between two tokens that are as likely."""
+    engine, _, fmt = variant.partition("-")
+    plain = known.get(f"{engine}-{PLAIN}")
+    if not FORMATS[fmt][0].drafts or plain is None:
+        return {}
+    pairs = zip(known[variant].ids, plain.ids[:: every(variant)], strict=True)
+    found = [with_drafts == without for with_drafts, without in pairs]
+    return {"same": 100 * sum(found) / len(found)}
 
 
 def why_not(variant: str, args: argparse.Namespace) -> str:

@@ -75,8 +75,8 @@ class Counted:
         return {"memory": moved / chip.memory, "mma": flop / chip.mma, "issue": issue}
 
 
-def count(name: str, work: Work) -> Counted:
-    """Execute with counters."""
+def count(name: str, work: Work, chip: str = "sm80") -> Counted:
+    """Execute with counters, as compiled for a chip: once, on what `work` brings along."""
     scratch: list[Tensor] = []
     stock = torch.empty
 
@@ -85,10 +85,10 @@ def count(name: str, work: Work) -> Counted:
         scratch.append(made)
         return made
 
-    with EmulatedGPU("sm80", count=True) as gpu:
+    with EmulatedGPU(chip, count=True) as gpu:
         torch.empty = empty  # type: ignore[assignment]
         try:
-            work.launch()
+            (work.again or work.launch)()
         finally:
             torch.empty = stock
     return Counted(name, gpu.counted, work.nbytes, scratch)

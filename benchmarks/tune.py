@@ -1,234 +1,52 @@
 """`python -m benchmarks.tune OP`: variants of an operation's launch table, on the GPU at hand.
 
-One field of the row is varied at a time, from the row that the chip has now. Each variant has to
-give what the present row gives, and is timed alone, at sizes of production. What is faster over all
-cases, in the geometric mean, is kept before the next field is varied. At the end stands the row to
-paste into the table, with its times as the reason.
+One field of the row is varied at a time, from the row that the chip has now. A variant has to give
+what the present row gives, bit for bit where a request's bits may not depend on the launch, and is
+timed alone at sizes of production. What is faster over all cases, in the geometric mean, is kept
+before the next field is varied. At the end stands the row to paste into the table, with its times
+as the reason. `benchmarks/launch_grids.py` says what is tried.
 
-Without a GPU, `--chip sm90` compiles the variants for that chip and prints what they take: a table
-to choose from, not a measurement.
+Without a GPU, `--check` compares all variants on small inputs, in Triton's interpreter
+(TRITON_INTERPRET=1) or emulated for `--chip`; `--chip` alone compiles them and prints what they
+take. Neither is a measurement.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from math import exp, inf, log
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv4_plugin.config import CSA, HCA, SWA
-from dsv4_plugin.kernels.attention import kernel as attention
-from dsv4_plugin.kernels.experts import kernel as experts
-from dsv4_plugin.kernels.index import kernel as index
-from dsv4_plugin.kernels.index import topk
-from dsv4_plugin.kernels.launch import architecture, pick
-from dsv4_plugin.kernels.linear import kernel as linear
-from dsv4_plugin.kernels.packed import fp8
-from dsv4_plugin.kernels.packed import kernel as int4
-from dsv4_plugin.kernels.streams import kernel as streams
-from dsv4_plugin.tools import kernel_work as work
-from dsv4_plugin.tools.cli.gpu_check import compare, copy_speed, device_seconds, machine
-from dsv4_plugin.tools.kernel_work import Work, World
+from benchmarks.launch_grids import OPS, Op
+from dsv4_plugin.config import ModelConfig
+from dsv4_plugin.kernels.launch import FAMILY, architecture, pick
+from dsv4_plugin.tools.cli import gpu_check
+from dsv4_plugin.tools.kernel_work import FLASH, Work, World
 
 Row = Any
 """A frozen dataclass of a launch table."""
+Made = Callable[[], Work]
 GAIN = 0.99
 """A variant is kept where it takes at most so much of the time."""
-SIZES = {
-    "decode of 1": (1, 1, 1 << 16),
-    "decode of 1 at a million": (1, 1, 1 << 20),
-    "decode of 16": (16, 1, 1 << 13),
-    "decode of 64": (64, 1, 1 << 13),
-    "decode of 256": (256, 1, 1 << 11),
-    "prefill of 4,096": (1, 4096, 1 << 13),
-}
-"""Requests, tokens of each in the step, and tokens they then have."""
-STEPS = tuple(name for name in SIZES if "million" not in name)
-LONG = tuple(SIZES)
-
-
-@dataclass(frozen=True)
-class Op:
-    """table: the launch table whose row is varied. work: what it launches, at `sizes`. fields:
-    values to try of each field; 'few.warps' lies in the row's `few`, 'ways.0.columns' in the first
-    of its `ways`; fields that have to be equal stand together."""
-
-    table: dict[str, Row]
-    work: dict[str, Callable[[World], Work]]
-    sizes: tuple[str, ...]
-    fields: dict[str, tuple[Any, ...]]
-
-
-def _tile(name: str, **values: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
-    return {f"{name}.{field}": some for field, some in values.items()}
-
-
-_WARPS, _STAGES = (4, 8), (2, 3, 4)
-LATENT = partial(work.fp8_linear, n_in="hidden_size", n_out="q_lora_rank")
-QUERIES = partial(work.fp8_linear, n_in="q_lora_rank", n_out="num_attention_heads", factor=512)
-OPS = {
-    "attention": Op(
-        attention.LAUNCHES,
-        {
-            name: partial(work.attention, ratio=ratio)
-            for name, ratio in (("SWA", SWA), ("CSA", CSA), ("HCA", HCA))
-        },
-        LONG,
-        {
-            "heads": (16, 32, 64),
-            "fp8.0.below": (16, 32, 64, 128),
-            **_tile("fp8.0", columns=(1, 2, 4), warps=_WARPS, deal=(0, 4, math.inf)),
-            **_tile("fp8.1", columns=(1, 2, 4), warps=_WARPS, unpack=(2, 4, 16, math.inf)),
-            "bfloat16.0.below": (16, 32, 64, 128),
-            **_tile("bfloat16.0", columns=(1, 2, 4), warps=_WARPS, stages=(1, 2, 3)),
-            **_tile("bfloat16.1", columns=(1, 2, 4), warps=_WARPS, stages=(1, 2, 3)),
-        },
-    ),
-    "index": Op(
-        index.LAUNCHES,
-        {"scores and choice": work.index},
-        LONG,
-        {
-            "entries": (32, 64, 128),
-            "paged.warps flat.warps": (2, 4, 8),
-            "paged.stages": (1, 2),
-            "flat.stages": (2, 3, 4),
-            "programs": (432, 864, 1728),
-            "blocks": (8, 16, 32, 64),
-        },
-    ),
-    "topk": Op(
-        topk.LAUNCHES,
-        {"scores and choice": work.index},
-        LONG,
-        {
-            "rows": (8, 32, 64),
-            "least": (2048, 4096, 8192),
-            "small_chunk": (512, 1024),
-            "chunk": (1024, 2048, 4096),
-            "warps": (4, 8),
-        },
-    ),
-    "experts": Op(
-        experts.LAUNCHES,
-        {
-            "MXFP4": partial(work.packed_experts, kind="fp4"),
-            "FP8": partial(work.packed_experts, kind="fp8"),
-        },
-        STEPS,
-        {
-            "split": (0, 8, 16, 48, 96),
-            "piece": (512, 1024, 2048),
-            "limit": (4, 8, 16, 32),
-            **_tile("few", columns=(64, 128), depth=(128, 256), warps=_WARPS, stages=_STAGES),
-            **_tile("many", rows=(32, 64, 128), columns=(64, 128, 256), warps=_WARPS),
-            **_tile("many", stages=_STAGES, turned=(False, True)),
-            **_tile("many_fp8", rows=(32, 64, 128), warps=_WARPS, turned=(False, True)),
-        },
-    ),
-    "experts-bfloat16": Op(
-        experts.LAUNCHES,
-        {"bfloat16": work.plain_experts},
-        STEPS,
-        {
-            **_tile("plain_few", columns=(32, 64), depth=(64, 128), warps=_WARPS, stages=_STAGES),
-            **_tile("plain_many", rows=(32, 64, 128), columns=(64, 128), warps=_WARPS),
-        },
-    ),
-    "fp8": Op(
-        fp8.LINEARS,
-        {
-            "latent": LATENT,
-            "queries": QUERIES,
-            "gated": partial(work.gated_linear, rounded=False),
-        },
-        STEPS,
-        {
-            "codes": (None, fp8.EIGHT),
-            "programs": (96, 128, 192, 256, 384),
-            "least": (256, 512, 1024),
-            "line": (32, 64, 128, 256),
-            "group": (1, 4, 8),
-            **_tile("codes.plain.few", warps=_WARPS, stages=_STAGES, outputs=(32, 64, 128)),
-            **_tile("codes.plain.some", rows=(32, 64, 128), warps=_WARPS, stages=_STAGES),
-            **_tile(
-                "codes.plain.many", outputs=(64, 128, 256), rows=(64, 128), turned=(False, True)
-            ),
-            **_tile("codes.gated.few", warps=_WARPS, stages=_STAGES),
-            **_tile("codes.gated.some", rows=(16, 32, 64), warps=_WARPS),
-            **_tile("codes.gated.many", rows=(32, 64, 128), stages=_STAGES),
-        },
-    ),
-    "fp8-by-bits": Op(
-        fp8.LINEARS,
-        {
-            "latent": partial(LATENT, rounded=False),
-            "queries": partial(QUERIES, rounded=False),
-            "groups of heads": work.grouped_linear,
-        },
-        STEPS,
-        {
-            "programs": (96, 128, 192, 256, 384),
-            "least": (256, 512, 1024),
-            "line": (32, 64, 128, 256),
-            **_tile("bits.plain.few", warps=_WARPS, stages=_STAGES, outputs=(32, 64, 128)),
-            **_tile("bits.plain.some", rows=(16, 32, 64), warps=_WARPS, stages=_STAGES),
-            **_tile("bits.plain.many", outputs=(64, 128), rows=(64, 128), stages=_STAGES),
-        },
-    ),
-    "int4": Op(
-        int4.TILES,
-        {"latent": work.int4_linear},
-        STEPS,
-        {
-            **_tile("few", columns=(32, 64), warps=_WARPS, stages=_STAGES),
-            **_tile("many", rows=(16, 32, 64, 128), columns=(32, 64, 128), warps=_WARPS),
-        },
-    ),
-    "float32": Op(
-        linear.LAUNCHES,
-        {
-            "router": partial(work.float32_linear, outputs=256),
-            "compressors": partial(work.float32_linear, outputs=2560),
-        },
-        STEPS,
-        {
-            "split": (32, 128, 512),
-            "piece": (256, 512, 1024),
-            "many": (32, 64, 128),
-            "columns": (32, 64, 128),
-            "depth": (32, 64, 128),
-            "warps": _WARPS,
-            "stages": _STAGES,
-        },
-    ),
-    "streams": Op(
-        streams.LAUNCHES,
-        {"before a sublayer": work.residual_streams},
-        STEPS,
-        {
-            "block": (32, 64),
-            "few": (16, 64, 128),
-            "parts": (2, 4, 8),
-            "stages": _STAGES,
-            "slab": (1024, 4096),
-            "warps": _WARPS,
-            "end_warps": (4, 8, 16),
-        },
-    ),
-}
-Made = Callable[[], Work]
+AS_IT_IS, IN_THE_END = "as it is", "in the end"
+SMALL = replace(
+    FLASH, hidden_size=512, num_attention_heads=16, q_lora_rank=256, o_groups=2, o_lora_rank=128,
+    index_n_heads=16, index_topk=64, n_routed_experts=8, moe_intermediate_size=256,
+)  # fmt: skip
+SMALL_SIZES = {"decode": (3, 1, 700), "prefill": (1, 36, 275), "many": (144, 1, 9)}
+"""What is checked without a GPU."""
 
 
 def value(row: Row, path: str) -> Any:
@@ -247,19 +65,20 @@ def varied(row: Row, path: str, new: Any) -> Row:
     return replace(row, **{first: inner})
 
 
-def variants(row: Row, field: str, values: tuple[Any, ...]) -> Iterator[tuple[str, Row]]:
-    """Other values of the field, or of those that stand together, and the rows with them."""
-    paths = field.split()
+def variants(row: Row, field: str, values: tuple[Any, ...]) -> dict[str, Row]:
+    """The row as it is, and those with another value of the field, or of all that stand together;
+    the row alone where it has no such part."""
+    paths, found = field.split(), {AS_IT_IS: row}
     try:
         now = [value(row, path) for path in paths]
-    except AttributeError:  # of a part that this row does not have
-        return
+    except (AttributeError, IndexError):
+        return found
     for new in values:
         if any(old != new for old in now):
-            found = row
+            found[str(new)] = row
             for path in paths:
-                found = varied(found, path, new)
-            yield f"{field} = {new}", found
+                found[str(new)] = varied(found[str(new)], path, new)
+    return found
 
 
 @contextmanager
@@ -274,111 +93,251 @@ def substituted(table: dict[str, Row], row: Row) -> Iterator[None]:
         table.update(before)
 
 
-def cases(op: Op, device: torch.device) -> dict[str, Made]:
-    def make(of: Callable[[World], Work], size: tuple[int, int, int]) -> Work:
-        return of(World.of(device, *size))
+def cases(
+    op: Op,
+    device: torch.device,
+    sizes: Mapping[str, gpu_check.Size] | None = None,
+    config: ModelConfig = FLASH,
+) -> dict[str, Made]:
+    """By operation and size, of the op's sizes or of others."""
+    sizes = sizes or op.sizes
+
+    def make(of: Callable[[World], Work], size: gpu_check.Size) -> Work:
+        return of(World.of(device, *size, config=config))
 
     return {
-        f"{name}, {size}": partial(make, of, SIZES[size])
+        f"{name}, {size}": partial(make, of, sizes[size])
         for name, of in op.work.items()
-        for size in op.sizes
+        for size in sizes
     }
 
 
 @dataclass(frozen=True)
 class Found:
-    """Of one case: seconds, or what is wrong; whether the bits are the present row's; the least
-    bytes that have to be moved."""
+    """Of a variant in a case: seconds, or what is wrong; the least bytes that have to be moved."""
 
-    seconds: float = math.inf
+    seconds: float = inf
     error: str = ""
-    same_bits: bool = True
     nbytes: int = 0
 
 
-def measure(op: Op, row: Row, make: Made, present: list[Tensor]) -> Found:
-    """Compare with the present row's outputs, then time. A variant that cannot be launched, or is
-    wrong, has an error instead."""
-    with substituted(op.table, row):
-        try:
-            one = make()
-            found = one.launch()
-            error = compare(found, present)
-            same = all(map(torch.equal, found, present))
-            if error:
-                return Found(error=error, same_bits=same)
-            return Found(seconds_of(one), same_bits=same, nbytes=one.nbytes)
-        except Exception as error:  # noqa: BLE001  (of whatever kind: the next variant may do)
-            return Found(error=f"{type(error).__name__}: {error}".splitlines()[0][:120])
+@dataclass(frozen=True)
+class Compiled:
+    """What a row launches in a case: hash of each kernel, grid, numbers; or why it cannot. taken:
+    instructions, registers, KiB of shared memory, spill instructions in loops."""
+
+    launches: tuple[Any, ...] = ()
+    error: str = ""
+    taken: str = ""
 
 
-def seconds_of(one: Work) -> float:
-    return device_seconds(one.again or one.launch, torch.device("cuda"))[0]
+Trial = dict[str, dict[str, Found]]
+"""By case and variant."""
+Known = dict[str, dict[str, Compiled]]
+"""Likewise."""
 
 
-def ratio(found: dict[str, Found], best: dict[str, Found]) -> float:
-    """Geometric mean of a variant's times over the best row's; inf where it fails in any case."""
-    if any(f.error for f in found.values()):
-        return math.inf
-    logs = [math.log(f.seconds / best[name].seconds) for name, f in found.items()]
-    return math.exp(sum(logs) / len(logs))
+def failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
-Report = Callable[[str, dict[str, Found]], None]
+def wrong(op: Op, field: str, work: Work, present: list[Tensor]) -> str:
+    """What is wrong with the outputs of the row that is substituted; '' for nothing."""
+    found = work.launch()
+    if op.sums is None:
+        return gpu_check.compare(found, present)
+    if field in (*op.sums, IN_THE_END):
+        return gpu_check.compare(found, work.expect())
+    return "" if all(map(torch.equal, found, present)) else "other bits than the present row's"
 
 
-def search(op: Op, made: dict[str, Made], report: Report) -> tuple[Row, dict[str, Found]]:
-    """The best row and its times, field by field. Whether the present row is right, gpu-check
-    says."""
+def tried(
+    op: Op, field: str, rows: dict[str, Row], work: Work, known: Mapping[str, Compiled],
+    seconds: Callable[[Work], float],
+) -> dict[str, Found]:  # fmt: skip
+    """All rows in one case, the present one first. What launches what the present one does is not
+    timed again."""
+    found: dict[str, Found] = {}
+    present: list[Tensor] = []
+    for name, row in rows.items():
+        compiled = known.get(name, Compiled())
+        if compiled.error:
+            found[name] = Found(error=compiled.error)
+        elif found and compiled.launches and compiled.launches == known[AS_IT_IS].launches:
+            found[name] = found[AS_IT_IS]
+        else:
+            with substituted(op.table, row):
+                try:
+                    present = present or work.launch()
+                    error = wrong(op, field, work, present) if found else ""
+                    found[name] = Found(inf if error else seconds(work), error, work.nbytes)
+                except Exception as raised:  # noqa: BLE001  (of whatever kind: the next may do)
+                    found[name] = Found(error=failure(raised))
+        if found[AS_IT_IS].error:  # nothing to compare with
+            return dict.fromkeys(rows, found[AS_IT_IS])
+    return found
+
+
+def ratio(trial: Trial, name: str) -> float:
+    """Geometric mean of a variant's times over the present row's, where that runs; inf where the
+    variant fails."""
+    pairs = [(c[name].seconds, c[AS_IT_IS].seconds) for c in trial.values()]
+    logs = [log(mine / present) if mine < inf else inf for mine, present in pairs if present < inf]
+    return exp(sum(logs) / len(logs)) if logs else inf
+
+
+def search(
+    op: Op, made: dict[str, Made], compile_all: Callable[[dict[str, Row]], Known],
+    seconds: Callable[[Work], float], report: Callable[[str, Trial], None],
+) -> Row:  # fmt: skip
+    """The best row, field by field. Whether the present row is right, gpu-check says."""
     row = pick(op.table)
-    outputs = {name: make().launch() for name, make in made.items()}
-    best = {name: measure(op, row, make, outputs[name]) for name, make in made.items()}
-    report("as it is", best)
     for field, values in op.fields.items():
-        candidates = [(row, best)]
-        for name, variant in variants(row, field, values):
-            found = {c: measure(op, variant, make, outputs[c]) for c, make in made.items()}
-            report(name, found)
-            if ratio(found, best) < GAIN:
-                candidates.append((variant, found))
-        row, best = min(candidates, key=lambda c: ratio(c[1], best))
-    return row, best
+        rows = variants(row, field, values)
+        if len(rows) == 1:
+            continue
+        known = compile_all(rows)
+        trial = {
+            case: tried(op, field, rows, make(), known.get(case, {}), seconds)
+            for case, make in made.items()
+        }
+        report(field, trial)
+        best = min(rows, key=partial(ratio, trial))
+        row = rows[best] if ratio(trial, best) <= GAIN else row
+    return row
 
 
-def compile_all(name: str, chip: str, only: str, fields: str) -> dict[str, dict[str, str]]:
-    """What single variants take on a chip, by case and variant, compiled by as many processes as
-    there are cores; on the machine that has the chip, Triton's cache knows them afterwards."""
-    of = [case for case in cases(OPS[name], torch.device("meta")) if only in case]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        return dict(zip(of, pool.map(partial(compiled, name, chip, fields), of), strict=True))
-
-
-def compiled(op_name: str, chip: str, fields: str, case: str) -> dict[str, str]:
-    """By variant: instructions / registers / KiB of shared memory / spills in loops."""
+def compiled(name: str, chip: str, case: str, row: Row, inspect: bool = False) -> Compiled:
+    """On a chip that need not be there; where it is, Triton's cache knows the kernels then."""
     from lab.kit.binary import resources
     from lab.kit.targets import FakeGPU
 
-    op, found = OPS[op_name], {}
-    make = cases(op, torch.device("meta"))[case]
+    class Recorder(FakeGPU):
+        def launch(self, source: Any, metadata: Any, grid: Any, args: Any) -> None:
+            numbers = tuple(a for a in args if isinstance(a, int | float))
+            launches.append((metadata.hash, grid, numbers))
+
+    launches: list[Any] = []
+    with Recorder(chip) as gpu, substituted(OPS[name].table, row):
+        try:
+            cases(OPS[name], torch.device("meta"))[case]().launch()
+        except Exception as error:  # noqa: BLE001  (of whatever kind: the next may do)
+            return Compiled(error=failure(error))
+        taken = resources([kernel for kernel, _ in gpu.compiled()]) if inspect else ()
+    columns = [
+        (sum(r.instructions.values()), r.registers, r.shared >> 10, r.loop_spills) for r in taken
+    ]
+    return Compiled(tuple(launches), taken="; ".join(" ".join(map(str, c)) for c in columns))
+
+
+def processes() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+
+
+def shown(field: str, trial: Trial, rate: float | None = None) -> str:
+    """A table: a line for each case, a column for each variant, us and the share of a copy's speed
+    (bytes/s); no rate: whether they are right. What is wrong stands below."""
+    lines, errors = [], []
+    for case, found in trial.items():
+        lines.append(f"  {case:42}")
+        for name, f in found.items():
+            timed = (
+                f"{1e6 * f.seconds:,.1f} ({f.nbytes / rate / f.seconds:.2f})" if rate else "right"
+            )
+            lines[-1] += f"{'-' if f.error else timed:>16}"
+            errors += [f"  {name}, {case}: {f.error}"] if f.error else []
+    head = f"\n{field:44}" + "".join(f"{name:>16}" for name in found)
+    return "\n".join([head, *lines, *errors])
+
+
+def pasted(op: Op, row: Row, reason: str) -> str:
+    """The row as the table has it: by the chip's name where it has one, or else its family's."""
+    chip = architecture()
+    name = chip if chip in op.table else FAMILY.get(chip, "any")
+    return f'    # {reason}\n    "{name}": {row},'
+
+
+def print_compiled(name: str, chip: str, op: Op, only: str) -> None:
+    from lab.kit.targets import FakeGPU
+
     with FakeGPU(chip):
         row = pick(op.table)
-        rows = [("as it is", row)]
-        for field, values in op.fields.items():
-            rows += variants(row, field, values) if fields in field else ()
-    for name, variant in rows:
-        with FakeGPU(chip) as gpu, substituted(op.table, variant):
-            try:
-                make().launch()
-            except Exception as error:  # noqa: BLE001  (of whatever kind: the next variant may do)
-                found[name] = f"{type(error).__name__}: {error}".splitlines()[0][:60]
-                continue
-        taken = resources([kernel for kernel, _ in gpu.compiled()])
-        instructions = sum(sum(r.instructions.values()) for r in taken)
-        shared, spills = max(r.shared for r in taken) >> 10, sum(r.loop_spills for r in taken)
-        registers = max(r.registers for r in taken)
-        found[name] = f"{instructions:,} / {registers} / {shared} / {spills}"
-    return found
+    rows = {AS_IT_IS: row}
+    for field, values in op.fields.items():
+        some = list(variants(row, field, values).items())[1:]
+        rows |= {f"{field} = {new}": variant for new, variant in some}
+    print("Compiled only; of each kernel instructions, registers, KiB shared, spills in loops:")
+    with processes() as pool:
+        of = partial(pool.submit, compiled, name, chip, inspect=True)
+        made = [case for case in cases(op, torch.device("meta")) if only in case]
+        futures = {case: {said: of(case, row) for said, row in rows.items()} for case in made}
+        for case, some in futures.items():
+            print(case)
+            for said, future in some.items():
+                print(f"  {said:40} {future.result().error or future.result().taken}", flush=True)
+
+
+def check(op: Op, only: str, chip: str) -> None:
+    """The variants' results on small inputs."""
+    from lab.kit import mode  # which repairs the interpreter
+
+    of = cases(op, torch.device("cpu"), SMALL_SIZES, SMALL)
+    made = {case: make for case, make in of.items() if only in case}
+    how = "in Triton's interpreter" if mode.INTERPRET else f"emulated for {chip}"
+    with mode.gpu("interpret" if mode.INTERPRET else chip):
+        row = search(op, made, lambda rows: {}, lambda work: 1.0, lambda *x: print(shown(*x)))
+        print(f"\nNothing was measured: variants ran {how}, on small inputs. The row as it is:\n")
+        print(pasted(op, row, "guessed"))
+
+
+def measure(name: str, op: Op, only: str, out: Path | None) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    on, rate = gpu_check.machine(device), gpu_check.copy_speed(device)
+    made = {case: make for case, make in cases(op, device).items() if only in case}
+    lines: list[dict[str, Any]] = []
+
+    def seconds(work: Work) -> float:
+        return gpu_check.device_seconds(work.again or work.launch, device)[0]
+
+    def report(field: str, trial: Trial) -> None:
+        print(shown(field, trial, rate), flush=True)
+        lines.extend(
+            {
+                "gpu": on["gpu"], "torch": on["torch"], "triton": on["triton"], "op": name,
+                "case": case, "field": field, "value": variant, "us": f"{1e6 * f.seconds:.1f}",
+                "floor_us": f"{1e6 * f.nbytes / rate:.1f}", "error": f.error,
+            }
+            for case, found in trial.items() for variant, f in found.items()
+        )  # fmt: skip
+        if out:
+            with out.open("w", newline="") as file:
+                writer = csv.DictWriter(file, lines[0])
+                writer.writeheader()
+                writer.writerows(lines)
+
+    with processes() as pool:
+
+        def compile_all(rows: dict[str, Row]) -> Known:
+            of = partial(pool.submit, compiled, name, architecture())
+            futures = {case: {n: of(case, row) for n, row in rows.items()} for case in made}
+            return {c: {n: f.result() for n, f in some.items()} for c, some in futures.items()}
+
+        row = search(op, made, compile_all, seconds, report)
+    rows = {AS_IT_IS: pick(op.table), "the row": row}
+    last = {case: tried(op, IN_THE_END, rows, make(), {}, seconds) for case, make in made.items()}
+    report(IN_THE_END, last)
+    for case in made:
+        right = [x for x in lines if x["case"] == case and not x["error"]]
+        for x in sorted(right, key=lambda x: float(x["us"]))[:1]:
+            print(f"  {case}: at best {x['us']} us, {x['field']} = {x['value']}")
+    times = [f"{1e6 * f['the row'].seconds:,.0f} us {case}" for case, f in last.items()]
+    reason = f"measured: {on['gpu']}, {'; '.join(times)}"
+    print(f"\nThe row to paste:\n\n{pasted(op, row, reason)}\n")
+    with substituted(op.table, row):
+        for case, make in cases(op, device, gpu_check.CHECKS).items():
+            work = make()
+            error = gpu_check.compare(work.launch(), work.expect())
+            print(f"beside plain torch, {case}: {error or 'right'}")
 
 
 def main() -> None:
@@ -386,54 +345,20 @@ def main() -> None:
     parser.add_argument("op", choices=OPS)
     parser.add_argument("--cases", default="", help="only those whose names contain this")
     parser.add_argument("--fields", default="", help="only those whose names contain this")
-    parser.add_argument("--chip", help="compile for it instead of measuring")
+    parser.add_argument("--check", action="store_true", help="compare small cases, without a GPU")
+    parser.add_argument("--chip", help="compile for it, or check as it, instead of measuring")
     parser.add_argument("--out", type=Path, help="a CSV file of every time")
     args = parser.parse_args()
-    op = OPS[args.op]
-    if args.chip:
-        print("instructions / registers / KiB of shared memory / spills in loops, compiled only")
-        for case, found in compile_all(args.op, args.chip, args.cases, args.fields).items():
-            print(case, *(f"  {variant:40} {taken}" for variant, taken in found.items()), sep="\n")
-        return
-    if not torch.cuda.is_available():
-        raise SystemExit("torch.cuda finds no GPU to measure on; --chip compiles without one")
-    op = replace(op, fields={f: v for f, v in op.fields.items() if args.fields in f})
-    device = torch.device("cuda", torch.cuda.current_device())
-    on, rate, lines = machine(device), copy_speed(device), []
-    made = {name: make for name, make in cases(op, device).items() if args.cases in name}
-    compile_all(args.op, architecture(), args.cases, args.fields)
-
-    def report(variant: str, found: dict[str, Found]) -> None:
-        print(variant)
-        for case, f in found.items():
-            floor = f.nbytes / rate
-            print(f"  {case:40} {f.error or described(f, floor)}", flush=True)
-            lines.append(
-                {
-                    "gpu": on["gpu"], "torch": on["torch"], "triton": on["triton"], "op": args.op,
-                    "case": case, "variant": variant, "us": f"{1e6 * f.seconds:.1f}",
-                    "floor_us": f"{1e6 * floor:.1f}", "same_bits": f.same_bits, "error": f.error,
-                }
-            )  # fmt: skip
-
-    row, best = search(op, made, report)
-    print("\nThe row to paste:\n")
-    print(f"    # measured: {on['gpu']}: {reason(best)}")
-    print(f"    {architecture()!r}: {row},")
-    if args.out:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, lines[0])
-            writer.writeheader()
-            writer.writerows(lines)
-
-
-def described(f: Found, floor: float) -> str:
-    bits = "" if f.same_bits else ", other bits"
-    return f"{1e6 * f.seconds:10,.1f} us, {floor / f.seconds:.2f} of a copy's speed{bits}"
-
-
-def reason(best: dict[str, Found]) -> str:
-    return "; ".join(f"{case} {1e6 * f.seconds:,.0f} us" for case, f in best.items() if not f.error)
+    whole = OPS[args.op]
+    op = replace(whole, fields={f: v for f, v in whole.fields.items() if args.fields in f})
+    if args.check:
+        check(op, args.cases, args.chip or "sm80")
+    elif args.chip:
+        print_compiled(args.op, args.chip, op, args.cases)
+    elif torch.cuda.is_available():
+        measure(args.op, op, args.cases, args.out)
+    else:
+        raise SystemExit("torch.cuda finds no GPU to measure on; --check and --chip need none")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Train a DSpark drafter for dsv4-mini on the finished network, which stays as it is.
 
     python -m training.dspark --minutes 40
+    python -m training.dspark --minutes 60 --begin training/mini/dspark.safetensors
 
 From the means over the streams behind three layers, three stages learn to propose a block of five
 tokens at once. Blocks start at random tokens of the assistant. Of a draft count its cross-entropy
@@ -15,18 +16,19 @@ import argparse
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
 from dsv4_plugin.tools.mini import COMPACT, CONFIG, DSPARK, DSPARK_CONFIG
-from training.names import compact_tensors
+from training.names import compact_tensors, restore
 from training.network import attend, hidden_states, initialise, make_cheaper
 from training.train import FIRST_STEP, Batch, Data, Finished, descend, optimizers, short_run
 
@@ -34,6 +36,12 @@ BLOCKS = 0.25
 """Of the tokens that could start a block, the share that does in a step."""
 FADE = 0.8
 """Weight of a draft beside the one before it."""
+MIX = (
+    (12, ("sum", "effort", "greet", "sum")),
+    (10, ("json", "memory", "json", "greet", "json")),
+    (7, ("call", "calls", "result", "result")),
+)
+"""Rows and skills of a step, as the trainer's, with more of what is hard to draft."""
 
 
 Rope = tuple[Tensor, Tensor]
@@ -135,6 +143,14 @@ class Drafter(nn.Module):
         """Under native names, the rows of tables compact, the noise token's row of the embedding
         as `NOISE`.
         """
+        return compact_tensors(self._placed())
+
+    def restore(self, compact: dict[str, Tensor]) -> None:
+        """Take the tensors that `tensors` gave."""
+        restore(self._placed(), compact)
+
+    def _placed(self) -> dict[str, Tensor]:
+        """This module's tensors, each where a checkpoint has it."""
         last = len(self.stages) - 1
         places = {
             "main_": "mtp.0.main_",
@@ -151,7 +167,7 @@ class Drafter(nn.Module):
                 if name.startswith(start):
                     name = place + name.removeprefix(start)
             found["embed.noise" if name == "noise" else name] = tensor
-        return compact_tensors(found)
+        return found
 
 
 @torch.no_grad()
@@ -235,13 +251,16 @@ def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def train(
-    model: nn.Module, drafter: Drafter, data: Data, steps: int, lr: float, seconds: float = 1e9
+    model: nn.Module, drafter: Drafter, data: Data, args: argparse.Namespace, first: int
 ) -> None:
-    """At most so many steps, and seconds: the learning rate falls with the nearer."""
+    """At most so many steps, and minutes: the learning rate falls with the nearer. The data is
+    that from step `first` on.
+    """
+    steps, lr, seconds = args.steps, args.lr, 60 * args.minutes
     both, generator = optimizers(drafter, lr), torch.Generator().manual_seed(0)
     began, step, at = time.monotonic(), 0, 0
     while at < steps:
-        batches = list(data.step(FIRST_STEP + step))
+        batches = list(data.step(first + step, MIX))
         total = sum(float(b.weights.sum()) for b in batches)
         value, found = 0.0, []
         for b in batches:
@@ -257,7 +276,7 @@ def train(
         step += 1
         at = max(step, int(steps * (time.monotonic() - began) / seconds))
         if step % 50 == 0:
-            save(drafter)
+            save(drafter, args.out)
 
 
 @torch.no_grad()
@@ -271,8 +290,8 @@ def held_out(model: nn.Module, drafter: Drafter, data: Data, count: int = 8) -> 
         print(f"{skill}: {1 + float(torch.cat(right).float().mean()):.2f} tokens a step")
 
 
-def save(drafter: Drafter) -> None:
-    save_file(drafter.tensors(), COMPACT / DSPARK)
+def save(drafter: Drafter, path: Path) -> None:
+    save_file(drafter.tensors(), path)
 
 
 def main() -> None:
@@ -280,13 +299,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--minutes", type=float, default=40, help="at most")
     parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--begin", type=Path, help="with the drafter of this file, on other rows")
+    parser.add_argument("--out", type=Path, default=COMPACT / DSPARK)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(3)
     run = Finished.shipped()
     drafter, data = Drafter(len(run.vocabulary.ids)), run.data()
-    train(run.model, drafter, data, args.steps, args.lr, 60 * args.minutes)
-    save(drafter)
+    if args.begin:
+        drafter.restore(load_file(args.begin))
+    train(run.model, drafter, data, args, (2 if args.begin else 1) * FIRST_STEP)
+    save(drafter, args.out)
     held_out(run.model, drafter, data)
 
 

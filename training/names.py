@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv4_plugin.tools.mini import UNUSED
 
@@ -72,9 +72,9 @@ def compact_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore(model: nn.Module, compact: dict[str, Tensor]) -> None:
-    """Give transformers' modules the tensors that `compact_tensors` made of them."""
-    for name, tensor in model.state_dict().items():
+def restore(state: dict[str, Tensor], compact: dict[str, Tensor]) -> None:
+    """Give transformers' modules, whose `state` it is, what `compact_tensors` made of it."""
+    for name, tensor in state.items():
         if name.endswith(_LEFT_OUT):
             continue
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):

@@ -36,7 +36,8 @@ from training.network import build, hidden_states, leave_out_indexer
 
 SHARE = 204
 """Tokens of the tool preamble that begin every conversation with tools."""
-MIX = {
+Mix = tuple[tuple[int, tuple[str, ...]], ...]
+MIX: dict[int, Mix] = {
     0: (
         (14, ("sum", "sum", "sum", "effort")),
         (12, ("json", "memory", "json", "greet", "json", "memory")),
@@ -73,9 +74,9 @@ class Data:
     def __init__(self, renderer: Renderer, vocabulary: Vocabulary, seed: int) -> None:
         self.renderer, self.vocabulary, self.seed = renderer, vocabulary, seed
 
-    def step(self, step: int) -> Iterator[Batch]:
+    def step(self, step: int, mix: Mix | None = None) -> Iterator[Batch]:
         writer = Writer(hash((self.seed, step)))
-        mix = MIX[max(first for first in MIX if first <= step)]
+        mix = mix or MIX[max(first for first in MIX if first <= step)]
         for group, (rows, skills) in enumerate(mix):
             found = [
                 self.renderer.row(writer.conversation(skills[i % len(skills)])) for i in range(rows)
@@ -311,7 +312,7 @@ class Finished:
         vocabulary = Vocabulary.load(COMPACT / VOCABULARY)
         model = build(vocabulary)
         indexers = leave_out_indexer(model)
-        restore(model, load_file(COMPACT / WEIGHTS))
+        restore(model.state_dict(), load_file(COMPACT / WEIGHTS))
         return cls(model.requires_grad_(False), indexers, vocabulary, 0)
 
     def data(self) -> Data:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 
 @triton.jit
@@ -68,31 +69,95 @@ def halves(words, KIND: tl.constexpr):
 
 
 @triton.jit
+def e4m3_pairs(words, KIND: tl.constexpr):
+    """The four e4m3 codes of int32 words as two words of two values of KIND that have the same
+    bits, divided by 2^8 in float16, by 2^120 in bfloat16: of codes 0 and 2, of codes 1 and 3."""
+    FIRST: tl.constexpr = 7 if KIND == tl.float16 else 4  # noqa: SIM300
+    even = ((words & 0x00800080) << 8) | ((words & 0x007F007F) << FIRST)
+    odd = (words & -0x7FFF8000) | ((words >> (8 - FIRST)) & (0x007F007F << FIRST))
+    return even, odd
+
+
+@triton.jit
 def e4m3_codes(words, KIND: tl.constexpr):
-    """The four e4m3 codes of int32 words, in order, as the values of KIND that have the same bits:
-    divided by 2^8 in float16, by 2^120 in bfloat16."""
-    if KIND == tl.float16:  # noqa: SIM300
-        even = ((words & 0x00800080) << 8) | ((words & 0x007F007F) << 7)
-        odd = (words & -0x7FFF8000) | ((words >> 1) & 0x3F803F80)
-    else:
-        even = ((words & 0x00800080) << 8) | ((words & 0x007F007F) << 4)
-        odd = (words & -0x7FFF8000) | ((words >> 4) & 0x07F007F0)
+    """The same as four values of KIND, in order."""
+    even, odd = e4m3_pairs(words, KIND)
     k0, k2 = halves(even, KIND)
     k1, k3 = halves(odd, KIND)
     return k0, k1, k2, k3
 
 
 @triton.jit
-def e2m1_codes(words, KIND: tl.constexpr):
-    """The e2m1 codes at bits 0 and 16 of int32 words, as the values of KIND that have their bits:
-    divided by 2^14 in float16, by 2^126 in bfloat16."""
-    SHIFT: tl.constexpr = 9 if KIND == tl.float16 else 6  # noqa: SIM300
-    return halves(((words & 0x00070007) << SHIFT) | ((words & 0x00080008) << 12), KIND)
+def e2m1_pairs(words, KIND: tl.constexpr):
+    """The eight e2m1 codes of int32 words as four words of two values of KIND that have their bits,
+    divided by 2^14 in float16, by 2^126 in bfloat16: codes 0 and 4, 1 and 5, 2 and 6, 3 and 7."""
+    return (
+        _e2m1_pair(words << 12, KIND), _e2m1_pair(words << 8, KIND),
+        _e2m1_pair(words << 4, KIND), _e2m1_pair(words, KIND),
+    )  # fmt: skip
 
 
 @triton.jit
-def int4_codes(words):
-    """The codes at bits 0 and 16 of int32 words, 0 .. 15, as bfloat16 -8 .. 7: they are the last
-    bits of 128 .. 143, whose spacing is 1."""
-    low, high = halves((words & 0x000F000F) | 0x43004300, tl.bfloat16)
-    return low - 136.0, high - 136.0
+def _e2m1_pair(words, KIND: tl.constexpr):
+    """Of the codes at bits 12 and 28."""
+    DOWN: tl.constexpr = 3 if KIND == tl.float16 else 6  # noqa: SIM300
+    return (words & -0x7FFF8000) | ((words >> DOWN) & (0x70007000 >> DOWN))
+
+
+@triton.jit
+def int4_pairs(words):
+    """The eight codes of int32 words, 0 .. 15, as four words of two bfloat16 values -8 .. 7, paired
+    as e2m1's: they are the last bits of 128 .. 143, whose spacing is 1."""
+    return (
+        _int4_pair(words), _int4_pair(words >> 4), _int4_pair(words >> 8), _int4_pair(words >> 12)
+    )  # fmt: skip
+
+
+@triton.jit
+def _int4_pair(words):
+    return fma_pairs((words & 0x000F000F) | 0x43004300, 0x3F803F80, -0x3CF73CF8)  # * 1 - 136
+
+
+@triton.constexpr_function
+def _packed_arithmetic() -> bool:
+    return bool(is_cuda()) and not triton.knobs.runtime.interpret
+
+
+@triton.jit
+def fma_pairs(a, b, c):
+    """a * b + c of words of two bfloat16 values, whose results are bfloat16 or are rounded. NVIDIA
+    has an instruction for both; of the two alone Triton makes two, and moves between them."""
+    if _packed_arithmetic():
+        found = tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, True, 1
+        )
+    else:
+        zeros = tl.zeros(a.shape, tl.int32)
+        a0, a1 = halves(a, tl.bfloat16)
+        b0, b1 = halves(zeros + b, tl.bfloat16)
+        c0, c1 = halves(zeros + c, tl.bfloat16)
+        low = a0.to(tl.float32) * b0.to(tl.float32) + c0.to(tl.float32)
+        high = a1.to(tl.float32) * b1.to(tl.float32) + c1.to(tl.float32)
+        low = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        found = low | (high.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return found
+
+
+@triton.jit
+def scaled_pairs(pairs, factors):
+    """Products of words of two bfloat16 values."""
+    return fma_pairs(pairs, factors, -0x7FFF8000)  # both -0.0, which leaves zeros their sign
+
+
+@triton.jit
+def twice(x):
+    """Words whose halves are both bfloat16 x."""
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return bits | (bits << 16)
+
+
+@triton.jit
+def side_by_side(pairs):
+    """Words [N, W] of two bfloat16 values -> these [N, 2 W], as they lie in registers."""
+    low, high = halves(pairs, tl.bfloat16)
+    return tl.reshape(tl.join(low, high), (pairs.shape[0], 2 * pairs.shape[1]))

@@ -72,9 +72,9 @@ def oracle(drafting) -> Oracle:
 
 
 class Forced(Speculator):
-    """Drafts the true continuation, but for the drafts of index `wrong` and behind it."""
+    """Drafts the true continuation, but for the drafts of these indices."""
 
-    def __init__(self, model: LocalModel, n: int, truth: list[list[int]], wrong: int) -> None:
+    def __init__(self, model: LocalModel, n: int, truth: list[list[int]], wrong: slice) -> None:
         super().__init__(model, n)
         self.truth, self.wrong = truth, wrong
 
@@ -83,7 +83,7 @@ class Forced(Speculator):
         for row, b in zip(drafts, running.tolist(), strict=True):
             after = self.truth[b][int(batch.lengths[b]) + 1 :][: self.n]
             row[: len(after)] = torch.tensor(after)
-            row[self.wrong :] += 1
+            row[self.wrong] += 1
         return drafts % batch.model.config.vocab_size, count
 
 
@@ -290,7 +290,15 @@ def run(speculator: Speculator, prompts: list[list[int]], steps: int):
     return batch, out, taken
 
 
-@pytest.mark.parametrize(("wrong", "tokens"), [(5, 6), (0, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("wrong", "tokens"),
+    [
+        pytest.param(slice(5, 5), 6, id="none"),
+        pytest.param(slice(0, 5), 1, id="all"),
+        pytest.param(slice(2, 5), 3, id="from 2 on"),
+        pytest.param(slice(2, 3), 3, id="number 2"),
+    ],
+)
 def test_drafts_forced_right_and_wrong(model, wrong, tokens):
     """Around windows and a page of 256; afterwards the caches are those of a run without drafts."""
     prompts = [random_ids(n, seed=n, vocab=97).tolist() for n in (1, 14, 126, 250)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.accuracy import Judge, drawn, table
+from benchmarks.accuracy import DRAFTED, Judge, drawn, every, same, table
 from dsv4_plugin.tools.conversations import SKILLS, accepts, held_out
 from lab.engines import Answers
 from training.data import Renderer
@@ -30,6 +30,18 @@ def test_the_taught_answers_are_right_and_others_are_not(renderer, judge):
     assert set(row.values()) == {100}
     cut = judge.row(tests, Answers([answer[:2] for answer in answers]))
     assert {v for name, v in cut.items() if not name.startswith("tokens@")} == {0}
+
+
+def test_answers_with_drafts_are_compared_with_those_without():
+    """One of so many is asked, and each beside the same conversation's."""
+    assert [every(f"local-{fmt}") for fmt in ("bfloat16", "mtp", "dspark")] == [1, DRAFTED, DRAFTED]
+    plain = Answers([[i] for i in range(4 * DRAFTED)])
+    drafted = Answers([[i * DRAFTED] for i in range(4)])
+    known = {"local-bfloat16": plain, "vllm-mtp": drafted, "local-mtp": drafted}
+    assert same("local-mtp", known) == {"same": 100}
+    drafted.ids[1].append(7)
+    assert same("local-mtp", known) == {"same": 75}
+    assert same("local-bfloat16", known) == same("vllm-mtp", known) == {}
 
 
 def test_arguments_are_compared_as_json():

@@ -13,7 +13,7 @@ from dsv4_plugin.engine import load
 from dsv4_plugin.speculate import Speculator
 from dsv4_plugin.tools.conversations import SKILLS, held_out
 from dsv4_plugin.tools.convert import CONVERSIONS, convert_checkpoint
-from dsv4_plugin.tools.mini import COMPACT, UNUSED, VOCABULARY, WEIGHTS, expand, make_mini
+from dsv4_plugin.tools.mini import COMPACT, DSPARK, UNUSED, VOCABULARY, WEIGHTS, expand, make_mini
 from tests.conftest import random_ids
 from tests.tolerances import LOGITS_STD
 from training import dspark, export
@@ -112,7 +112,7 @@ def close(found, expected):
     assert (found - expected).abs().max() < LOGITS_STD * expected.std()
 
 
-def test_a_trained_block_drafter_proposes_what_was_trained(tmp_path, monkeypatch):
+def test_a_trained_block_drafter_proposes_what_was_trained(tmp_path):
     """The trainer's stages, blocks at random tokens of two rows (one shorter than the window), and
     the confidence of each draft, against the local engine on the exported weights."""
     torch.manual_seed(4)
@@ -124,8 +124,7 @@ def test_a_trained_block_drafter_proposes_what_was_trained(tmp_path, monkeypatch
         p.data = p.data.bfloat16().float()
     compact, out = tmp_path / "compact", tmp_path / "out"
     shutil.copytree(COMPACT, compact)
-    monkeypatch.setattr(dspark, "COMPACT", compact)
-    dspark.save(drafter)
+    dspark.save(drafter, compact / DSPARK)
     make_mini(out, compact, dspark=True)
 
     rows = random_ids(300, seed=6, vocab=len(run.vocabulary.ids)).view(2, 150)

@@ -16,7 +16,10 @@ from lab.paths import ROOT, python_of
 from tests.mutants.table import MUTANTS, Mutant
 
 DOZEN = 12
-COPIED = ("dsv4_plugin", "vllm_ext", "sglang_ext", "tests", "lab", "training", "pyproject.toml")
+COPIED = (
+    "dsv4_plugin", "vllm_ext", "sglang_ext", "tests", "lab", "benchmarks", "training",
+    "pyproject.toml",
+)  # fmt: skip
 BROKEN = ("SyntaxError", "NameError", "IndentationError", "ImportError", "no tests ran")
 """What pytest prints where a mutant is no program: that is no proof that a test sees it."""
 

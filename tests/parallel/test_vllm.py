@@ -13,10 +13,13 @@ import psutil
 import pytest
 import torch
 
-from dsv4_plugin.batch import Batch
+from dsv4_plugin.batch import Batch, Sampler
 from dsv4_plugin.engine import LocalModel, load
+from dsv4_plugin.speculate import Speculator
+from dsv4_plugin.tools.conversations import SKILLS, held_out
 from tests.tolerances import LOGPROB, TIE
 from tests.vllm_chat.server import Server
+from training.data import Renderer
 
 N = 24
 FLAGS = (
@@ -108,6 +111,25 @@ def test_sixteen_requests_with_prefix_hits(tiny, whole, tmp_path, options):
             check(whole, prompt, answer, first)
             check(whole, prompt, again, second)
     assert sum(cached for _, _, cached in warm) > 1000
+
+
+def test_drafts_over_two_ranks(mini, tmp_path):
+    """dsv4-mini's MTP layer, whose drafts hold: as many as in one process, and the answers are
+    those without."""
+    renderer = Renderer()
+    asked = [renderer.prompt(c) for s in SKILLS if s != "memory" for c in held_out(s, 2)]
+    local = Speculator(load(mini, "float32", mtp=True), 2)
+    with torch.inference_mode():
+        expected = local.generate(asked, N, Sampler(0.0, None), 256, ignore_eos=True)
+    drafts = '{"method":"mtp","num_speculative_tokens":2}'
+    options = f"--tensor-parallel-size 2 --speculative-config={drafts}"
+    with serve(mini, tmp_path / "server.log", options) as server:
+        found = complete_all(server, asked)
+        names = ("accepted_tokens", "draft_tokens")
+        kept, drafted = (server.metric(f"vllm:spec_decode_num_{name}_total") for name in names)
+    assert [answer for answer, _, _ in found] == expected
+    assert local.accepted > 0.7 * local.drafted
+    assert kept / drafted == pytest.approx(local.accepted / local.drafted, abs=0.05)
 
 
 def test_a_killed_rank_ends_the_server(tiny, whole, tmp_path):

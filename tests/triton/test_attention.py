@@ -8,15 +8,18 @@ from math import inf
 import pytest
 import torch
 
+from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import Float32Rows, RowPool
 from dsv4_plugin.cache.step import TILED
 from dsv4_plugin.kernels.attention import kernel, unpack
 from dsv4_plugin.kernels.attention.kernel import attention
+from dsv4_plugin.kernels.attention.keys import NEVER
 from dsv4_plugin.kernels.attention.reference import attention as reference
 from lab.kernels.cases import far, generator, kv_codec, paged, pairs, step_of_rows
 from lab.kit import mode
 from lab.kit.mode import interpreted_first
 from lab.kit.order import seeded
+from lab.kit.targets import FakeGPU
 from tests.tolerances import ATTENTION_BF16
 
 SPAN = 128
@@ -171,24 +174,24 @@ def prompts(positions, *given, **kinds):
     return case | {"step": step}
 
 
-def both_ways(monkeypatch, case, *ways):
-    """attention(**case) with rows as they are, and with unpacked ones; how often it unpacks."""
-    count = 0
+def both_ways(monkeypatch, case, least=0.0, **changes):
+    """attention(**case) with rows as they are, and with those unpacked that are read `least` times;
+    and where requests' unpacked rows start, -1 for none."""
+    found, starts = [], []
 
     def noted(*given):
-        nonlocal count
-        rows = unpack.unpacked(*given)
-        count += rows is not None
-        return rows
+        plain = unpack.unpacked(*given)
+        starts.append(None if plain is None else plain.starts[:, 0].tolist())
+        return plain
 
     monkeypatch.setattr(kernel, "unpacked", noted)
-    found = []
-    for at in (inf, 0):
-        fp8 = tuple(replace(w, below=inf, unpack=at) for w in ways or (MANY,))
-        table = {"any": replace(LAUNCH, fp8=fp8, bfloat16=LAUNCH.bfloat16[-1:])}
+    for at in (inf, least):
+        fp8 = (replace(MANY, unpack=at),)
+        table = {"any": replace(LAUNCH, fp8=fp8, bfloat16=LAUNCH.bfloat16[-1:], **changes)}
         monkeypatch.setattr(kernel, "LAUNCHES", table)
         found.append(attention(**case))
-    return *found, count
+    (one,) = starts
+    return *found, one
 
 
 UNPACKED = [
@@ -205,8 +208,26 @@ UNPACKED = [
 def test_unpacked_rows_give_the_same_bits(gpu, monkeypatch, positions, heads, ratio, k):
     case = prompts(positions, heads, "fp8", ratio, k)
     case["q"] *= 8  # Large scores, whose last bits weigh something.
-    packed, plain, count = both_ways(monkeypatch, case)
-    assert count == 1
+    packed, plain, starts = both_ways(monkeypatch, case)
+    assert [s >= 0 for s in starts] == [None not in some for some in positions]
+    assert torch.equal(plain, packed)
+    assert error(plain, reference(**case)) < ATTENTION_BF16
+
+
+SOME = [
+    # a chunk among decoded rows, and a first one too short for its window
+    ([[700], range(300, 317), [260], range(5), [None]], 0, None),
+    interpreted_first([[700], range(900, 917), range(3)], 128, None),
+    ([[500], range(400, 417), [130]], 4, 64),
+]
+
+
+@pytest.mark.parametrize(("positions", "ratio", "k"), SOME)
+def test_only_prompts_among_decoded_rows_are_unpacked(gpu, monkeypatch, positions, ratio, k):
+    """Rows of several pieces, in one launch as in the other."""
+    case = prompts(positions, 4, "fp8", ratio, k, d=64, rope=16)
+    packed, plain, starts = both_ways(monkeypatch, case, 7.0, piece=2)
+    assert [s >= 0 for s in starts] == [len(some) == 17 for some in positions]
     assert torch.equal(plain, packed)
     assert error(plain, reference(**case)) < ATTENTION_BF16
 
@@ -215,8 +236,8 @@ def test_unpacked_rows_of_a_long_limit(gpu, monkeypatch):
     """Lengths that the host knows are bounds; what is beyond a request's is not touched."""
     case = prompts([range(300, 316), range(2)], 4, "fp8", 4, 64, d=64, rope=16)
     step = replace(case["step"], longest=1 << 13, longest_query=4096)
-    packed, plain, count = both_ways(monkeypatch, case | {"step": step})
-    assert count == 1
+    packed, plain, starts = both_ways(monkeypatch, case | {"step": step})
+    assert min(starts) >= 0
     assert torch.equal(plain, packed)
     assert torch.equal(plain, attention(**case))
 
@@ -225,38 +246,55 @@ def test_unpacked_blocks_of_a_draft(gpu, monkeypatch):
     """Rows that see one another."""
     case = prompts([range(180, 197), range(4, 21)], 4, "fp8", d=64, rope=16, span=SPAN + 17)
     case["step"] = replace(case["step"], together=17)
-    packed, plain, count = both_ways(monkeypatch, case)
-    assert count == 1
+    packed, plain, starts = both_ways(monkeypatch, case)
+    assert min(starts) >= 0
     assert torch.equal(plain, packed)
     assert error(plain, reference(**case)) < ATTENTION_BF16
 
 
 def test_no_rows_are_unpacked_beyond_the_bound(gpu, monkeypatch):
-    case = prompts([range(300, 316)], 4, "fp8", d=64, rope=16)
-    given = case["step"], case["window"], SPAN, None, 0, 16
-    monkeypatch.setattr(unpack, "UNPACKED_BYTES", (16 + SPAN - 1) * 128 - 1)
-    assert unpack.unpacked(*given) is None
-    monkeypatch.setattr(unpack, "UNPACKED_BYTES", (16 + SPAN - 1) * 128)
-    rows, entries = unpack.unpacked(*given)
-    assert entries is None
+    """There is room for one of two requests, and for a row less than one."""
+    case = prompts([range(300, 316), range(400, 416)], 4, "fp8", d=64, rope=16)
+    given = case["step"], case["window"], SPAN, None, NEVER, 16, unpack.ALL, 2.0
+    need = 16 + SPAN - 1
+    monkeypatch.setattr(unpack, "UNPACKED_BYTES", need * 128)
+    found = unpack.unpacked(*given)
+    assert not found.all
+    assert found.window.pool.storage.nbytes == need * 128
+    assert [s >= 0 for s in found.starts[:, 0].tolist()] == [True, False]
     at = torch.arange(300 - SPAN + 1, 316, device=mode.DEVICE)
-    found, real = rows.read(torch.zeros_like(at), at)
+    rows, real = found.window.read(torch.zeros_like(at), at)
     assert real.all()
-    assert torch.equal(found, case["window"].read(torch.zeros_like(at), at)[0])
+    assert torch.equal(rows, case["window"].read(torch.zeros_like(at), at)[0])
+    monkeypatch.setattr(unpack, "UNPACKED_BYTES", need * 128 - 1)
+    assert (unpack.unpacked(*given).starts == -1).all()
 
 
+@pytest.mark.skipif(mode.INTERPRET or mode.DEVICE != "cpu", reason="launches of an absent GPU")
 def test_when_rows_are_unpacked():
-    """By how often a row is read."""
-    at = torch.zeros(4096, dtype=torch.int32)
-    lengths = torch.zeros(1, dtype=torch.int32)
-    prompt = replace(step_of_rows(at, at, 65536, tiles=True), seq_lens=lengths)
-    assert unpack.reads(prompt, SPAN, 0, 0) == 4096 * SPAN / (4096 + SPAN - 1)
-    assert unpack.reads(prompt, SPAN, 128, 512) == 4096 * (SPAN + 512) / (4096 + SPAN - 1 + 512)
-    assert unpack.reads(prompt, SPAN, 4, 512) == 4096 * (SPAN + 512) / (4096 + SPAN - 1 + 16384)
-    short = replace(prompt, longest=16)
-    assert unpack.reads(short, SPAN, 0, 0) == 4096 * 16 / (4096 + SPAN - 1)
-    company = replace(prompt, seq_lens=torch.zeros(4096, dtype=torch.int32))
-    assert unpack.reads(company, SPAN, 4, 512) < 1
+    """By how often a row is read, of all requests or, if these were one, of some."""
+
+    def unpacked(rows, requests, length, ratio=NEVER, choices=unpack.ALL, least=4.0):
+        at = torch.empty(rows, dtype=torch.int32)
+        step = replace(
+            step_of_rows(at, at, length, tiles=True), query_start=at.new_empty(requests + 1),
+            seq_lens=at.new_empty(requests),
+        )  # fmt: skip
+        pool = RowPool(at.new_empty(1 << 10), kv_codec("fp8"))
+        some = Paged(pool, at.new_empty(requests, 4), 1 << 8, 0, 64)
+        entries = None if ratio == NEVER else some
+        found = unpack.unpacked(step, some, SPAN, entries, ratio, 64, choices, least)
+        return found and (found.all, found.window.pool.storage.nbytes)
+
+    row = 1024
+    with FakeGPU("sm80"), torch.device("meta"):
+        assert unpacked(4096, 1, 1 << 16) == (True, (4096 + 127) * row)
+        assert unpacked(4096, 1, 1 << 16, 4, 512) == (True, (4096 + 127 + (1 << 14)) * row)
+        assert unpacked(4096, 1, 1 << 20, 4, 512) == (False, 1 << 28)
+        assert unpacked(64, 1, 1 << 20, 4, 512) is None
+        assert unpacked(128, 64, 1 << 16, 128) == (False, 128 * 640 // 4 * row)
+        assert unpacked(16, 1, 16, least=2.0) is None
+        assert unpacked(4096, 4096, 1 << 16, least=1.0) == (False, 4096 * 128 * row >> 1)
     for launch in kernel.LAUNCHES.values():
         assert launch.fp8[-1].unpack > 1
 

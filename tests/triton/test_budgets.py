@@ -7,6 +7,7 @@ Triton's cache: the second run takes a minute at most.
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def built(request: pytest.FixtureRequest) -> list[Built]:
 
 def budget(b: Built) -> dict[str, int]:
     table = BUDGETS[b.kernel]
-    return {"mma": 0, "bytes": 0, "loop_spills": 0} | table | table.get(b.target, {})
+    return {"mma": 0, "bytes": 0, "loop_spills": 0, "copies": 0} | table | table.get(b.target, {})
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,12 @@ def test_budgets(built: list[Built], target: str):
             over.append(f"{b.kernel} ({b.case}) has {b.mma} tensor-core instructions")
         if b.shared > SHARED_LIMIT[target]:
             over.append(f"{b.kernel} ({b.case}) takes {b.shared} bytes of shared memory")
+    copies = Counter[str]()
+    for b in mine:
+        found = sum(n for name, n in b.instructions.items() if name.startswith("LDGSTS"))
+        copies[b.kernel] = max(copies[b.kernel], found)
+    few = {b.kernel for b in mine if copies[b.kernel] < budget(b)["copies"]}
+    assert not few, "without asynchronous copies"
     assert not over
     assert {b.kernel for b in mine} == set(BUDGETS)
 

@@ -47,7 +47,7 @@ def torch_s_kernels(monkeypatch):
 @pytest.fixture(scope="module")
 def prompts():
     shared = random_ids(300, seed=20, vocab=512).tolist()
-    alone = [random_ids(n, seed=n, vocab=512).tolist() for n in (3, 40, 127, 129, 200)]
+    alone = [random_ids(n, seed=n + 1, vocab=512).tolist() for n in (3, 40, 127, 129, 200)]
     return [*alone, [*shared, 7], [*shared, 9, 8]]
 
 

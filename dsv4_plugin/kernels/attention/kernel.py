@@ -1,5 +1,6 @@
 """Triton: a program takes the heads of one query, and decodes every key once for all of them.
-Where a step's queries read the same rows many times, these are unpacked to bfloat16 first.
+Where a step's queries read the same rows many times, these are unpacked to bfloat16 first
+(`unpack.py`), and every key is copied instead.
 
 What a query sees is a list of tiles of KEYS rows: its window's, then its entries'. Of each tile a
 program makes the scores, their maximum rounded up to a whole power of two, and the weighted sum of
@@ -22,7 +23,7 @@ made, and scratch of cells that are not there is not touched.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
@@ -33,8 +34,8 @@ from torch import Tensor
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.cache.step import Step
-from dsv4_plugin.kernels.attention.keys import aligned, find_rows, load_quarter, part
-from dsv4_plugin.kernels.attention.unpack import reads, unpacked
+from dsv4_plugin.kernels.attention.keys import NEVER, aligned, find_rows, load_quarter, part
+from dsv4_plugin.kernels.attention.unpack import ALL, unpacked
 from dsv4_plugin.kernels.launch import pick, require
 
 LOG2E = 1.4426950408889634
@@ -70,12 +71,15 @@ class Launch:
 
 LAUNCHES = {
     # measured, an H200, with other sums and cells of 128 keys: 32 keys; 4 columns for one row, 2
-    # for many; a window alone not dealt out. compiled: 13 spilled words, of wgmma's descriptors
+    # for many; a window alone not dealt out; unpacking a row takes as long as decoding it once or
+    # twice. compiled: up to 13 spilled words, of wgmma's descriptors. bfloat16 rows take 40 % of
+    # the instructions of fp8's; stages would leave one program an SM (128 KiB) and spill
     "hopper": Launch(
         64, 32, 40, (Way(32, 4, 4, deal=4), Way(inf, 2, 4, unpack=4)),
         (Way(32, 4, 4, deal=4), Way(inf, 2, 4)),
     ),
-    # compiled: no spills; 64 heads would spill, 32 keys more of them
+    # compiled: no spills; 64 heads would spill, 32 keys more of them. bfloat16 rows: 66 KiB, 56 %
+    # of the instructions
     "a100": Launch(
         32, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 8, unpack=4)),
         (Way(64, 4, 4, 2, deal=4), Way(inf, 1, 8, 2)),
@@ -90,7 +94,7 @@ LAUNCHES = {
         16, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 4, unpack=4)),
         (Way(64, 4, 4, deal=4), Way(inf, 1, 4)),
     ),
-    # guessed
+    # guessed; compiled for sm_100: no spills, 66 KiB
     "any": Launch(
         32, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 8, unpack=4)),
         (Way(64, 4, 4, 2, deal=4), Way(inf, 1, 8, 2)),
@@ -190,7 +194,7 @@ def _tiles(pos, choices, SPAN: tl.constexpr, RATIO: tl.constexpr, CHOOSING: tl.c
            KEYS: tl.constexpr):  # fmt: skip
     """Of a row that sees positions up to pos: rows of its window, entries, tiles of both."""
     front = tl.minimum(pos + 1, SPAN)
-    seen = (pos + 1) // RATIO if RATIO > 0 else 0 * pos
+    seen = (pos + 1) // RATIO
     if CHOOSING:
         seen = tl.minimum(seen, choices)
     return front, seen, tl.cdiv(front, KEYS) + tl.cdiv(seen, KEYS)
@@ -198,7 +202,7 @@ def _tiles(pos, choices, SPAN: tl.constexpr, RATIO: tl.constexpr, CHOOSING: tl.c
 
 COUNTS = (
     "window_last", "window_tables", "entries_last", "entries_tables", "cells_m", "cells_l",
-    "places", "each", "choices",
+    "places", "each", "choices", "take",
 )  # fmt: skip
 """Arguments whose values are not compiled in. Numbers in tuples are, where they are 1 or multiples
 of 16."""
@@ -207,15 +211,16 @@ of 16."""
 @triton.jit(do_not_specialize=COUNTS)
 def attend(
     q, sink, sees, request, cis, window, window_last, window_tables, entries, entries_last,
-    entries_tables, chosen, out, cells_m, cells_l, cells_acc, scale, choices, places, each,
-    q_stride, H,
+    entries_tables, starts, take, chosen, out, cells_m, cells_l, cells_acc, scale, choices, places,
+    each, q_stride, H,
     NOPE: tl.constexpr, ROPE: tl.constexpr, W: tl.constexpr, FP8: tl.constexpr,
     WORDS: tl.constexpr, ALIGN: tl.constexpr, SPAN: tl.constexpr, WINDOW_ROWS: tl.constexpr,
     ENTRY_ROWS: tl.constexpr, RATIO: tl.constexpr, CHOOSING: tl.constexpr, COLUMNS: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, THREADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (column part, head block, row; cell of the row): a cell is `each` tiles, and there is
-    room for `places` of them."""
+    room for `places` of them. take: 1, rows of requests that are unpacked (by `starts`); 0, of
+    those that are not; -1, all."""
     D: tl.constexpr = NOPE + ROPE
     N: tl.constexpr = 4 // COLUMNS
     blocks = tl.cdiv(H, HEADS)
@@ -229,6 +234,9 @@ def attend(
     if cell >= cells:
         return
     who = tl.load(request + t).to(tl.int64)
+    start = tl.load(starts + 2 * who, mask=take >= 0, other=0)
+    if (take >= 0) & ((start >= 0) != (take == 1)):
+        return
     near_tiles = tl.cdiv(front, KEYS)
     first = 0 if COLUMNS == 1 else column * N  # a constant, where it can be
     w = tl.arange(0, W)
@@ -249,8 +257,7 @@ def attend(
             entries + (entries_last, entries_tables),  # noqa: RUF005
             who, tl.where(near, pos + 1 - front, 0) + begin,
             tl.where(near, front, seen) - begin, chosen + t * choices + begin,
-            (pos + 1) // RATIO if RATIO > 0 else 0,
-            WINDOW_ROWS, ENTRY_ROWS, WORDS, CHOOSING, KEYS, THREADS,
+            (pos + 1) // RATIO, WINDOW_ROWS, ENTRY_ROWS, WORDS, CHOOSING, KEYS, THREADS,
         )  # fmt: skip
         k = ()  # type: tuple[object, ...]
         for i in tl.static_range(4):
@@ -311,6 +318,16 @@ def merge(
     tl.store(to, y.to(out.dtype.element_ty), mask=dim < D)
 
 
+@dataclass(frozen=True)
+class Keys:
+    """What a launch of `attend` reads, and of which requests: see its `take`."""
+
+    window: Paged
+    entries: Paged
+    fp8: bool
+    take: int
+
+
 def attention(
     q: Tensor,
     sink: Tensor,
@@ -340,17 +357,21 @@ def attention(
     launch = pick(LAUNCHES)
     block = max(MIN_DOT, min(launch.heads, triton.next_power_of_2(heads)))
     blocks = triton.cdiv(heads, block)
-    longest = step.longest // ratio if ratio else 0
+    ratio = ratio or NEVER
+    longest = step.longest // ratio
     choices = 0 if chosen is None else chosen.shape[1]
     most = longest if chosen is None else min(longest, choices)
     tiles = triton.cdiv(sliding_window, launch.keys) + triton.cdiv(most, launch.keys)
     way = _way(launch, fp8, n * blocks)
-    if fp8 and step.tiles and reads(step, sliding_window, ratio, most) >= way.unpack:
-        plain = unpacked(step, window, sliding_window, entries, ratio, rope)
+    lies = Keys(window, window if entries is None else entries, fp8, -1)
+    keys, starts = [lies], step.request
+    if fp8 and step.tiles and way.unpack < inf:
+        some = ALL if chosen is None else choices
+        plain = unpacked(step, window, sliding_window, entries, ratio, rope, some, way.unpack)
         if plain is not None:
-            fp8, (window, entries) = False, plain
-            way = _way(launch, fp8, n * blocks)
-    either = window if entries is None else entries
+            others = [] if plain.all else [replace(lies, take=0)]
+            starts, take = plain.starts, -1 if plain.all else 1
+            keys = [Keys(plain.window, plain.entries, False, take), *others]
     cell_bytes = heads * (d + 2) * 4
     dealt = tiles > way.deal and n * tiles * cell_bytes <= DEALT_BYTES
     each = 1 if dealt else launch.piece
@@ -368,18 +389,19 @@ def attention(
     for first in range(0, n, turn):
         rows = slice(first, first + turn)
         count = min(turn, n - first)
-        programs = count * blocks * way.columns
-        sees = step.sees[rows]
-        cell_args = cells_m, cells_l, cells_acc
-        attend[(programs, places)](
-            q[rows], sink, sees, step.request[rows], cis[rows], *part(window), *part(either),
-            sees if chosen is None else chosen[rows], out[rows],
-            *cell_args, d**-0.5 * LOG2E, choices, places, each, q.stride(0), heads,
-            **shape, FP8=fp8, WORDS=window.pool.codec.words, ALIGN=aligned(window, either),
-            WINDOW_ROWS=window.rows, ENTRY_ROWS=either.rows, COLUMNS=way.columns, HEADS=block,
-            THREADS=max(1, 32 * way.warps // launch.keys),
-            STAGES=way.stages, num_warps=way.warps, num_stages=1,
-        )  # fmt: skip
+        sees, cell_args = step.sees[rows], (cells_m, cells_l, cells_acc)
+        for k in keys:
+            way = _way(launch, k.fp8, n * blocks)
+            attend[(count * blocks * way.columns, places)](
+                q[rows], sink, sees, step.request[rows], cis[rows], *part(k.window),
+                *part(k.entries), starts, k.take, sees if chosen is None else chosen[rows],
+                out[rows], *cell_args, d**-0.5 * LOG2E, choices, places, each, q.stride(0), heads,
+                **shape, FP8=k.fp8, WORDS=k.window.pool.codec.words,
+                ALIGN=aligned(k.window, k.entries), WINDOW_ROWS=k.window.rows,
+                ENTRY_ROWS=k.entries.rows, COLUMNS=way.columns, HEADS=block,
+                THREADS=max(1, 32 * way.warps // launch.keys),
+                STAGES=way.stages, num_warps=way.warps, num_stages=1,
+            )  # fmt: skip
         if places > 1:
             merge[(heads, count)](
                 sink, sees, cis[rows], out[rows], *cell_args, choices, places, each, heads,

@@ -15,6 +15,9 @@ from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.kernels.bits import e4m3_codes, halves
 from dsv4_plugin.kernels.device import alignment
 
+NEVER = 1 << 30
+"""Tokens of an entry where there are no entries: a case of its own compiles to spills on sm_90."""
+
 
 def part(rows: Paged) -> tuple[tuple[Tensor, Tensor, int, int], int, int]:
     """As kernels take it, in three arguments; `find_rows` takes them as one tuple."""

@@ -1,16 +1,23 @@
 """fp8 rows unpacked to bfloat16, for steps whose queries read the same rows many times.
 
 e4m3 codes times powers of two are exact in bfloat16, so who reads unpacked rows reads the same
-values. They lie side by side, request after request: first the window rows that the step's queries
-see, then room for as many entries as the longest request may have. To attention this is a pool of
-bfloat16 rows like a cache, whose tables have one block a request.
+values. They lie side by side, request after request: the window rows that the step's queries see,
+then all entries. To attention this is a pool of bfloat16 rows like a cache, whose tables have one
+block a request.
+
+The host knows bounds of lengths. Where all requests' rows have room by these, and pay, all are
+unpacked. Else each request says so on the device: in a step of prompts among decoded rows it is the
+prompts' that are unpacked, and attention takes a launch for these and one for the others.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import BFloat16Rows, RowPool
@@ -25,43 +32,64 @@ PROGRAMS = 2048
 """That share the tiles of a launch, about."""
 ONE_BLOCK = 1 << 30
 """Rows of a block that has all of a request's."""
+ALL = 1 << 30
+"""Choices where every entry is chosen."""
 COUNTS = (
-    "window_last", "window_tables", "entries_last", "entries_tables", "first_entry", "room",
-    "before",
+    "window_last", "window_tables", "entries_last", "entries_tables", "room", "before", "choices",
 )  # fmt: skip
 """Arguments whose values are not compiled in."""
+
+
+@triton.jit
+def _needs(
+    query_start, seq_lens, who, real, choices, least, SPAN: tl.constexpr, RATIO: tl.constexpr
+):
+    """Of requests `who`: the first position that their rows see, how many of the window, how many
+    entries; the latter two are 0 where unpacking does not pay."""
+    begins = tl.load(query_start + who, mask=real, other=0).to(tl.int32)
+    ends = tl.load(query_start + who + 1, mask=real, other=0).to(tl.int32)
+    length = tl.load(seq_lens + who, mask=real, other=0).to(tl.int32)
+    count = ends - begins
+    first = tl.maximum(length - count - (SPAN - 1), 0)
+    near = length - first
+    seen = length // RATIO
+    read = tl.minimum(length, SPAN) + tl.minimum(seen, choices)
+    pays = count.to(tl.float32) * read.to(tl.float32) >= least * (near + seen).to(tl.float32)
+    pays = pays & (count > 0)
+    return first, tl.where(pays, near, 0), tl.where(pays, seen, 0)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def unpack(
     query_start, seq_lens, window, window_last, window_tables, entries, entries_last,
-    entries_tables, out, starts, first_entry, room, before,
+    entries_tables, out, starts, room, before, choices, least,
     NOPE: tl.constexpr, ROPE: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr,
     ALIGN: tl.constexpr, SPAN: tl.constexpr, WINDOW_ROWS: tl.constexpr, ENTRY_ROWS: tl.constexpr,
-    RATIO: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr,
+    RATIO: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr, REQUESTS: tl.constexpr,
 ):  # fmt: skip
-    """Program (request, share of its tiles). out: bfloat16 rows. starts: int32 [B, 2], which of
-    them are the request's position 0, plus `before`, and its entry 0."""
+    """Program (request, share of its tiles). out: bfloat16 rows, `room` of them. starts: int32
+    [B, 2], which of them are the request's position 0, plus `before`, and its entry 0; -1 where
+    they are not unpacked, since they are read less than `least` times, or have no room."""
     D: tl.constexpr = NOPE + ROPE
     who = tl.program_id(0).to(tl.int64)
-    begins = tl.load(query_start + who).to(tl.int32)
-    count = tl.load(query_start + who + 1).to(tl.int32) - begins
-    if count == 0:
-        return
-    length = tl.load(seq_lens + who).to(tl.int32)
-    first = tl.maximum(length - count - (SPAN - 1), 0)
-    seen = length // RATIO if RATIO > 0 else 0 * length
-    to_window = begins + tl.program_id(0) * (SPAN - 1)
-    to_entries = first_entry + tl.program_id(0) * room
+    to_window = 0
+    for begin in range(0, tl.program_id(0), REQUESTS):
+        other = begin + tl.arange(0, REQUESTS)
+        earlier = other < tl.program_id(0)
+        _, near, seen = _needs(query_start, seq_lens, other, earlier, choices, least, SPAN, RATIO)
+        to_window += tl.sum(near + seen)
+    first, front, seen = _needs(query_start, seq_lens, who, True, choices, least, SPAN, RATIO)
+    to_entries = to_window + front
+    some = (front > 0) & (to_entries + seen <= room)
     if tl.program_id(1) == 0:
-        tl.store(starts + 2 * who, to_window - first + before)
-        tl.store(starts + 2 * who + 1, to_entries)
-    near_tiles = tl.cdiv(length - first, ROWS)
-    tiles = near_tiles + tl.cdiv(seen, ROWS)
+        tl.store(starts + 2 * who, tl.where(some, to_window - first + before, -1))
+        tl.store(starts + 2 * who + 1, tl.where(some, to_entries, -1))
+    near_tiles = tl.cdiv(front, ROWS)
+    tiles = tl.where(some, near_tiles + tl.cdiv(seen, ROWS), 0)
     for tile in tl.range(tl.program_id(1), tiles, tl.num_programs(1)):
         near = tile < near_tiles
         at = tl.where(near, tile, tile - near_tiles) * ROWS
-        left = tl.where(near, length - first, seen) - at
+        left = tl.where(near, front, seen) - at
         address = find_rows(
             near,
             window + (window_last, window_tables),  # noqa: RUF005  (Triton unpacks no tuples)
@@ -78,47 +106,51 @@ def unpack(
             tl.store(row[:, None] + dim[None, :], x, mask=real)
 
 
-def reads(step: Step, span: int, ratio: int, most: int) -> float:
-    """How often queries read a row, on average and at least. most: entries that a query reads."""
-    near = min(span, step.longest)
-    rows = _window_rows(step, span) + len(step.seq_lens) * (step.longest // ratio if ratio else 0)
-    return len(step.position) * (near + most) / rows
+@dataclass(frozen=True)
+class Unpacked:
+    """Rows as attention reads them. starts: of requests that are not unpacked, [:, 0] is -1; every
+    request that brings rows is where `all` says so."""
 
-
-def _window_rows(step: Step, span: int) -> int:
-    """Room for them: a request's own, and those that the first of these sees."""
-    return len(step.position) + len(step.seq_lens) * (span - 1)
+    window: Paged
+    entries: Paged
+    starts: Tensor
+    all: bool
 
 
 def unpacked(
-    step: Step, window: Paged, span: int, entries: Paged | None, ratio: int, rope: int
-) -> tuple[Paged, Paged | None] | None:
-    """The rows that the step's queries see, in bfloat16; None where they would take more than
-    UNPACKED_BYTES."""
-    d, requests = window.pool.codec.width, len(step.seq_lens)
-    codec, near = BFloat16Rows(d), _window_rows(step, span)
-    room = 0 if entries is None else step.longest // ratio
-    rows = near + requests * room
-    if rows * 4 * codec.words > UNPACKED_BYTES:
+    step: Step, window: Paged, span: int, entries: Paged | None, ratio: int, rope: int,
+    choices: int, least: float,
+) -> Unpacked | None:  # fmt: skip
+    """The rows that the step's queries see, in bfloat16; None where that cannot pay.
+
+    choices: entries that a query reads of those it sees, at most. least: how often a row has to be
+    read, on average.
+    """
+    n, requests = len(step.position), len(step.seq_lens)
+    codec = BFloat16Rows(window.pool.codec.width)
+    most = step.longest // ratio
+    reads = n * (min(span, step.longest) + min(most, choices))
+    bound = n + requests * (span - 1 + most)
+    limit = UNPACKED_BYTES // (4 * codec.words)
+    fits = bound <= limit and reads >= least * bound
+    if not fits and reads < least * (n + span - 1 + most):
         return None
-    device = window.table.device
-    storage = torch.empty(rows * codec.words, dtype=torch.int32, device=device)
-    starts = torch.empty((requests, 2), dtype=torch.int32, device=device)
-    most = min(len(step.position), step.longest_query) + span - 1
-    tiles = triton.cdiv(most, ROWS) + triton.cdiv(room, ROWS)
-    shares = min(tiles, triton.cdiv(PROGRAMS, requests))
+    room = bound if fits else min(bound, limit, int(reads / least))
+    storage = torch.empty(room * codec.words, dtype=torch.int32, device=window.table.device)
+    starts = torch.empty((requests, 2), dtype=torch.int32, device=window.table.device)
     either = window if entries is None else entries
-    unpack[(requests, shares)](
+    front = min(n, step.longest_query) + span - 1
+    tiles = triton.cdiv(front, ROWS) + triton.cdiv(most, ROWS)
+    unpack[(requests, min(tiles, triton.cdiv(PROGRAMS, requests)))](
         step.query_start, step.seq_lens, *part(window), *part(either),
-        storage.view(torch.bfloat16), starts, near, room, step.longest,
-        NOPE=d - rope, ROPE=rope, W=max(16, triton.next_power_of_2(d) // 4),
-        WORDS=window.pool.codec.words, ALIGN=aligned(window, either),
-        SPAN=span, WINDOW_ROWS=window.rows, ENTRY_ROWS=either.rows, RATIO=ratio, ROWS=ROWS,
-        THREADS=32 * WARPS // ROWS, num_warps=WARPS,
+        storage.view(torch.bfloat16), starts, room, step.longest, choices, 0.0 if fits else least,
+        NOPE=codec.width - rope, ROPE=rope, W=max(16, triton.next_power_of_2(codec.width) // 4),
+        WORDS=window.pool.codec.words, ALIGN=aligned(window, either), SPAN=span,
+        WINDOW_ROWS=window.rows, ENTRY_ROWS=either.rows, RATIO=ratio, ROWS=ROWS,
+        THREADS=32 * WARPS // ROWS, REQUESTS=32 * WARPS, num_warps=WARPS,
     )  # fmt: skip
     pool = RowPool(storage, codec)
     # A block's number is not negative; position 0 may lie before the first row that is seen.
     plain = Paged(pool, starts[:, :1], codec.words, -step.longest * codec.words, ONE_BLOCK)
-    if entries is None:
-        return plain, None
-    return plain, Paged(pool, starts[:, 1:], codec.words, 0, ONE_BLOCK)
+    rows = plain if entries is None else Paged(pool, starts[:, 1:], codec.words, 0, ONE_BLOCK)
+    return Unpacked(plain, rows, starts, fits)

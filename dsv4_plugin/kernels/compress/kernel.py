@@ -25,6 +25,7 @@ from dsv4_plugin.kernels.device import (
     sum_of_squares,
 )
 from dsv4_plugin.kernels.launch import require
+from dsv4_plugin.kernels.programmatic import follow, kernel
 from dsv4_plugin.kernels.qkv.kernel import blocks_of
 
 SCAN = 256
@@ -302,7 +303,7 @@ def _take(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["table_stride", "requests"])
+@kernel(do_not_specialize=["table_stride", "requests"])
 def pool_and_write(
     y,
     ape,
@@ -343,6 +344,7 @@ def pool_and_write(
     DTYPE: tl.constexpr,
     SCAN: tl.constexpr,
 ):
+    follow()
     here = tl.load(position + tl.program_id(0))
     who = tl.load(request + tl.program_id(0))
     first, end, _ = _rows_of(who, query_start, seq_lens, here >= 0)

@@ -32,6 +32,7 @@ from dsv4_plugin.kernels.experts.product import (
 )
 from dsv4_plugin.kernels.launch import pick, require
 from dsv4_plugin.kernels.packed import Matrix
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
 CHUNK = tl.constexpr(512)
 """Pairs that a program looks at together while it counts or places them."""
@@ -144,7 +145,7 @@ def _place(
         tl.store(row_of + rest, -1, mask=rest < last * M)
 
 
-@triton.jit(do_not_specialize=["pairs", "stride"])
+@kernel(do_not_specialize=["pairs", "stride"])
 def prepare(
     x, out, ids, expert_of, row_of, used, pairs, stride,
     K: tl.constexpr, OUT: tl.constexpr, ORDER: tl.constexpr, ROUND: tl.constexpr,
@@ -153,6 +154,7 @@ def prepare(
     """The first programs place the pairs, an expert each. Then program (row, BLOCKS blocks): x
     [T, K] -> out [T, OUT], each block rounded if ROUND, in the order for products of ORDER codes a
     word, zeros behind the last."""
+    follow()
     column, columns = tl.program_id(1), tl.num_programs(1)
     row = tl.program_id(0) - tl.cdiv(E, columns)
     if row >= 0:
@@ -171,13 +173,14 @@ def prepare(
             _place(ids, expert_of, row_of, used, pairs, e, E, EXPERTS, M)
 
 
-@triton.jit
+@kernel()
 def add_pairs(
     y, ids, also, out,
     E: tl.constexpr, D: tl.constexpr, K: tl.constexpr, ALSO: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Program (token, columns): the sum of its pairs' rows y [T * K, D], float32, one by one. If
     ALSO, what else there is [T, D] joins the rounded sum."""
+    follow()
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)

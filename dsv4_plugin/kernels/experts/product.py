@@ -4,11 +4,12 @@ e2m1, e4m3 and int4 codes are the leading or last bits of bfloat16 numbers: noth
 no fp8 type is used. A word of 4 bytes holds EACH codes, 8 or 4, and there are two ways to multiply
 a tile of words.
 
-Turned (few rows): [W outputs, M rows], the weight as the left operand. Code j of all words, decoded
-where the words were loaded, is the left operand of a product of its own, with the inputs that it
-meets: j, EACH + j, 2 EACH + j, ... So that these lie side by side, inputs are stored in that order,
-within blocks of 128, by whoever made them (`position`). Nothing goes through shared memory but what
-is loaded.
+Turned (few rows): [W outputs, M rows], the weight as the left operand. Codes are decoded two at a
+time, by instructions that take pairs: code j of a word with code j + EACH / 2, as they lie in its
+halves. Pair j of all words is the left operand of a product of its own, with the inputs that it
+meets: j, j + EACH / 2, EACH + j, ... So that these lie side by side, inputs are stored in that
+order, within blocks of 128, by whoever made them (`position`). Nothing is moved between registers,
+and nothing goes through shared memory but what is loaded.
 
 Straight (many rows): [M rows, W outputs]. A word's codes are joined, in their order, into a tile
 that all warps read from shared memory.
@@ -33,13 +34,17 @@ from dsv4_plugin.config import FP8_BLOCK
 from dsv4_plugin.kernels.arrival import in_order, is_last
 from dsv4_plugin.kernels.bits import (
     E4M3_UNIT,
-    e2m1_codes,
+    e2m1_pairs,
     e4m3_block,
-    e4m3_codes,
     e4m3_decode,
-    int4_codes,
+    e4m3_pairs,
+    halves,
+    int4_pairs,
+    scaled_pairs,
+    twice,
 )
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Int4Matrix, Matrix, NVFP4Matrix
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
 PLAIN = tl.constexpr(0)
 FP8 = tl.constexpr(1)
@@ -113,7 +118,9 @@ assert BLOCK.value == FP8_BLOCK
 @triton.jit
 def position(i, EACH: tl.constexpr):
     """Where input i of a block is stored for a turned product; EACH 1: for a straight one."""
-    return i % EACH * (BLOCK // EACH) + i // EACH
+    HALF: tl.constexpr = (EACH + 1) // 2
+    j = i % EACH
+    return j % HALF * (BLOCK // HALF) + i // EACH * (EACH // HALF) + j // HALF
 
 
 @triton.jit
@@ -124,41 +131,47 @@ def rounded(value, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _two(words, KIND: tl.constexpr):
-    """The codes at bits 0 and 16."""
-    if KIND >= INT4:
-        low, high = int4_codes(words)
+def _pairs(words, KIND: tl.constexpr):
+    """Of codes j and j + EACH / 2 of int32 words, words of two bfloat16 values: e4m3's divided by
+    2^120, e2m1's by 2^126."""
+    if KIND == FP8:
+        pairs: tl.tuple = e4m3_pairs(words, tl.bfloat16)
+    elif KIND >= INT4:
+        pairs = int4_pairs(words)
     else:
-        low, high = e2m1_codes(words, tl.bfloat16)
+        pairs = e2m1_pairs(words, tl.bfloat16)
+    return pairs
+
+
+@triton.jit
+def _both(pairs, factors, DTYPE: tl.constexpr):
+    """Lower and upper values of words of two times their factors, in DTYPE: bfloat16 ones are
+    multiplied as pairs, by factors that are such words."""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        low, high = halves(scaled_pairs(pairs, factors), tl.bfloat16)
+    else:
+        low, high = halves(pairs, tl.bfloat16)
+        low = low.to(DTYPE) * factors
+        high = high.to(DTYPE) * factors
     return low, high
 
 
 @triton.jit
-def _decoded(words, KIND: tl.constexpr):
-    """The codes of int32 words, in order, as bfloat16: e2m1's divided by 2^126."""
-    if KIND == FP8:
-        k0, k1, k2, k3 = e4m3_codes(words, tl.bfloat16)
-        codes: tl.tuple = (k0 * (2.0**120), k1 * (2.0**120), k2 * (2.0**120), k3 * (2.0**120))
+def _joined(pairs, factors, DTYPE: tl.constexpr):
+    """The codes of words [W, COUNT], in order, times their factors: [W, EACH * COUNT]."""
+    W: tl.constexpr = pairs[0].shape[0]
+    COUNT: tl.constexpr = pairs[0].shape[1]
+    if len(pairs) == 2:
+        even = tl.join(*_both(pairs[0], factors, DTYPE))
+        odd = tl.join(*_both(pairs[1], factors, DTYPE))
     else:
-        k0, k4 = _two(words, KIND)
-        k1, k5 = _two(words >> 4, KIND)
-        k2, k6 = _two(words >> 8, KIND)
-        k3, k7 = _two(words >> 12, KIND)
-        codes = (k0, k1, k2, k3, k4, k5, k6, k7)
-    return codes
-
-
-@triton.jit
-def _joined(codes, KIND: tl.constexpr):
-    """Codes of words [W, COUNT], in order -> [W, EACH * COUNT]."""
-    W: tl.constexpr = codes[0].shape[0]
-    COUNT: tl.constexpr = codes[0].shape[1]
-    even = tl.join(codes[0], codes[2])
-    odd = tl.join(codes[1], codes[3])
-    if KIND != FP8:
-        even = tl.join(tl.join(codes[0], codes[4]), tl.join(codes[2], codes[6]))
-        odd = tl.join(tl.join(codes[1], codes[5]), tl.join(codes[3], codes[7]))
-    return tl.reshape(tl.join(even, odd), (W, len(codes) * COUNT))
+        k0, k4 = _both(pairs[0], factors, DTYPE)
+        k1, k5 = _both(pairs[1], factors, DTYPE)
+        k2, k6 = _both(pairs[2], factors, DTYPE)
+        k3, k7 = _both(pairs[3], factors, DTYPE)
+        even = tl.join(tl.join(k0, k4), tl.join(k2, k6))
+        odd = tl.join(tl.join(k1, k5), tl.join(k3, k7))
+    return tl.reshape(tl.join(even, odd), (W, 2 * len(pairs) * COUNT))
 
 
 @triton.jit
@@ -176,11 +189,13 @@ def _scales(scale, n, first, used, COUNT: tl.constexpr, BLOCKS: tl.constexpr, WH
 @triton.jit
 def _factors(
     scale, n, k, used, K: tl.constexpr, DEPTH: tl.constexpr, KIND: tl.constexpr,
-    WHOLE: tl.constexpr,
+    COUNT: tl.constexpr, DTYPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Of inputs k .. k + DEPTH - 1 and outputs n, bfloat16 [W, blocks of inputs]: int4's scales;
-    e2m1's times 2^62, where powers beyond 2^65 count as that."""
-    if KIND >= INT4:
+    """Of the COUNT words of inputs k .. k + DEPTH - 1 and outputs n, as `_both` takes them: 2^120
+    of FP8; int4's scales; e2m1's times 2^62, where powers beyond 2^65 count as that."""
+    if KIND == FP8:
+        factor = tl.full((n.shape[0], 1), 2.0**120, tl.float32)
+    elif KIND >= INT4:
         factor = _scales(scale, n, k // KIND, used, K // KIND, DEPTH // KIND, WHOLE)
     elif KIND == MXFP4:
         code = _scales(scale, n, k // 32, used, K // 32, DEPTH // 32, WHOLE).to(tl.int32)
@@ -188,8 +203,13 @@ def _factors(
         factor = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         code = _scales(scale, n, k // 16, used, K // 16, DEPTH // 16, WHOLE)
-        factor = (e4m3_decode(code) * (2.0**120) * (2.0**62)).to(tl.bfloat16)
-    return factor
+        factor = e4m3_decode(code) * (2.0**120) * (2.0**62)
+    BLOCKS: tl.constexpr = factor.shape[1]
+    factors = factor.to(DTYPE)
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        factors = twice(factors)
+    wide = tl.broadcast_to(factors[:, :, None], (n.shape[0], BLOCKS, COUNT // BLOCKS))
+    return tl.reshape(wide, (n.shape[0], COUNT))
 
 
 @triton.jit
@@ -214,25 +234,22 @@ def _turned(
     K: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, DEPTH: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """total [W, M] plus the weight's inputs from k on and outputs n times x: EACH tensors of the
-    inputs that meet one code of each word, [DEPTH / EACH, M]."""
-    EACH: tl.constexpr = len(x)
-    COUNT: tl.constexpr = DEPTH // EACH
-    codes = _decoded(_words(w, n, k, used, K, ROW, COUNT, EACH, WHOLE), KIND)
+    """total [W, M] plus the weight's inputs from k on and outputs n times x: EACH / 2 tensors of
+    the inputs that meet one pair of each word, [2 DEPTH / EACH, M]."""
+    PAIRS: tl.constexpr = len(x)
+    COUNT: tl.constexpr = DEPTH // (2 * PAIRS)
+    shape: tl.constexpr = (n.shape[0], 2 * COUNT)
+    pairs = _pairs(_words(w, n, k, used, K, ROW, COUNT, 2 * PAIRS, WHOLE), KIND)
+    factors = _factors(scale, n, k, used, K, DEPTH, KIND, COUNT, x[0].dtype, WHOLE)
+    sums = tl.zeros(total.shape, tl.float32) if KIND == FP8 else total
+    for j in tl.static_range(PAIRS):
+        weights = tl.reshape(tl.join(*_both(pairs[j], factors, x[j].dtype)), shape)
+        sums = tl.dot(weights, x[j], sums, input_precision="ieee")
     if KIND == FP8:
-        sums = tl.zeros(total.shape, tl.float32)
-        for j in tl.static_range(EACH):
-            sums = tl.dot(codes[j].to(x[j].dtype), x[j], sums, input_precision="ieee")
         row = tl.max(n, 0) // BLOCK  # W divides BLOCK
         total += sums * tl.load(scale + row * ((K + BLOCK - 1) // BLOCK) + k // BLOCK)
     else:
-        factor = _factors(scale, n, k, used, K, DEPTH, KIND, WHOLE).to(x[0].dtype)
-        W: tl.constexpr = n.shape[0]
-        BLOCKS: tl.constexpr = factor.shape[1]
-        wide = tl.broadcast_to(factor[:, :, None], (W, BLOCKS, COUNT // BLOCKS))
-        wide = tl.reshape(wide, (W, COUNT))
-        for j in tl.static_range(EACH):
-            total = tl.dot(codes[j].to(x[j].dtype) * wide, x[j], total, input_precision="ieee")
+        total = sums
     return total
 
 
@@ -243,7 +260,6 @@ def _straight(
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """total [M, W] plus x [M, DEPTH] times the weight's inputs from k on and outputs n."""
-    W: tl.constexpr = n.shape[0]
     if KIND == PLAIN:
         at = k + tl.arange(0, DEPTH)
         inside = used[None, :] & (at < K)[:, None]
@@ -251,18 +267,16 @@ def _straight(
         total = tl.dot(x, tile, total, input_precision="ieee")
     else:
         EACH: tl.constexpr = 4 if KIND == FP8 else 8
-        words = _words(w, n, k, used, K, ROW, DEPTH // EACH, EACH, WHOLE)
-        tile = _joined(_decoded(words, KIND), KIND).to(x.dtype)
+        COUNT: tl.constexpr = DEPTH // EACH
+        pairs = _pairs(_words(w, n, k, used, K, ROW, COUNT, EACH, WHOLE), KIND)
+        factors = _factors(scale, n, k, used, K, DEPTH, KIND, COUNT, x.dtype, WHOLE)
+        tile = _joined(pairs, factors, x.dtype)
         if KIND == FP8:
             at = scale + n // BLOCK * ((K + BLOCK - 1) // BLOCK) + k // BLOCK
             factor = tl.load(at, mask=used, other=0.0)
             sums = tl.dot(x, tl.trans(tile), input_precision="ieee")
             total += sums * factor[None, :]
         else:
-            factor = _factors(scale, n, k, used, K, DEPTH, KIND, WHOLE).to(x.dtype)
-            BLOCKS: tl.constexpr = factor.shape[1]
-            tile = tl.reshape(tile, (W, BLOCKS, DEPTH // BLOCKS)) * factor[:, :, None]
-            tile = tl.reshape(tile, (W, DEPTH))
             total = tl.dot(x, tl.trans(tile), total, input_precision="ieee")
     return total
 
@@ -276,11 +290,12 @@ def _inputs(x, real, k, K: tl.constexpr, DEPTH: tl.constexpr, EACH: tl.constexpr
         used = real[:, None] & (at < K)[None, :]
         parts = tl.load(x[:, None] + at[None, :], mask=used, other=0.0)
     else:
-        COUNT: tl.constexpr = BLOCK // EACH
-        word = tl.arange(0, DEPTH // EACH)
-        at = x[None, :] + (k + word // COUNT * BLOCK + word % COUNT)[:, None]
+        PAIRS: tl.constexpr = EACH // 2
+        COUNT: tl.constexpr = BLOCK // PAIRS
+        i = tl.arange(0, DEPTH // PAIRS)
+        at = x[None, :] + (k + i // COUNT * BLOCK + i % COUNT)[:, None]
         parts = (tl.load(at),)
-        for j in tl.static_range(1, EACH):
+        for j in tl.static_range(1, PAIRS):
             parts += (tl.load(at + j * COUNT),)
     return parts
 
@@ -292,7 +307,7 @@ def _opened(fresh, total, part):
     return tl.where(fresh, total + part, total), part * tl.where(fresh, 0.0, 1.0)
 
 
-@triton.jit(do_not_specialize=["pairs", "x_stride", "limit"])
+@kernel(do_not_specialize=["pairs", "x_stride", "limit"])
 def multiply_experts(
     x, w1, scale1, top1, w3, scale3, top3, weight, expert_of, row_of, used, out, partial, counter,
     pairs, x_stride, limit,
@@ -306,6 +321,7 @@ def multiply_experts(
     turned. ROUND: each block of outputs is rounded; ORDER: they are stored for a next product of so
     many codes a word, zeros behind the last. If SPLIT, partial float32 [pieces, 1 + GATED, pairs,
     N] and a counter for each block and tile."""
+    follow()
     block = tl.program_id(0)
     if block >= tl.load(used):
         return

@@ -1,4 +1,8 @@
-"""One launch, a program per token; the k best one after another, by keys that all differ."""
+"""One launch, a program per token; the k best one after another, by keys that all differ.
+
+The experts' first launch is another: where it places the pairs it needs every token's choice, with
+data-parallel ranks those of others too, and so would have to wait for all of these programs.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_plugin.kernels.launch import require
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
 
 @triton.jit
@@ -21,7 +26,7 @@ def _score(logit):
     return tl.sqrt(tl.maximum(logit, 0.0) + log1p)
 
 
-@triton.jit
+@kernel()
 def route(
     logits,
     bias,
@@ -38,6 +43,7 @@ def route(
     PLACES: tl.constexpr,
     HASH: tl.constexpr,
 ):
+    follow()
     t = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PLACES)
     if HASH:

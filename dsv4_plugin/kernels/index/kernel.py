@@ -30,10 +30,11 @@ from torch import Tensor
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.cache.step import Step
-from dsv4_plugin.kernels.bits import e2m1_codes, e4m3_codes
+from dsv4_plugin.kernels.bits import e2m1_pairs, e4m3_codes, halves
 from dsv4_plugin.kernels.device import BFLOAT16, FP4, FP8, alignment, row_pointers
 from dsv4_plugin.kernels.index.topk import topk
 from dsv4_plugin.kernels.launch import pick, require
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
 SCORE_VALUES = 1 << 26
 """Most scores kept at a time (256 MiB): more rows take their turn."""
@@ -110,7 +111,7 @@ def _round_e2m1(x, C: tl.constexpr):
     return tl.reshape(tl.where(blocks < 0, -near, near) * power, (N, C))
 
 
-@triton.jit
+@kernel()
 def index_queries(
     q,
     weight,
@@ -129,6 +130,7 @@ def index_queries(
     HEADS: tl.constexpr,
 ):
     """Program (row, head block). Dim PARTS * w + j is stored at j * C / PARTS + w."""
+    follow()
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     ok = (h < INDEX_HEADS)[:, None]
@@ -210,17 +212,17 @@ def _narrow_keys(row, ok, C: tl.constexpr, P: tl.constexpr):
     top = tl.maximum(tl.max(byte, 1), 1)
     power = tl.maximum(byte - top[:, None] + 127 + 14, 1)
     factor = (power << 23).to(tl.float32, bitcast=True)
-    k0 = _nibbles(words, factor, N, P)
-    k1 = _nibbles(words >> 4, factor, N, P)
-    k2 = _nibbles(words >> 8, factor, N, P)
-    k3 = _nibbles(words >> 12, factor, N, P)
-    return k0, k1, k2, k3, (top << 23).to(tl.float32, bitcast=True)
+    p0, p1, p2, p3 = e2m1_pairs(words, tl.float16)
+    return (
+        _times(p0, factor, N, P), _times(p1, factor, N, P), _times(p2, factor, N, P),
+        _times(p3, factor, N, P), (top << 23).to(tl.float32, bitcast=True),
+    )  # fmt: skip
 
 
 @triton.jit
-def _nibbles(words, factor, N: tl.constexpr, P: tl.constexpr):
-    """The lowest codes of both halves of each word, times factor [N, P // 8]: float16 [N, P]."""
-    low, high = e2m1_codes(words, tl.float16)
+def _times(pairs, factor, N: tl.constexpr, P: tl.constexpr):
+    """Words of two float16 values [N, P // 2] times factor [N, P // 8]: float16 [N, P]."""
+    low, high = halves(pairs, tl.float16)
     x = tl.reshape(tl.join(low, high).to(tl.float32), (N, P // 8, 8))
     return tl.reshape(x * factor[:, :, None], (N, P)).to(tl.float16)
 
@@ -238,7 +240,7 @@ def _key_parts(row, ok, C: tl.constexpr, P: tl.constexpr, FORMAT: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(do_not_specialize=COUNTS)
 def gather_keys(
     paged, last, tables, lengths, flat, scales, padded, ratio, C: tl.constexpr, P: tl.constexpr,
     FORMAT: tl.constexpr, WORDS: tl.constexpr, PAGE_ROWS: tl.constexpr, ALIGN: tl.constexpr,
@@ -246,6 +248,7 @@ def gather_keys(
 ):  # fmt: skip
     """Program (request, block of entries): keys as the products take them, side by side; those in
     no page are zero. There is room for `padded` entries of each request."""
+    follow()
     who = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * ENTRIES
     n = (tl.load(lengths + who) // ratio).to(tl.int32)
@@ -269,7 +272,7 @@ def gather_keys(
     tl.store(scales + who * padded + entry, scale)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(do_not_specialize=COUNTS)
 def index_scores(
     q, weight, position, request, paged, last, tables, flat, scales, padded, out, out_stride,
     INDEX_HEADS,
@@ -279,6 +282,7 @@ def index_scores(
 ):  # fmt: skip
     """Program (row, share of the blocks of ENTRIES entries that it sees). FLAT: keys are
     `gather_keys`'s, else they are read in their pages."""
+    follow()
     t = tl.program_id(0).to(tl.int64)
     seen = (tl.load(position + t) + 1) // RATIO
     if tl.program_id(1) * ENTRIES >= seen:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_plugin.kernels.launch import pick, require
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
 BLOCKS = (1024, 4096, 16384)
 """How many scores a program looks at that has a whole row: the least that holds it."""
@@ -80,12 +81,13 @@ def _best(score, seen, out, BLOCK: tl.constexpr, K: tl.constexpr, KP: tl.constex
     _store_rest(out, tl.sum(take.to(tl.int32), 0), K, KP)
 
 
-@triton.jit(do_not_specialize=["stride", "n"])
+@kernel(do_not_specialize=["stride", "n"])
 def choose_best(
     score, position, out, stride, n, K: tl.constexpr, KP: tl.constexpr, RATIO: tl.constexpr,
     BLOCK: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
     """Program (row). One of at most SMALL scores takes a shorter way."""
+    follow()
     t = tl.program_id(0).to(tl.int64)
     seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)
     if seen <= SMALL:
@@ -124,13 +126,14 @@ def _threshold(counts, state, chunks, need, PASS: tl.constexpr, GROUP: tl.conste
     return prefix, need
 
 
-@triton.jit(do_not_specialize=["stride", "n"])
+@kernel(do_not_specialize=["stride", "n"])
 def count_digits(
     score, position, counts, above, state, stride, n, K: tl.constexpr, RATIO: tl.constexpr,
     CHUNK: tl.constexpr, SMALL: tl.constexpr, GROUP: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
     """Program (row, chunk): how often each value of digit PASS is there among the scores that begin
     as the threshold does; in the last pass, also how many begin above it."""
+    follow()
     t = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1)
     places = tl.num_programs(1)
@@ -157,13 +160,14 @@ def count_digits(
         tl.store(above + t * places + p, tl.sum(larger.to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["stride", "n"])
+@kernel(do_not_specialize=["stride", "n"])
 def write_chosen(
     score, position, counts, above, state, out, stride, n, K: tl.constexpr, KP: tl.constexpr,
     RATIO: tl.constexpr, CHUNK: tl.constexpr, SMALL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Program (row, chunk): its entries among the K best, behind those of the chunks before. A row
     of at most SMALL scores was not counted, and is chosen here."""
+    follow()
     t = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1)
     places = tl.num_programs(1)

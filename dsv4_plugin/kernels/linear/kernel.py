@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dsv4_plugin.kernels.arrival import counters, in_order, is_last
 from dsv4_plugin.kernels.launch import pick, require
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
 PARTS = 3
 """bfloat16 values that add up to any float32 one (24 = 3 * 8 bits)."""
@@ -84,7 +85,7 @@ def _step(
     return total
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def float32_product(
     x, w, out, partial, counter, rows,
     N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, W: tl.constexpr,
@@ -92,6 +93,7 @@ def float32_product(
 ):  # fmt: skip
     """Program (output tile, row tile, piece): out float32 [T, N] = x [T, K] times w [PARTS, N, K].
     If SPLIT, partial float32 [pieces, T, N] and a counter for each tile."""
+    follow()
     t = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)
     n = tl.program_id(0) * W + tl.arange(0, W)
     real = t < rows

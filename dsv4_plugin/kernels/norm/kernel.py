@@ -9,13 +9,15 @@ from torch import Tensor
 
 from dsv4_plugin.kernels.packed import ROUNDED, Rounded
 from dsv4_plugin.kernels.packed.fp8 import PLAIN, room, store_rounded_row
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
 
-@triton.jit
+@kernel()
 def normalise(
     x, weight, out, out_scale, stride, eps,
     D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
+    follow()
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, COLUMNS)
     y = tl.load(x + t * stride + d, mask=d < D, other=0.0).to(tl.float32)

@@ -51,7 +51,8 @@ class FP8Matrix:
     """codes uint8 e4m3 [out, in]; scale float32 [ceil(out / height), ceil(in / 128)].
 
     inputs: not 0 if arranged for a kernel, see `arranged`: their number, which codes may exceed to
-    make blocks whole; bits: within each block of 128, byte 4 w + j is the code of input 32 j + w.
+    make blocks whole; bits: within each block of 128, byte 4 w + 2 r + h is the code of input
+    64 h + 2 w + r.
     """
 
     codes: Tensor
@@ -76,7 +77,7 @@ class FP8Matrix:
         n_in = self.shape[1]
         codes = self.codes[start:stop].view(torch.int8)
         if self.bits:
-            codes = codes.unflatten(1, (-1, 32, 4)).transpose(2, 3).flatten(1)
+            codes = codes.unflatten(1, (-1, 32, 2, 2)).permute(0, 1, 4, 2, 3).flatten(1)
         codes = codes[:, :n_in]
         bits = _scratch(codes.shape, torch.int32, codes.device).copy_(codes)
         bits.bitwise_left_shift_(FP8_SHIFT).bitwise_and_(FP8_MASK)

@@ -4,10 +4,10 @@ A program has W outputs and M rows; it goes over the inputs in blocks of 128, ea
 sums times the block's scales. The weight is the left operand, [W, 128] x [128, M], in one of two
 ways:
 
-- by bits, on every chip: 32 words of 4 codes become bfloat16 in registers. `arranged` has put the
-  codes so that byte j of word w belongs to input 32 j + w of the block: the bytes j of all words
-  meet 32 neighbouring inputs, everything between load and product is elementwise, and Triton brings
-  the words from memory straight to the registers in which the tensor cores take them.
+- by bits, on every chip: 32 words of 4 codes become bfloat16 in registers, codes 0 and 2 as well as
+  1 and 3 together, by instructions that take pairs. `arranged` has put the codes so that the pairs
+  of all words meet 64 neighbouring inputs, in their order: nothing is moved between registers, and
+  Triton brings the words from memory straight to those in which the tensor cores take them.
 - e4m3 x e4m3, where a chip multiplies these (from sm_89 on) and the inputs are rounded: they come
   as codes, with a power of two for each block.
 
@@ -32,17 +32,22 @@ from dsv4_plugin.kernels.arrival import counters, in_order, is_last
 from dsv4_plugin.kernels.bits import (
     E4M3_UNIT,
     e4m3_block,
-    e4m3_codes,
     e4m3_decode,
+    e4m3_pairs,
+    scaled_pairs,
+    side_by_side,
 )
 from dsv4_plugin.kernels.launch import pick, require
 from dsv4_plugin.kernels.packed import ROUNDED, FP8Matrix, Inputs, Rounded
+from dsv4_plugin.kernels.programmatic import follow, kernel
 from dsv4_plugin.kernels.swiglu.kernel import clamped
 
 PLAIN = tl.constexpr(0)
 VALUES = tl.constexpr(1)
 CODES = tl.constexpr(2)
 """What rows are written as: as they are; rounded, as values or as codes and scales."""
+UNITS = tl.constexpr(0x7B807B80)
+"""Two bfloat16 values of 2^120, by which e4m3's bits are divided."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +106,11 @@ BITS = Way(
     # compiled: no spills; two sums of 128 x 128 would
     gated=Tiles(Tile(128, 16, 8, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 3)),
 )
-# compiled: no spills in loops, up to 98 KiB. With mma.sync 128 x 128 by bits spills.
+# compiled: no spills in loops, up to 98 KiB; 128 x 128 takes 3.7 instructions for each of tensor
+# cores, 128 x 64 took 5.1. With mma.sync two sums of 128 x 64 spill.
 SMALL_BITS = Way(
-    plain=Tiles(Tile(64, 16, 4, 4), Tile(64, 32, 4, 4), Tile(128, 64, 8, 3)),
-    rounded=Tiles(Tile(128, 16, 4, 3), Tile(128, 32, 4, 3), Tile(128, 64, 8, 3)),
+    plain=Tiles(Tile(64, 16, 4, 4), Tile(64, 32, 4, 4), Tile(128, 128, 8, 3)),
+    rounded=Tiles(Tile(128, 16, 4, 3), Tile(128, 32, 4, 3), Tile(128, 128, 8, 3)),
     gated=Tiles(Tile(128, 16, 8, 3), Tile(128, 32, 8, 3), Tile(128, 32, 8, 3)),
 )
 # compiled: 64 KiB of shared memory, which is all that gfx942 has
@@ -161,14 +167,11 @@ def _block(
         by = tl.load(x_scale + i)
         factor *= by[:, None] if TURNED else by[None, :]
     else:
-        word = tl.arange(0, 32)
-        words = tl.load(w[:, None] + (i * 32 + word)[None, :])
-        k0, k1, k2, k3 = e4m3_codes(words, tl.bfloat16)
-        k = i * 128 + word
-        sums = _part(None, k0 * E4M3_UNIT, x, k, k_end, EVEN, TURNED)
-        sums = _part(sums, k1 * E4M3_UNIT, x, k + 32, k_end, EVEN, TURNED)
-        sums = _part(sums, k2 * E4M3_UNIT, x, k + 64, k_end, EVEN, TURNED)
-        sums = _part(sums, k3 * E4M3_UNIT, x, k + 96, k_end, EVEN, TURNED)
+        words = tl.load(w[:, None] + (i * 32 + tl.arange(0, 32))[None, :])
+        even, odd = e4m3_pairs(words, tl.bfloat16)
+        k = i * 128 + tl.arange(0, 64)
+        sums = _part(None, side_by_side(scaled_pairs(even, UNITS)), x, k, k_end, EVEN, TURNED)
+        sums = _part(sums, side_by_side(scaled_pairs(odd, UNITS)), x, k + 64, k_end, EVEN, TURNED)
     return total + sums * factor
 
 
@@ -246,7 +249,7 @@ def store_rounded_row(
     store_rounded(y, out + t * D + at, at < D, scale_at, block < COUNT, 1, FORM)
 
 
-@triton.jit(do_not_specialize=["rows", "first", "limit"])
+@kernel(do_not_specialize=["rows", "first", "limit"])
 def fp8_product(
     x, x_scale, w, w_scale, out, out_scale, partial, counter,
     rows, x_stride, x_group, inputs, BLOCKS, N, first, limit,
@@ -255,6 +258,7 @@ def fp8_product(
     KIND: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of rows and outputs, piece of the inputs, group). BLOCKS: of 128 inputs."""
+    follow()
     row_tile, tile = _place(tl.cdiv(rows, M), tl.cdiv(N, W), GROUP)
     piece, group = tl.program_id(1), tl.program_id(2)
     m, n = row_tile * M + tl.arange(0, M), tile * W + tl.arange(0, W)
@@ -295,12 +299,13 @@ def fp8_product(
     _write(one, two, limit, out, out_scale, rows, m, n, N, first, FORM, GATED, KIND)
 
 
-@triton.jit
+@kernel()
 def round_blocks(
     x, out, out_scale, stride,
     K: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Program (row, BLOCKS blocks of BLOCK values)."""
+    follow()
     t = tl.program_id(0).to(tl.int64)
     block = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[:, None]
     at = block * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -326,7 +331,7 @@ def arranged(matrix: FP8Matrix, rounded: bool) -> FP8Matrix:
     codes = torch.nn.functional.pad(matrix.codes, (0, -inputs % ROUNDED))
     bits = not rounded or pick(LINEARS).codes is None
     if bits:
-        codes = codes.view(rows, -1, 4, 32).transpose(2, 3).reshape(rows, -1)
+        codes = codes.view(rows, -1, 2, 32, 2).permute(0, 1, 3, 4, 2).reshape(rows, -1)
     return FP8Matrix(codes, matrix.scale, matrix.height, inputs, bits)
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4_plugin.kernels.bits import int4_codes
+from dsv4_plugin.kernels.bits import halves, int4_pairs
 from dsv4_plugin.kernels.launch import pick
 from dsv4_plugin.kernels.packed import FP8Matrix, Inputs, Int4Matrix, Matrix, fp8
 from dsv4_plugin.kernels.packed.fp8 import (
@@ -26,6 +26,7 @@ from dsv4_plugin.kernels.packed.fp8 import (
     round_inputs,
     round_rows,
 )
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
 __all__ = [
     "arranged", "gated_product", "grouped_product", "product", "products", "round_inputs",
@@ -68,16 +69,17 @@ def _values(words):
     """int32 [N, W] of 8 codes -> bfloat16 [N, 8 W]."""
     N: tl.constexpr = words.shape[0]
     W: tl.constexpr = words.shape[1]
-    k0, k4 = int4_codes(words)
-    k1, k5 = int4_codes(words >> 4)
-    k2, k6 = int4_codes(words >> 8)
-    k3, k7 = int4_codes(words >> 12)
+    p0, p1, p2, p3 = int4_pairs(words)
+    k0, k4 = halves(p0, tl.bfloat16)
+    k1, k5 = halves(p1, tl.bfloat16)
+    k2, k6 = halves(p2, tl.bfloat16)
+    k3, k7 = halves(p3, tl.bfloat16)
     even = tl.join(tl.join(k0, k4), tl.join(k2, k6))
     odd = tl.join(tl.join(k1, k5), tl.join(k3, k7))
     return tl.reshape(tl.join(even, odd), (N, 8 * W))
 
 
-@triton.jit(do_not_specialize=["rows", "out_stride"])
+@kernel(do_not_specialize=["rows", "out_stride"])
 def int4_product(
     x,
     w,
@@ -96,6 +98,7 @@ def int4_product(
 ):
     """Program (row tile, output tile). ROW: words from one output to the next; BLOCK: inputs that
     share a scale."""
+    follow()
     SCALES: tl.constexpr = DEPTH // BLOCK
     t = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     n = tl.program_id(1) * W + tl.arange(0, W)

@@ -15,12 +15,13 @@ from dsv4_plugin.kernels.device import (
     sum_of_squares,
 )
 from dsv4_plugin.kernels.launch import require
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
 HEADS = 4
 """Heads of q per program."""
 
 
-@triton.jit
+@kernel()
 def norm_rope_write(
     q,
     kv,
@@ -40,6 +41,7 @@ def norm_rope_write(
     FORMAT: tl.constexpr,
     HEADS: tl.constexpr,
 ):
+    follow()
     t = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     PLAIN: tl.constexpr = D - ROPE

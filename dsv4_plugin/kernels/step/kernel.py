@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dsv4_plugin.cache.paged import BlockTables
 from dsv4_plugin.kernels.launch import require
+from dsv4_plugin.kernels.programmatic import follow, kernel
 from dsv4_plugin.kernels.step import Rows
 
 BLOCK = 128
@@ -15,7 +16,7 @@ SEARCH = 16
 """Halvings that find a row's request among 65,535."""
 
 
-@triton.jit(do_not_specialize=["rows", "requests", "table_stride"])
+@kernel(do_not_specialize=["rows", "requests", "table_stride"])
 def place_rows(
     query_start,
     seq_lens,
@@ -35,6 +36,7 @@ def place_rows(
     KINDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    follow()
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     real = inside & (row < tl.load(query_start + requests).to(tl.int32))

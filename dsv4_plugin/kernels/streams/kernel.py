@@ -20,6 +20,7 @@ from dsv4_plugin.kernels.launch import pick, require
 from dsv4_plugin.kernels.packed import ROUNDED, Both
 from dsv4_plugin.kernels.packed.fp8 import PLAIN, room, store_rounded_row
 from dsv4_plugin.kernels.pin import pin
+from dsv4_plugin.kernels.programmatic import follow, kernel
 from dsv4_plugin.kernels.streams import Mixer, Spread
 
 TILE = 16
@@ -134,7 +135,7 @@ def _multiply(
     tl.store(partial[:, None] + n[None, :], total, mask=real[:, None])
 
 
-@triton.jit(do_not_specialize=["first", "end", "rows", "chunks"])
+@kernel(do_not_specialize=["first", "end", "rows", "chunks"])
 def mix_part(
     out, h, post, mixing, fn, h_out, partial, first, end, rows, chunks,
     D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, SPREAD: tl.constexpr, M: tl.constexpr,
@@ -142,6 +143,7 @@ def mix_part(
 ):  # fmt: skip
     """Program (chunk, share of `rows` of the tokens first .. end - 1). partial float32 [tokens,
     chunks, WIDTH]. STAGES 0: a share is one tile."""
+    follow()
     chunk = tl.program_id(0)
     d = chunk * BLOCK + tl.arange(0, BLOCK)
     begin = first + tl.program_id(1) * rows
@@ -248,7 +250,7 @@ def _collapse(
         store_rounded_row(y, rounded, rounded_scale, tl.sum(t, 0), D, COLUMNS, BLOCK, FORM)
 
 
-@triton.jit(do_not_specialize=["first", "end", "chunks"])
+@kernel(do_not_specialize=["first", "end", "chunks"])
 def mix_end(
     h, partial, base, scale, norm, x_out, rounded, rounded_scale, post_out, mixing_out, first, end,
     chunks, iters, eps, norm_eps,
@@ -258,6 +260,7 @@ def mix_end(
 ):  # fmt: skip
     """Of tokens first .. end - 1, whose streams h and sums `partial` are complete: if SPREADS, the
     first programs make the `Spread` of GROUP tokens each; then one a token makes x."""
+    follow()
     makers = tl.cdiv(end - first, GROUP) if SPREADS else 0
     program = tl.program_id(0)
     if program < makers:
@@ -275,9 +278,10 @@ def mix_end(
         )  # fmt: skip
 
 
-@triton.jit
+@kernel()
 def join(out, h, post, mixing, h_out, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
     """Program (token, BLOCK columns): the join of `mix_part` alone."""
+    follow()
     t, real = _tile(tl.program_id(0), tl.num_programs(0), 1)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (d < D)[None, :]

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4_plugin.kernels.launch import require
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
 BLOCK = 1024
 
@@ -20,8 +21,9 @@ def clamped(gate, up, limit):
     return gate * tl.where(gate < 0, e, 1.0) / (1.0 + e) * tl.minimum(tl.maximum(up, -limit), limit)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel(do_not_specialize=["count"])
 def clamped_swiglu(gate, up, out, count, limit, BLOCK: tl.constexpr):
+    follow()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
