@@ -63,9 +63,7 @@ def test_nothing_is_compiled_after_the_warm_up(gpu, tmp_path, monkeypatch):
 
     from vllm_ext.cache import GroupMetadata
 
-    monkeypatch.setattr(
-        registry, "_run_in_subprocess", lambda function: function()
-    )
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
     with drafter(checkpoint, tmp_path) as (config, model), torch.inference_mode():
         with compiled() as warm:
             model.cache.bind_kv_cache(torch.full((BLOCKS, 1, 1, model.cache.words), -1).int())
