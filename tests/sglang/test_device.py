@@ -1,10 +1,6 @@
-"""The adapter as on a GPU, with the emulator in its place: chunks, a batch, decoding, drafts."""
+"""The adapter as on a GPU, with the emulator in the GPU's place: chunks, a batch, decoding."""
 
 from __future__ import annotations
-
-import json
-import re
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +9,7 @@ from dsv4_plugin.tools.make import make_checkpoint
 from tests.conftest import A_LAYER_OF_EACH, random_ids
 from tests.tolerances import clear_choices
 
-from .server import Output, Server
+from .server import Server
 
 NEW = 4
 OPTIONS = (
@@ -38,32 +34,6 @@ def test_the_server_gives_torch_s_tokens(tmp_path):
     with Server(checkpoint, *OPTIONS, log=log, testing="emulate", environ=environ) as server:
         found = server.generate_all(prompts, NEW, at_once=3, logprobs=False)
         assert "Triton" in server.read_log()
-    check(checkpoint, found)
-
-
-@pytest.mark.thorough
-def test_a_server_with_drafts_gives_torch_s_tokens(tmp_path):
-    """Drafts that torch's tokens say are right, wrong, and wrong in the middle. (What SGLang has
-    kernels for is torch's, as the server's device is the CPU.)"""
-    checkpoint, file = tmp_path / "three", tmp_path / "drafts"
-    make_checkpoint(checkpoint, "tiny", 2, A_LAYER_OF_EACH | {"num_nextn_predict_layers": 1})
-    prompts = [random_ids(n, seed=n).tolist() for n in (5, 140, 20)]
-    new = 2 * NEW
-    model = load(checkpoint, dtype="bfloat16", kv_dtype="fp8")
-    texts = [p + model.generate([p], new, ignore_eos=True)[0] for p in prompts]
-    file.write_text(json.dumps(list(zip(texts, (-1, 0, 1), strict=True))))
-    environ = {"DSV4_KERNELS": "triton", "DSV4_DRAFTS": str(file)}
-    mtp, log = "--speculative-algorithm=EAGLE", tmp_path / "log"
-    with Server(
-        checkpoint, *OPTIONS, mtp, log=log, testing="emulate,drafts", environ=environ
-    ) as server:
-        found = server.generate_all(prompts, new, at_once=3, logprobs=False)
-        kept = [float(n) for n in re.findall(r"accept len: ([0-9.]+)", server.read_log())]
-    assert max(kept) > 1
-    check(checkpoint, found)
-
-
-def check(checkpoint: Path, found: list[Output]) -> None:
     model = load(checkpoint, dtype="bfloat16", kv_dtype="fp8")
     clear = [clear_choices(model, output.prompt, output.ids) for output in found]
     assert sum(clear) >= NEW

@@ -9,7 +9,7 @@ DSV4_DRAFTS says.
 import json
 import logging
 import os
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 log = logging.getLogger("sglang.srt.dsv4_testing")
@@ -48,12 +48,6 @@ def poisoned(allocate):
 
 def emulate(*args, **kwargs):
     """From the weights on, which are laid out for the chip: SGLang's imports shall find no GPU."""
-    begin_emulation()
-
-
-@cache
-def begin_emulation():
-    """Once: a drafter's weights come after the model's."""
     from lab.kit.gpu import EmulatedGPU
 
     EmulatedGPU("sm80").__enter__()
