@@ -124,12 +124,13 @@ def test_blocks_whose_rows_see_one_another(gpu, kind):
 
 
 LAUNCH = kernel.LAUNCHES["any"]
-ONE, MANY = LAUNCH.fp8
+ONE, *_, MANY = LAUNCH.fp8
 WAYS = {
     "dealt": [replace(ONE, deal=0)],
     "in pieces": [replace(ONE, deal=inf)],
     "in company": [MANY],
     "halves": [replace(MANY, columns=2)],
+    "quarters": [replace(MANY, columns=4)],
 }
 
 
@@ -161,10 +162,11 @@ def test_the_same_bits_alone_in_company_and_in_pieces(gpu, monkeypatch, kind):
 
 
 def prompts(positions, *given, **kinds):
-    """A case of prompts: as `world`, of which the step knows where each request's rows are."""
+    """A case of prompts: as `world`, of which the step knows where each request's rows are. One
+    that brings none is 40 tokens long."""
     case = world(positions, *given, **kinds)
     counts = torch.tensor([0, *(sum(p is not None for p in some) for some in positions)])
-    lengths = [max([p for p in some if p is not None], default=-1) + 1 for some in positions]
+    lengths = [max([p for p in some if p is not None], default=39) + 1 for some in positions]
     step = replace(
         case["step"],
         query_start=counts.cumsum(0).int().to(mode.DEVICE),

@@ -83,11 +83,11 @@ def test_programs_do_not_grow_with_the_limit(monkeypatch, rows):
     and scratch within its bounds."""
     programs, scratch, scores, _ = launches(monkeypatch, rows, LIMITS[-1])
     launch = attention.LAUNCHES["a100"]
-    few, many = launch.fp8
+    columns = max(way.columns for way in launch.fp8)
     cell = 64 * 514 * 4
     pieces = -(-(LIMITS[-1] // HCA + 128) // (launch.keys * launch.piece))
-    dealt = 2 * few.columns * (attention.DEALT_BYTES // cell)
-    assert programs <= max(dealt, 2 * many.columns * pieces * rows, 2 * few.columns * pieces * rows)
+    dealt = attention.DEALT_BYTES // cell
+    assert programs <= 2 * columns * max(dealt, pieces * rows)
     assert scratch * 2**20 <= attention.SCRATCH_BYTES
     assert scores <= index.LAUNCHES["any"].programs + rows
 

@@ -49,9 +49,14 @@ def op(gpu) -> Op:
         row = pick(table)
         if row.warps == 32:
             raise RuntimeError("out of resources\nand more")
-        return [torch.ones(4) + row.off]
+        return [torch.ones(4, device=mode.DEVICE) + row.off]
 
-    return Op(table, {"ones": lambda _: Work(launch, lambda: [torch.ones(4)], 16)}, SIZES, FIELDS)
+    return Op(
+        table,
+        {"ones": lambda _: Work(launch, lambda: [torch.ones(4, device=mode.DEVICE)], 16)},
+        SIZES,
+        FIELDS,
+    )
 
 
 def seconds(op: Op, work: Work) -> float:
