@@ -202,7 +202,7 @@ MUTANTS = [
     Mutant("shared experts of stages are passed over", "dsv4_plugin/checkpoint/load.py", "if give(model, path, weight):", 'if (path.startswith("mtp.") and ".shared_" in path) or give(model, path, weight):', "core/test_dspark", "loaded_once"),
     Mutant("a draft behind a wrong one is kept", SPECULATE, "kept = agree.long().cumprod(1).sum(1)", "kept = agree.long().sum(1)", "core/test_dspark", "forced"),
     Mutant("a draft is kept unseen", SPECULATE, "agree = (picked[:, :-1] == ids[:, 1:]) & on_device[:, 1:]", "agree = ((picked[:, :-1] == ids[:, 1:]) | (ids[:, 1:] == 0)) & on_device[:, 1:]", "core/test_dspark", "sampled_answers"),
-    Mutant("kernels see a block as a text", ATTENTION, "sees = step.sees[rows]", "sees = step.position[rows]", "triton/test_attention", "blocks"),
+    Mutant("kernels see a block as a text", ATTENTION, "step.sees[rows], (cells_m", "step.position[rows], (cells_m", "triton/test_attention", "blocks"),
     Mutant("the drafter's head is normed", STREAMS, "NORM=not plain", "NORM=True", "triton/test_streams", "plain"),
     Mutant("a file's end is not checked", FILES, "if size != end:", "if size < first:", "core/test_bad_input"),
     # Checkpoints of others
