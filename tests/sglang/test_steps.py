@@ -11,12 +11,14 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from dsv4_plugin import load
 from dsv4_plugin.tools.make import make_checkpoint
+from lab.kit import mode
+from lab.kit.gpu import EmulatedGPU
 from sglang_ext import backend
 from sglang_ext.backend import Backend, DraftSteps
 from sglang_ext.config import cache_layout
 from tests.conftest import A_LAYER_OF_EACH, SMALL, random_ids
 
-from .test_graphs import PAGE, Runner, batch
+from .test_graphs import PAGE, Engine, Runner, batch
 
 DRAFTS = 3
 PROMPTS = [random_ids(n, seed=n).tolist() for n in (120, 250)]
@@ -99,3 +101,31 @@ def test_rejected_drafts_leave_nothing_behind(local, runner):
             kept = said[i, : right + 1].tolist()
             assert kept == texts[i][lengths[i] + 1 :][: right + 1]
             lengths[i] += right + 1
+
+
+@torch.inference_mode()
+@pytest.mark.thorough
+def test_emulated_kernels_verify_what_they_decode(tmp_path, monkeypatch):
+    """Triton's kernels as sm_80 code, bfloat16 with 8-bit rows: two steps of chains, a draft wrong
+    in each, give what steps of one token do."""
+    make_checkpoint(tmp_path / "checkpoint", "tiny", 2, SMALL | A_LAYER_OF_EACH, tokenizer=False)
+    local = load(tmp_path / "checkpoint", dtype="bfloat16", kv_dtype="fp8")
+    local.layout = cache_layout(local.config, "bfloat16", "fp8_e4m3", PAGE, False, DRAFTS)
+    mode.kernels(monkeypatch, "triton")
+    monkeypatch.setattr(backend, "drafts", lambda: DRAFTS)
+    monkeypatch.setattr(Backend, "_warm_up", lambda *args: None)
+    n = len(PROMPTS[0])
+    with EmulatedGPU("sm80"):
+        engine = Engine(local)
+        text = [*PROMPTS[0], engine.prompt(0, PROMPTS[0])]
+        for _ in range(DRAFTS + 2):
+            text += engine.decode([0], [len(text)], text[-1:])
+        engine.runner.bind()
+        assert engine.prompt(0, PROMPTS[0]) == text[n]
+        for right in (1, 2):
+            chain = torch.tensor(text[n : n + DRAFTS + 1])
+            chain[right + 1 :] = (chain[right + 1 :] + 1) % local.config.vocab_size
+            engine.backend.init_forward_metadata(verification([0], [n]))
+            said = engine.token(engine.forward(chain)).tolist()
+            assert said[: right + 1] == text[n + 1 : n + 2 + right]
+            n += right + 1
