@@ -10,7 +10,7 @@ import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,8 @@ MMA = ("HMMA", "QMMA", "IMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "v_mfma")
 class Resources:
     """registers, spill (bytes per thread, stored or of scratch), shared (bytes of a block);
     instructions by name; loop_spills: spill instructions inside loops; byte_loads: global loads
-    of single bytes; mma: tensor-core instructions."""
+    of single bytes; loop: instructions by name of the innermost loop that multiplies most, or else
+    is longest; mma: tensor-core instructions."""
 
     registers: int
     spill: int
@@ -36,6 +37,7 @@ class Resources:
     instructions: Counter[str]
     loop_spills: int
     byte_loads: int
+    loop: Counter[str]
 
     @property
     def mma(self) -> int:
@@ -59,7 +61,8 @@ def _nvidia(kernel: Any, sass: Sequence[Line]) -> Resources:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     names = Counter(line.name for line in sass)
-    in_loops = _in_loops(sass)
+    loops = _loops(sass)
+    in_loops = Counter(line.name for line in {line for loop in loops for line in loop})
     return Resources(
         registers=int(found[1]),
         spill=int(found[2]),
@@ -69,6 +72,7 @@ def _nvidia(kernel: Any, sass: Sequence[Line]) -> Resources:
         byte_loads=sum(
             n for k, n in names.items() if k.startswith("LDG") and re.search(r"\.[US]8", k)
         ),
+        loop=_main(loops),
     )
 
 
@@ -90,7 +94,7 @@ def _sass(kernels: Sequence[Any]) -> list[list[Line]]:
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(b"".join(codes))
         text = _run("nvdisasm", "--binary", f"SM{arch[1]}", file.name)
-    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)"
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)(.*)"
     found = [Line(int(at, 16), *rest) for at, *rest in re.findall(pattern, text)]
     assert len(found) * INSTRUCTION == sum(map(len, codes)), "instructions that were not read"
     lines = iter(found)
@@ -110,14 +114,41 @@ def _code(cubin: bytes) -> bytes:
     return code
 
 
-def _in_loops(sass: Sequence[Line]) -> Counter[str]:
-    """Instructions by name between a backward branch and its target."""
-    inside: set[int] = set()
+def _loops(sass: Sequence[Line]) -> list[list[Line]]:
+    """What lies between each backward branch and its target."""
+    found = []
     for line in sass:
         target = re.search(r"\b0x([0-9a-f]+)\s*;", line.operands)
         if line.name.startswith("BRA") and target:  # a jump to itself ends the program
-            inside.update(range(int(target[1], 16), line.address, INSTRUCTION))
-    return Counter(line.name for line in sass if line.address in inside)
+            inside = range(int(target[1], 16), line.address + 1, INSTRUCTION)
+            found.append([other for other in sass if other.address in inside])
+    return [loop for loop in found if len(loop) > 1]
+
+
+def _main(loops: Sequence[Sequence[Line]]) -> Counter[str]:
+    """Of loops around one another the inner one multiplies as much in fewer instructions."""
+    named = [Counter(line.name for line in loop) for loop in loops]
+
+    def order(loop: Counter[str]) -> tuple[int, int]:
+        return multiply_adds(loop), -loop.total() if multiply_adds(loop) else loop.total()
+
+    return max(named, key=order, default=Counter())
+
+
+def multiply_adds(instructions: Mapping[str, int]) -> int:
+    """A warp's on tensor cores, by the shapes in the instructions' names."""
+    total = 0
+    for name, count in instructions.items():
+        if not name.startswith(MMA):
+            continue
+        of_four_warps = re.search(r"\.(\d+)x(\d+)x(\d+)", name)
+        of_one = re.search(r"\.168(\d+)", name)
+        if of_four_warps:
+            m, n, k = map(int, of_four_warps.groups())
+            total += count * m * n * k // 4
+        elif of_one:
+            total += count * 16 * 8 * int(of_one[1])
+    return total
 
 
 def _amd(kernel: Any) -> Resources:
@@ -138,4 +169,5 @@ def _amd(kernel: Any) -> Resources:
         byte_loads=sum(
             n for k, n in names.items() if re.match(r"(global|buffer)_load_[us]byte", k)
         ),
+        loop=Counter(),
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,8 @@ SIBLINGS = {"sm89": "sm86", "sm103": "sm100", "sm121": "sm120"}
 
 @dataclass(frozen=True)
 class Built:
-    """One kernel of a case on a target; or why the case failed there, with no kernel."""
+    """One kernel of a case on a target, see `Resources`; launches: of it in that case. Or why the
+    case failed there, with no kernel."""
 
     target: str
     case: str
@@ -32,59 +34,64 @@ class Built:
     byte_loads: int
     mma: int
     instructions: dict[str, int]
+    loop: dict[str, int]
+    launches: int
     error: str = ""
 
 
-def build(targets: Sequence[str]) -> list[Built]:
-    """All production launches."""
+def build(targets: Sequence[str], only: Collection[str] = tuple(production.CASES)) -> list[Built]:
+    """Production launches, all or some."""
     elders = [t for t in targets if SIBLINGS.get(t) not in targets]
     families = [[t, *(s for s in targets if SIBLINGS.get(s) == t)] for t in elders]
-    work = [(family, group) for family in families for group in production.GROUPS]
+    work = [(family, group, only) for family in families for group in production.GROUPS]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, mp_context=context) as pool:
         found = [built for some in pool.map(_family, *zip(*work, strict=True)) for built in some]
     return sorted(found, key=lambda b: targets.index(b.target))
 
 
-def _family(targets: Sequence[str], group: str) -> list[Built]:
+def _family(targets: Sequence[str], group: str, only: Collection[str]) -> list[Built]:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     from triton import knobs
 
     knobs.runtime.add_stages_inspection_hook = SharedPTX()
-    return [built for target in targets for built in _target(target, group)]
+    return [built for target in targets for built in _target(target, group, only)]
 
 
-def _target(target: str, group: str) -> list[Built]:
-    """All cases of a group on one target. Two cases that launch the same kernel list it once."""
+def _target(target: str, group: str, only: Collection[str]) -> list[Built]:
+    """Cases of a group on one target, each with all its kernels."""
     from triton.runtime.errors import OutOfResources
 
     from lab.kit.binary import resources
     from lab.kit.targets import FakeGPU
 
-    found: list[Built] = []
-    made: dict[str, tuple[str, Any, tuple[int, int, int]]] = {}
+    failed: list[Built] = []
+    launched: list[tuple[str, Any, tuple[int, int, int], int]] = []
     for name, launch in getattr(production, group).items():
+        if name not in only:
+            continue
         with FakeGPU(target) as gpu:
             try:
                 launch()
             except OutOfResources as e:
-                found.append(_failed(target, name, str(e)))
+                failed.append(_failed(target, name, str(e)))
                 continue
-        for kernel, grid in gpu.compiled():
-            made.setdefault(kernel.hash, (name, kernel, grid))
-    taken = resources([kernel for _, kernel, _ in made.values()])
-    for (name, kernel, grid), r in zip(made.values(), taken, strict=True):
-        found.append(
-            Built(
-                target, name, kernel.name, grid, r.registers, r.spill, r.loop_spills,
-                r.shared, r.byte_loads, r.mma, dict(r.instructions),
-            )
-        )  # fmt: skip
-    return found
+        count = Counter(metadata.hash for _, metadata, _ in gpu.launches)
+        launched += [(name, kernel, grid, count[kernel.hash]) for kernel, grid in gpu.compiled()]
+    distinct = {kernel.hash: kernel for _, kernel, _, _ in launched}
+    taken = dict(zip(distinct, resources(list(distinct.values())), strict=True))
+    return failed + [
+        Built(
+            target, name, kernel.name, grid, r.registers, r.spill, r.loop_spills, r.shared,
+            r.byte_loads, r.mma, dict(r.instructions), dict(r.loop), launches,
+        )
+        for name, kernel, grid, launches in launched
+        for r in [taken[kernel.hash]]
+    ]  # fmt: skip
 
 
 def _failed(target: str, case: str, error: str) -> Built:
-    return Built(target, case, "", (0, 0, 0), 0, 0, 0, 0, 0, 0, {}, error)
+    return Built(target, case, "", (0, 0, 0), 0, 0, 0, 0, 0, 0, {}, {}, 0, error)
 
 
 class SharedPTX:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 import triton
@@ -16,7 +18,7 @@ from dsv4_plugin.kernels.bits import (
     e4m3_scale,
 )
 from dsv4_plugin.quant.e4m3 import decode_e4m3, quantise_e4m3
-from lab.kit import mode
+from lab.kit import binary, mode
 from lab.kit.order import seeded
 
 interpreted = pytest.mark.skipif(not mode.INTERPRET, reason="the interpreter's checks")
@@ -244,3 +246,21 @@ def test_counters():
     assert counters.distinct("load") == 2 * 2 * 32**2
     assert counters.distinct("load", [a]) == 2 * 32**2
     assert counters.distinct("store") == 4 * 32**2
+
+
+def test_the_main_loop_is_the_inner_one_that_multiplies():
+    names = ("MOV", "LDG.E", "HMMA.16816.F32.BF16", "IADD3", "BRA", "STG.E", "BRA", "FADD", "BRA")
+    targets = {4: " 0x20;", 6: " 0x10;", 8: " 0x70;"}
+    sass = [binary.Line(16 * i, name, targets.get(i, "")) for i, name in enumerate(names)]
+    loops = binary._loops(sass)
+    assert [len(loop) for loop in loops] == [3, 6, 2]
+    assert binary._main(loops) == Counter(names[2:5])
+    assert binary._main(loops[2:]) == Counter(names[7:])
+    assert binary._main([]) == Counter()
+
+
+def test_multiply_adds_of_a_warp():
+    """By the shapes in instructions' names; wgmma's are of four warps."""
+    of_one = {"HMMA.16816.F32.BF16": 2, "QMMA.16832.F32.E4M3.E4M3": 1, "HMMA.1684.F32.TF32": 1}
+    assert binary.multiply_adds(of_one) == 2 * 2048 + 4096 + 512
+    assert binary.multiply_adds({"HGMMA.64x32x16.F32.BF16": 3, "FFMA": 7}) == 3 * 64 * 32 * 16 // 4
