@@ -52,8 +52,9 @@ UNITS = tl.constexpr(0x7B807B80)
 
 @dataclass(frozen=True)
 class Tile:
-    """outputs and rows that a program computes; warps; stages of its loads; turned: the rows are
-    the left operand, by which a thread needs fewer of their scales."""
+    """outputs and rows that a program computes; warps; stages of its loads (of float32 inputs, which
+    take twice the room: one); turned: the rows are the left operand, by which a thread needs fewer
+    of their scales."""
 
     outputs: int
     rows: int
@@ -408,7 +409,8 @@ def _product(
         n, first, 0.0 if limit is None else limit,
         HEIGHT=matrix.height, M=tile.rows, W=tile.outputs, EVEN=inputs % ROUNDED == 0,
         EIGHT=eight, TURNED=tile.turned, GATED=gated, FORM=form, KIND=KINDS[x.dtype],
-        PIECES=count, GROUP=launch.group, STAGES=tile.stages, num_warps=tile.warps,
+        PIECES=count, GROUP=launch.group,
+        STAGES=1 if data.dtype == torch.float32 else tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
