@@ -100,9 +100,13 @@ LAUNCHES = {
     "consumer": Launch(
         FEW, Tile(64, 128, 128, 8, 3, True), Tile(32, 128, 128, 8, 3, True), PLAIN_FEW, PLAIN_FEW
     ),
-    # compiled: in FP8 32 rows spill in loops
+    # compiled: in FP8 32 rows spill in loops, and few ones with 256 inputs a step
     "cdna": Launch(
-        FEW, Tile(64, 128, 128, 8, 2, True), Tile(16, 128, 128, 8, 2, True), PLAIN_FEW, PLAIN_MANY
+        Tile(16, 128, 128, 8, 3, True),
+        Tile(64, 128, 128, 8, 2, True),
+        Tile(16, 128, 128, 8, 2, True),
+        PLAIN_FEW,
+        PLAIN_MANY,
     ),
     # compiled: straight tiles spill on chips with mma.sync, turned ones do not; in FP8, which has
     # sums of its own for every block, 64 rows do
