@@ -52,8 +52,8 @@ UNITS = tl.constexpr(0x7B807B80)
 
 @dataclass(frozen=True)
 class Tile:
-    """outputs and rows that a program computes; warps; stages of its loads (of float32 inputs, which
-    take twice the room: one); turned: the rows are the left operand, by which a thread needs fewer
+    """outputs and rows that a program computes; warps; stages of its loads (one, of float32 inputs,
+    which take twice the room); turned: the rows are the left operand, by which a thread needs fewer
     of their scales."""
 
     outputs: int
