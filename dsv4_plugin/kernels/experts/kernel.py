@@ -91,10 +91,15 @@ PLAIN_FEW, PLAIN_MANY = Tile(16, 32, 128, 4, 3), Tile(64, 64, 128, 8, 2)
 # guessed: 1,024 inputs to a piece, and split up to 16 pairs, where a tile's blocks are so few that
 # most of a large chip is idle
 LAUNCHES = {
-    # measured: H200, MXFP4, 4,096 rows: 5,180 us (64 x 64: 7,675; turned: 6,140)
+    # measured: H200, MXFP4, 4,096 rows: 5,180 us (64 x 64: 7,675; turned: 6,140); 1 and 16 rows: 64
+    # and 616 us (256 inputs a step and 8 warps: 71 and 700)
     # compiled: 128 rows spill in FP8
     "hopper": Launch(
-        FEW, Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 8, 3), PLAIN_FEW, PLAIN_MANY
+        Tile(16, 128, 128, 4, 3, True),
+        Tile(128, 128, 128, 8, 3),
+        Tile(64, 128, 128, 8, 3),
+        PLAIN_FEW,
+        PLAIN_MANY,
     ),
     # compiled: as below; 64 plain rows spill in loops
     "consumer": Launch(

@@ -110,7 +110,8 @@ def times(device: torch.device, copy_rate: float, args: argparse.Namespace) -> l
 
     def figures(requests: Requests, seconds: float, rows: int) -> dict[str, Any]:
         floor = weight_bytes(model.config, rows) / copy_rate
-        hidden = torch.zeros(requests.count, model.config.hidden_size, device=device)
+        shape = requests.count, model.config.hidden_size
+        hidden = torch.zeros(shape, dtype=torch.bfloat16, device=device)
         head = median_seconds(lambda: model.head(hidden))
         found = {"seconds": seconds, "floor_seconds": floor, "share": floor / seconds}
         return found | {"tokens_per_second": rows / (share * seconds + head)}
