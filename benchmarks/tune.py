@@ -351,6 +351,10 @@ def main() -> None:
     args = parser.parse_args()
     whole = OPS[args.op]
     op = replace(whole, fields={f: v for f, v in whole.fields.items() if args.fields in f})
+    of = cases(op, torch.device("meta"), SMALL_SIZES if args.check else None)
+    for option, names, only in (("cases", of, args.cases), ("fields", whole.fields, args.fields)):
+        if not any(only in name for name in names):
+            parser.error(f"--{option} is {only!r}; allowed are parts of {', '.join(names)}")
     if args.check:
         check(op, args.cases, args.chip or "sm80")
     elif args.chip:

@@ -173,3 +173,13 @@ def test_check_runs_variants_without_a_gpu(capsys):
     said = capsys.readouterr().out
     assert "-" not in said.split("Nothing was measured")[0]
     assert re.search(r"scores and choice, decode +right +right\n", said)
+
+
+@pytest.mark.parametrize("option", ["cases", "fields"])
+def test_a_filter_that_leaves_nothing_is_refused(option, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["tune", "float32", f"--{option}", "nothing", "--chip", "sm90"]
+    )
+    with pytest.raises(SystemExit):
+        tune.main()
+    assert f"--{option} is 'nothing'; allowed are parts of " in capsys.readouterr().err
