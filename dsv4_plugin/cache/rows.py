@@ -193,7 +193,12 @@ class RowPool:
 
     def write(self, address: Tensor, x: Tensor) -> None:
         """Store x [N, width] at the int64 addresses [N]."""
-        self._rows.index_put_((address,), self.codec.encode(x))
+        rows = self.codec.encode(x)
+        if rows.device.type == "cpu":
+            self._rows.index_put_((address,), rows)
+        else:  # GPUs asked for deterministic algorithms write to a copy of overlapping views.
+            word = torch.arange(self.codec.words, device=rows.device)
+            self.storage.index_put_((address[:, None] + word,), rows)
 
     def write_real(self, address: Tensor, x: Tensor) -> None:
         """The same, but rows of address -1 are not written."""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import triton
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import JITFunction
 
 from dsv4_plugin.kernels.launch import pick
@@ -50,8 +51,8 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 def follow(_semantic: Any = None) -> None:
     """Nothing, where the launch is of the ordinary kind, and interpreted."""
     if _semantic is not None and getattr(_semantic.builder.options, "launch_pdl", False):
-        _semantic.grid_dependency_launch_dependents()
-        _semantic.grid_dependency_wait()
+        gdc_launch_dependents(_semantic=_semantic)
+        gdc_wait(_semantic=_semantic)
 
 
 follow.__triton_builtin__ = True  # type: ignore[attr-defined]  # by which Triton knows its own

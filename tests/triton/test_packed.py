@@ -78,7 +78,7 @@ def close_rounded(found: Inputs, expected: Inputs) -> None:
     """Other orders of sums make a value here and there its neighbour."""
     found, expected = values(found).float(), values(expected).float()
     error = (found - expected).abs()
-    assert (error > 0).float().mean() < 0.01
+    assert (error > 0).sum() <= max(4, 0.01 * error.numel())
     assert error.max() <= 0.07 * expected.abs().max()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.kernels.bits import e4m3_codes, halves
 from dsv4_plugin.kernels.device import alignment
+from dsv4_plugin.kernels.pin import pin
 
 NEVER = 1 << 30
 """Tokens of an entry where there are no entries: a case of its own compiles to spills on sm_90."""
@@ -122,9 +123,8 @@ def _decoded(address, some, quarter, NOPE: tl.constexpr, ROPE: tl.constexpr, W: 
     even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
     odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
     x = tl.reshape(tl.join(even, odd), (address.shape[0], W))
-    # Something has to lie between a reshape and shared memory: Triton moves it behind the store
-    # otherwise, and fails ("Illegal shared layout").
-    return tl.where(some, x, 0.0)
+    # Pinned, or Triton 3.6 takes a product of what was joined in another order of its dims.
+    return pin(x)
 
 
 @triton.jit

@@ -106,10 +106,11 @@ def _split(
     w = tl.load(fn + at, mask=(n < N)[None, :] & (d < D)[:, None], other=0.0)
     if KIND == tl.float32:  # noqa: SIM300
         return (w,)
-    high = w.to(KIND)
-    w -= high.to(tl.float32)
-    middle = w.to(KIND)
-    return (w - middle.to(tl.float32)).to(KIND), middle, high
+    else:  # noqa: RET505  (Triton 3.6 compiles what follows such a return)
+        high = w.to(KIND)
+        w -= high.to(tl.float32)
+        middle = w.to(KIND)
+        return (w - middle.to(tl.float32)).to(KIND), middle, high
 
 
 @triton.jit
