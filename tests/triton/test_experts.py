@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4_plugin.config import INT4_BLOCKS
 from dsv4_plugin.kernels.experts import cpu as plain
-from dsv4_plugin.kernels.experts import kernel
+from dsv4_plugin.kernels.experts import kernel, product
 from dsv4_plugin.kernels.experts.product import operand
 from dsv4_plugin.kernels.launch import pick
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Int4Matrix, Matrix, NVFP4Matrix
@@ -139,6 +139,16 @@ def test_packed_experts(gpu, kind, tokens, e, d, f):
     ids, weight = choose(tokens, e, 2)
     expected = plain.packed_experts(x, ids, weight, *layer, LIMIT, rounding=False)
     close(kernel.packed_experts(x, ids, weight, *layer, LIMIT, rounding=False), expected)
+
+
+@pytest.mark.skipif(not mode.INTERPRET, reason="replaces what is known at compile time")
+@pytest.mark.parametrize("kind", ["fp4", "fp8"])
+def test_packed_experts_in_the_order_of_wgmma(gpu, kind, monkeypatch):
+    """As on Hopper, whose products are not emulated: who stores inputs and who multiplies agree."""
+    asked = []
+    monkeypatch.setattr(product, "_neighbours", lambda words: asked.append(words) or words // 4)
+    test_packed_experts(gpu, kind, 1, 8, 256, 64)
+    assert asked
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -34,9 +34,10 @@ from dsv4_plugin.kernels.launch import pick, require
 from dsv4_plugin.kernels.packed import Matrix
 from dsv4_plugin.kernels.programmatic import follow, kernel
 
-CHUNK = tl.constexpr(512)
-"""Pairs that a program looks at together while it counts or places them."""
-COLUMNS = 1024
+CHUNK, STAGES = 512, 4
+"""Pairs that a program looks at together while it counts or places them, and stages of their loads:
+of many pairs each would else wait for the one before."""
+COLUMNS = 512
 """Columns that a program of `add_pairs` adds."""
 PREPARED = 8
 """Blocks of inputs that a program of `prepare` takes."""
@@ -92,14 +93,16 @@ PLAIN_FEW, PLAIN_MANY = Tile(16, 32, 128, 4, 3), Tile(64, 64, 128, 8, 2)
 # most of a large chip is idle
 LAUNCHES = {
     # measured: H200, MXFP4, 4,096 rows: 5,180 us (64 x 64: 7,675; turned: 6,140); 1 and 16 rows: 64
-    # and 616 us (256 inputs a step and 8 warps: 71 and 700)
+    # and 616 us (256 inputs a step and 8 warps: 71 and 700), when inputs were not copied ahead
     # compiled: 128 rows spill in FP8
+    # guessed: plain ones of 128 rows, about as many as an expert has of 4,096, whose weights are
+    # then read once. compiled: no spills, 144 KiB
     "hopper": Launch(
         Tile(16, 128, 128, 4, 3, True),
         Tile(128, 128, 128, 8, 3),
         Tile(64, 128, 128, 8, 3),
         PLAIN_FEW,
-        PLAIN_MANY,
+        Tile(128, 128, 64, 8, 3),
     ),
     # compiled: as below; 64 plain rows spill in loops
     "consumer": Launch(
@@ -122,18 +125,29 @@ LAUNCHES = {
 
 
 @triton.jit
+def _put(row_of, row, pairs, mine):
+    """Those of the pairs that are `mine`, in order, from `row` on; the row behind them."""
+    count = tl.cumsum(mine.to(tl.int32), 0)
+    tl.store(row_of + row + count - 1, pairs, mask=mine)
+    return row + tl.sum(mine.to(tl.int32), 0)
+
+
+@triton.jit
 def _place(
     ids, expert_of, row_of, used, pairs, e,
-    E: tl.constexpr, EXPERTS: tl.constexpr, M: tl.constexpr,
+    E: tl.constexpr, EXPERTS: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Expert e's blocks: expert_of int32 [B], e; row_of int32 [B * M], its pairs in order, then -1;
     expert 0's program too, used int32 [1], the blocks of all experts. Every program counts the
     pairs of all, by which it knows where its own begin, and nobody waits for another."""
-    counts = tl.zeros((EXPERTS,), tl.int32)
-    for start in range(0, pairs, CHUNK):
-        at = start + tl.arange(0, CHUNK)
-        id = tl.load(ids + at, mask=at < pairs, other=-1).to(tl.int32)
-        counts += tl.histogram(id, EXPERTS, mask=(id >= 0) & (id < E))
+    at = tl.arange(0, CHUNK)
+    head = tl.load(ids + at, mask=at < pairs, other=-1).to(tl.int32)  # of a step of decode, all
+    counts = tl.histogram(head, EXPERTS, mask=(head >= 0) & (head < E))
+    if pairs > CHUNK:
+        for start in tl.range(CHUNK, pairs, CHUNK, num_stages=STAGES):
+            id = tl.load(ids + start + at, mask=start + at < pairs, other=-1).to(tl.int32)
+            counts += tl.histogram(id, EXPERTS, mask=(id >= 0) & (id < E))
     number = tl.arange(0, EXPERTS)
     blocks = (counts + (M - 1)) // M
     first = tl.sum(tl.where(number < e, blocks, 0), 0)
@@ -143,13 +157,11 @@ def _place(
     for block in range(first, last):
         tl.store(expert_of + block, e)
     if first < last:
-        next_row = first * M
-        for start in range(0, pairs, CHUNK):
-            at = start + tl.arange(0, CHUNK)
-            mine = tl.load(ids + at, mask=at < pairs, other=-1) == e
-            place = next_row + tl.cumsum(mine.to(tl.int32), 0) - 1
-            tl.store(row_of + place, at, mask=mine)
-            next_row += tl.sum(mine.to(tl.int32), 0)
+        next_row = _put(row_of, first * M, at, head == e)
+        if pairs > CHUNK:
+            for start in tl.range(CHUNK, pairs, CHUNK, num_stages=STAGES):
+                id = tl.load(ids + start + at, mask=start + at < pairs, other=-1)
+                next_row = _put(row_of, next_row, start + at, id == e)
         rest = next_row + tl.arange(0, M)
         tl.store(row_of + rest, -1, mask=rest < last * M)
 
@@ -159,6 +171,7 @@ def prepare(
     x, out, ids, expert_of, row_of, used, pairs,
     K: tl.constexpr, OUT: tl.constexpr, ORDER: tl.constexpr, ROUND: tl.constexpr,
     BLOCKS: tl.constexpr, E: tl.constexpr, EXPERTS: tl.constexpr, M: tl.constexpr,
+    CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The first programs place the pairs, an expert each. Then program (row, BLOCKS blocks): x
     [T, K] -> out [T, OUT], each block rounded if ROUND, in the order for products of ORDER codes a
@@ -179,7 +192,7 @@ def prepare(
     else:
         e = tl.program_id(0) * columns + column
         if e < E:
-            _place(ids, expert_of, row_of, used, pairs, e, E, EXPERTS, M)
+            _place(ids, expert_of, row_of, used, pairs, e, E, EXPERTS, M, CHUNK, STAGES)
 
 
 @kernel()
@@ -193,13 +206,21 @@ def add_pairs(
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
+    here = ()  # all choices, then all rows are asked for together: no load passes a barrier
     for i in tl.static_range(K):
         id = tl.load(ids + t * K + i)
-        here = (id >= 0) & (id < E)
-        total += tl.load(y + (t * K + i) * D + d, mask=here & (d < D), other=0.0).to(tl.float32)
+        here += ((id >= 0) & (id < E),)
     if ALSO:
-        total = total.to(out.dtype.element_ty).to(tl.float32)
-        total += tl.load(also + t * D + d, mask=d < D, other=0.0).to(tl.float32)
+        more = tl.load(also + t * D + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.debug_barrier()
+    rows = ()
+    for i in tl.static_range(K):
+        rows += (tl.load(y + (t * K + i) * D + d, mask=here[i] & (d < D), other=0.0),)
+    tl.debug_barrier()
+    for i in tl.static_range(K):
+        total += rows[i].to(tl.float32)
+    if ALSO:
+        total = total.to(out.dtype.element_ty).to(tl.float32) + more
     tl.store(out + t * D + d, total, mask=d < D)
 
 
@@ -316,7 +337,8 @@ class Products:
             N=w.outputs, K=w.inputs, IN=x.shape[1], OUT=width, ROW=w.row, EACH=w.each,
             SCALE_EACH=w.scale_each, KIND=w.kind, CODES=self.order(w), PAIRS=per, GATED=gated,
             ROUND=self.rounding and after is not None, ORDER=self.order(after) if after else 1,
-            M=tile.rows, W=tile.columns, DEPTH=tile.depth if deep else BLOCK.value,
+            M=tile.rows, W=tile.columns,
+            DEPTH=tile.depth if deep else min(tile.depth, BLOCK.value),
             PIECE=piece, SPLIT=split, num_warps=tile.warps,
             num_stages=tile.stages if x.dtype == torch.bfloat16 else 1,
         )  # fmt: skip
@@ -335,7 +357,8 @@ def prepared(x: Tensor, ids: Tensor, blocks: Blocks, order: int, rounding: bool)
     prepare[(triton.cdiv(e, columns) + rows, columns)](
         x, out, ids, blocks.expert_of, blocks.row_of, blocks.used, ids.numel(),
         K=k, OUT=width, ORDER=order, ROUND=rounding, BLOCKS=PREPARED,
-        E=e, EXPERTS=triton.next_power_of_2(e), M=blocks.rows, num_warps=4,
+        E=e, EXPERTS=triton.next_power_of_2(e), M=blocks.rows, CHUNK=CHUNK, STAGES=STAGES,
+        num_warps=4,
     )  # fmt: skip
     return out
 

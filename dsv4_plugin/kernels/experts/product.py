@@ -6,10 +6,11 @@ a tile of words.
 
 Turned (few rows): [W outputs, M rows], the weight as the left operand. Codes are decoded two at a
 time, by instructions that take pairs: code j of a word with code j + EACH / 2, as they lie in its
-halves. Pair j of all words is the left operand of a product of its own, with the inputs that it
-meets: j, j + EACH / 2, EACH + j, ... So that these lie side by side, inputs are stored in that
-order, within blocks of 128, by whoever made them (`position`). Nothing is moved between registers,
-and nothing goes through shared memory but what is loaded.
+halves. Inputs are stored, by whoever made them, in the order in which a thread then has the values
+(`position`), within blocks of 128: pair j of all words, then the next. On Hopper, where a thread
+takes every fourth pair, words that lie a quarter of a block apart come first, so that a thread's
+own are neighbours, which share a scale. Nothing is moved between registers, and nothing goes
+through shared memory but what is loaded.
 
 Straight (many rows): [M rows, W outputs]. A word's codes are joined, in their order, into a tile
 that all warps read from shared memory.
@@ -29,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq, is_cuda
 
 from dsv4_plugin.config import FP8_BLOCK
 from dsv4_plugin.kernels.arrival import in_order, is_last
@@ -44,6 +46,7 @@ from dsv4_plugin.kernels.bits import (
     twice,
 )
 from dsv4_plugin.kernels.packed import FP4Matrix, FP8Matrix, Int4Matrix, Matrix, NVFP4Matrix
+from dsv4_plugin.kernels.pin import pin
 from dsv4_plugin.kernels.programmatic import follow, kernel
 
 PLAIN = tl.constexpr(0)
@@ -57,6 +60,8 @@ many inputs to a scale."""
 BLOCK = tl.constexpr(128)
 """Inputs that are rounded together, and in which a turned product orders them; FP8's scales are of
 blocks of as many, and as many outputs."""
+TWO_UNITS = tl.constexpr(0x7B807B80)
+"""Two bfloat16 values of 2^120, by which e4m3's are divided."""
 FP4_UNIT = tl.constexpr(2.0**64)
 """What e2m1 values and their factors together leave out."""
 
@@ -115,12 +120,23 @@ _KINDS: dict[type, int] = {
 assert BLOCK.value == FP8_BLOCK
 
 
+@triton.constexpr_function
+def _neighbours(words: int) -> int:
+    """Of a block's words, how many neighbours a thread is to have: a quarter where it takes every
+    fourth pair, for wgmma. For others it takes four in a row; 1: words stay where they are."""
+    wgmma = is_cuda() and cuda_capability_geq(9) and not cuda_capability_geq(10)
+    return words // 4 if wgmma and not triton.knobs.runtime.interpret else 1
+
+
 @triton.jit
 def position(i, EACH: tl.constexpr):
     """Where input i of a block is stored for a turned product; EACH 1: for a straight one."""
     HALF: tl.constexpr = (EACH + 1) // 2
-    j = i % EACH
-    return j % HALF * (BLOCK // HALF) + i // EACH * (EACH // HALF) + j // HALF
+    j, word = i % EACH, i // EACH
+    if EACH > 1:
+        NEXT: tl.constexpr = _neighbours(BLOCK // EACH)
+        word = word % NEXT * (BLOCK // EACH // NEXT) + word // NEXT
+    return j % HALF * (BLOCK // HALF) + word * (EACH // HALF) + j // HALF
 
 
 @triton.jit
@@ -194,22 +210,27 @@ def _factors(
     """Of the COUNT words of inputs k .. k + DEPTH - 1 and outputs n, as `_both` takes them: 2^120
     of FP8; int4's scales; e2m1's times 2^62, where powers beyond 2^65 count as that."""
     if KIND == FP8:
-        factor = tl.full((n.shape[0], 1), 2.0**120, tl.float32)
-    elif KIND >= INT4:
-        factor = _scales(scale, n, k // KIND, used, K // KIND, DEPTH // KIND, WHOLE)
-    elif KIND == MXFP4:
-        code = _scales(scale, n, k // 32, used, K // 32, DEPTH // 32, WHOLE).to(tl.int32)
-        bits = tl.minimum(code + 62, 254) << 7
-        factor = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        if DTYPE == tl.bfloat16:  # noqa: SIM300
+            factors = tl.full((n.shape[0], COUNT), TWO_UNITS, tl.int32)
+        else:
+            factors = tl.full((n.shape[0], COUNT), E4M3_UNIT, DTYPE)
     else:
-        code = _scales(scale, n, k // 16, used, K // 16, DEPTH // 16, WHOLE)
-        factor = e4m3_decode(code) * (2.0**120) * (2.0**62)
-    BLOCKS: tl.constexpr = factor.shape[1]
-    factors = factor.to(DTYPE)
-    if DTYPE == tl.bfloat16:  # noqa: SIM300
-        factors = twice(factors)
-    wide = tl.broadcast_to(factors[:, :, None], (n.shape[0], BLOCKS, COUNT // BLOCKS))
-    return tl.reshape(wide, (n.shape[0], COUNT))
+        if KIND >= INT4:
+            factor = _scales(scale, n, k // KIND, used, K // KIND, DEPTH // KIND, WHOLE)
+        elif KIND == MXFP4:
+            code = _scales(scale, n, k // 32, used, K // 32, DEPTH // 32, WHOLE).to(tl.int32)
+            bits = tl.minimum(code + 62, 254) << 7
+            factor = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        else:
+            code = _scales(scale, n, k // 16, used, K // 16, DEPTH // 16, WHOLE)
+            factor = e4m3_decode(code) * (2.0**120) * (2.0**62)
+        BLOCKS: tl.constexpr = factor.shape[1]
+        factors = factor.to(DTYPE)
+        if DTYPE == tl.bfloat16:  # noqa: SIM300
+            factors = twice(factors)
+        wide = tl.broadcast_to(factors[:, :, None], (n.shape[0], BLOCKS, COUNT // BLOCKS))
+        factors = tl.reshape(wide, (n.shape[0], COUNT))
+    return factors
 
 
 @triton.jit
@@ -229,27 +250,41 @@ def _words(
 
 
 @triton.jit
+def _apart(pairs, factors, DTYPE: tl.constexpr):
+    """The codes of words [W, COUNT] times their factors, in the order of `position`."""
+    W: tl.constexpr = pairs[0].shape[0]
+    PAIRS: tl.constexpr = len(pairs)
+    WORDS: tl.constexpr = BLOCK // (2 * PAIRS)
+    NEXT: tl.constexpr = _neighbours(WORDS)
+    BLOCKS: tl.constexpr = pairs[0].shape[1] // WORDS
+    first = tl.join(*_both(pairs[0], factors, DTYPE))
+    second = tl.join(*_both(pairs[1], factors, DTYPE))
+    if PAIRS == 4:
+        first = tl.join(first, tl.join(*_both(pairs[2], factors, DTYPE)))
+        second = tl.join(second, tl.join(*_both(pairs[3], factors, DTYPE)))
+    values = tl.reshape(tl.join(first, second), (W, BLOCKS, WORDS // NEXT, NEXT, 2, PAIRS))
+    return tl.reshape(tl.permute(values, (0, 1, 5, 3, 2, 4)), (W, BLOCKS * BLOCK))
+
+
+@triton.jit
 def _turned(
     total, x, w, scale, n, k, used,
-    K: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, DEPTH: tl.constexpr,
-    WHOLE: tl.constexpr,
+    K: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr,
+    DEPTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """total [W, M] plus the weight's inputs from k on and outputs n times x: EACH / 2 tensors of
-    the inputs that meet one pair of each word, [2 DEPTH / EACH, M]."""
-    PAIRS: tl.constexpr = len(x)
-    COUNT: tl.constexpr = DEPTH // (2 * PAIRS)
-    shape: tl.constexpr = (n.shape[0], 2 * COUNT)
-    pairs = _pairs(_words(w, n, k, used, K, ROW, COUNT, 2 * PAIRS, WHOLE), KIND)
-    factors = _factors(scale, n, k, used, K, DEPTH, KIND, COUNT, x[0].dtype, WHOLE)
-    sums = tl.zeros(total.shape, tl.float32) if KIND == FP8 else total
-    for j in tl.static_range(PAIRS):
-        weights = tl.reshape(tl.join(*_both(pairs[j], factors, x[j].dtype)), shape)
-        sums = tl.dot(weights, x[j], sums, input_precision="ieee")
+    """total [W, M] plus the weight's inputs from k on and outputs n times x [DEPTH, M]."""
+    COUNT: tl.constexpr = DEPTH // EACH
     if KIND == FP8:
-        row = tl.max(n, 0) // BLOCK  # W divides BLOCK
-        total += sums * tl.load(scale + row * ((K + BLOCK - 1) // BLOCK) + k // BLOCK)
+        unit = tl.load(scale + k // BLOCK)
+    pairs = _pairs(_words(w, n, k, used, K, ROW, COUNT, EACH, WHOLE), KIND)
+    factors = _factors(scale, n, k, used, K, DEPTH, KIND, COUNT, x.dtype, WHOLE)
+    weights = _apart(pairs, factors, x.dtype)
+    if KIND == FP8:
+        total += tl.dot(weights, x, input_precision="ieee") * unit
     else:
-        total = sums
+        # Waited for here: a product that is still at work in the next step, whose left operand is
+        # made in registers meanwhile, ptxas would serialise, and with it all others.
+        total = pin(tl.dot(weights, x, total, input_precision="ieee"))
     return total
 
 
@@ -268,35 +303,28 @@ def _straight(
     else:
         EACH: tl.constexpr = 4 if KIND == FP8 else 8
         COUNT: tl.constexpr = DEPTH // EACH
+        if KIND == FP8:
+            unit = tl.load(scale + k // BLOCK)
         pairs = _pairs(_words(w, n, k, used, K, ROW, COUNT, EACH, WHOLE), KIND)
         factors = _factors(scale, n, k, used, K, DEPTH, KIND, COUNT, x.dtype, WHOLE)
         tile = _joined(pairs, factors, x.dtype)
         if KIND == FP8:
-            at = scale + n // BLOCK * ((K + BLOCK - 1) // BLOCK) + k // BLOCK
-            factor = tl.load(at, mask=used, other=0.0)
-            sums = tl.dot(x, tl.trans(tile), input_precision="ieee")
-            total += sums * factor[None, :]
+            total += tl.dot(x, tl.trans(tile), input_precision="ieee") * unit
         else:
             total = tl.dot(x, tl.trans(tile), total, input_precision="ieee")
     return total
 
 
 @triton.jit
-def _inputs(x, real, k, K: tl.constexpr, DEPTH: tl.constexpr, EACH: tl.constexpr):
-    """Inputs k .. k + DEPTH - 1 of the rows at the pointers x [M]: [M, DEPTH], for a straight
-    product; with EACH > 1 as `_turned` takes them, rows that are not real too."""
-    if EACH == 1:
-        at = k + tl.arange(0, DEPTH)
+def _inputs(x, real, k, K: tl.constexpr, DEPTH: tl.constexpr, TURNED: tl.constexpr):
+    """Inputs k .. k + DEPTH - 1 of the rows at the pointers x [M]: [M, DEPTH]; if TURNED [DEPTH,
+    M], of rows that are not real too."""
+    at = k + tl.arange(0, DEPTH)
+    if TURNED:
+        parts = tl.load(x[None, :] + at[:, None])
+    else:
         used = real[:, None] & (at < K)[None, :]
         parts = tl.load(x[:, None] + at[None, :], mask=used, other=0.0)
-    else:
-        PAIRS: tl.constexpr = EACH // 2
-        COUNT: tl.constexpr = BLOCK // PAIRS
-        i = tl.arange(0, DEPTH // PAIRS)
-        at = x[None, :] + (k + i // COUNT * BLOCK + i % COUNT)[:, None]
-        parts = (tl.load(at),)
-        for j in tl.static_range(1, PAIRS):
-            parts += (tl.load(at + j * COUNT),)
     return parts
 
 
@@ -317,19 +345,28 @@ def multiply_experts(
     M: tl.constexpr, W: tl.constexpr, DEPTH: tl.constexpr, PIECE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, output tile, piece): out [pair, OUT] = x [pair / PAIRS, IN] times its expert's w1
-    or, if GATED, the clamped SwiGLU of that and of w3's, times the pair's weight. CODES > 1:
-    turned. ROUND: each block of outputs is rounded; ORDER: they are stored for a next product of so
-    many codes a word, zeros behind the last. If SPLIT, partial float32 [pieces, 1 + GATED, pairs,
-    N] and a counter for each block and tile."""
+    """Program (block, output tile, piece): out [pair, OUT] = x [pair / PAIRS, IN] times its
+    expert's w1 or, if GATED, the clamped SwiGLU of that and of w3's, times the pair's weight.
+    CODES > 1: turned. ROUND: each block of outputs is rounded; ORDER: they are stored for a next
+    product of so many codes a word, zeros behind the last. If SPLIT, partial float32 [pieces,
+    1 + GATED, pairs, N] and a counter for each block and tile."""
     follow()
     block = tl.program_id(0)
-    if block >= tl.load(used):
-        return
+    # Asked for at once, before it is known whether there is such a block: no load passes a barrier,
+    # while the compiler would put these behind the return.
+    blocks = tl.load(used)
     e = tl.load(expert_of + block).to(tl.int64)
     pair = tl.load(row_of + block * M + tl.arange(0, M))
+    tl.debug_barrier()
+    if block >= blocks:
+        return
     real = pair >= 0
     pair = tl.where(real, pair, 0).to(tl.int64)
+    if GATED:
+        share = tl.load(weight + pair, mask=real, other=0.0)
+    if KIND == NVFP4:
+        unit1 = tl.load(top1 + e)
+        unit3 = tl.load(top3 + e)
     start = x + pair // PAIRS * IN
     n = tl.program_id(1) * W + tl.arange(0, W)
     inside = n < N
@@ -337,6 +374,10 @@ def multiply_experts(
     w3 += e * EACH
     scale1 += e * SCALE_EACH
     scale3 += e * SCALE_EACH
+    if KIND == FP8:  # a tile's outputs are of one block: W divides it
+        row = tl.program_id(1) * W // BLOCK * ((K + BLOCK - 1) // BLOCK)
+        scale1 += row
+        scale3 += row
     WHOLE: tl.constexpr = (N % W == 0) & (K % DEPTH == 0)
     STEPS: tl.constexpr = PIECE // DEPTH
     PIECES: tl.constexpr = (K + PIECE - 1) // PIECE
@@ -355,11 +396,11 @@ def multiply_experts(
             gate_before, gate = _opened(i % STEPS == 0, gate_before, gate)
             if GATED:
                 up_before, up = _opened(i % STEPS == 0, up_before, up)
-        part = _inputs(start, real, k, K, DEPTH, CODES)
+        part = _inputs(start, real, k, K, DEPTH, CODES > 1)
         if CODES > 1:
-            gate = _turned(gate, part, w1, scale1, n, k, inside, K, ROW, KIND, DEPTH, WHOLE)
+            gate = _turned(gate, part, w1, scale1, n, k, inside, K, ROW, KIND, CODES, DEPTH, WHOLE)
             if GATED:
-                up = _turned(up, part, w3, scale3, n, k, inside, K, ROW, KIND, DEPTH, WHOLE)
+                up = _turned(up, part, w3, scale3, n, k, inside, K, ROW, KIND, CODES, DEPTH, WHOLE)
         else:
             gate = _straight(gate, part, w1, scale1, n, k, inside, K, ROW, KIND, DEPTH, WHOLE)
             if GATED:
@@ -386,8 +427,8 @@ def multiply_experts(
         gate *= FP4_UNIT
         up *= FP4_UNIT
     if KIND == NVFP4:
-        gate *= tl.load(top1 + e)
-        up *= tl.load(top3 + e)
+        gate *= unit1
+        up *= unit3
     gate = gate.to(x.dtype.element_ty)  # as a product of torch is
     up = up.to(x.dtype.element_ty)
     if (CODES > 1) & (not SPLIT):
@@ -397,7 +438,6 @@ def multiply_experts(
         gate = tl.minimum(gate.to(tl.float32), limit)
         up = up.to(tl.float32)
         up = tl.minimum(tl.maximum(up, -limit), limit)
-        share = tl.load(weight + pair, mask=real, other=0.0)
         gate = gate / (1.0 + tl.exp(-gate)) * up * share[:, None]
     if ROUND:  # W is a block
         gate = rounded(gate.to(x.dtype.element_ty).to(tl.float32), 1)
