@@ -108,6 +108,8 @@ DEALT_BYTES = 1 << 26
 """Most of the cells of single tiles: beyond, cells are pieces."""
 MIN_DOT = 16
 """Least size of any side of a product."""
+AHEAD = tl.constexpr(16)
+"""Cells that `merge` asks for ahead of the one it folds."""
 LOWEST = tl.constexpr(-(2.0**20))
 """The exponent of nothing at all."""
 
@@ -285,13 +287,37 @@ def attend(
             tl.store(at, acc[i], mask=head & (column_dim < D)[None, :])
 
 
+@triton.jit
+def _join(m_i, l_i, acc, m, l, x):  # noqa: E741
+    """A sum [1, 4 W] and one more."""
+    m_i, alpha, beta = _weights(m_i, m)
+    return m_i, _fold(l_i, alpha, l, beta), _fold(acc, alpha[:, None], x, beta[:, None])
+
+
+@triton.jit
+def _join_cells(
+    m_i, l_i, acc, cells_m, cells_l, cells_acc, first, end, H, dim, D: tl.constexpr
+):  # fmt: skip
+    """A sum and the cells first .. end - 1 of a row, in order. AHEAD of them are on their way at
+    any time: one after another, a program would do nothing but wait."""
+    for cell in tl.range(first, end, num_stages=AHEAD):
+        place = cell * H
+        m = tl.load(cells_m + place)
+        l = tl.load(cells_l + place)  # noqa: E741
+        x = tl.load(cells_acc + place * D + dim, mask=dim < D, other=0.0)
+        m_i, l_i, acc = _join(m_i, l_i, acc, m, l, x)
+    return m_i, l_i, acc
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def merge(
     sink, sees, cis, out, cells_m, cells_l, cells_acc, choices, places, each, H,
     NOPE: tl.constexpr, ROPE: tl.constexpr, W: tl.constexpr, SPAN: tl.constexpr,
     RATIO: tl.constexpr, CHOOSING: tl.constexpr, KEYS: tl.constexpr, PIECE: tl.constexpr,
+    DEALT: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, row): fold the cells of a piece in order, then the pieces."""
+    """Program (head, row): fold the cells in order. DEALT: each is a tile, and PIECE of them are
+    folded into a piece first."""
     D: tl.constexpr = NOPE + ROPE
     h = tl.program_id(0) + tl.arange(0, 1)
     t = tl.program_id(1).to(tl.int64)
@@ -299,21 +325,22 @@ def merge(
     cells = tl.cdiv(tiles, each)
     if cells <= 1:
         return
+    place = t * places * H + h
+    cells_m += place
+    cells_l += place
+    cells_acc += place[:, None] * D
     dim = tl.arange(0, 4 * W)[None, :]
     m_all, l_all, total = tl.full((1,), LOWEST, tl.float32), tl.zeros((1,), tl.float32), 0.0 * dim
-    own = PIECE // each
-    for piece in range(tl.cdiv(cells, own)):
-        m_i, l_i, acc = tl.full((1,), LOWEST, tl.float32), tl.zeros((1,), tl.float32), 0.0 * dim
-        end = tl.minimum(piece * own + own, cells)
-        for cell in tl.range(piece * own, end, loop_unroll_factor=8):
-            place = (t * places + cell) * H + h
-            x = tl.load(cells_acc + place[:, None] * D + dim, mask=dim < D, other=0.0)
-            m_i, alpha, beta = _weights(m_i, tl.load(cells_m + place))
-            l_i = _fold(l_i, alpha, tl.load(cells_l + place), beta)
-            acc = _fold(acc, alpha[:, None], x, beta[:, None])
-        m_all, alpha, beta = _weights(m_all, m_i)
-        l_all = _fold(l_all, alpha, l_i, beta)
-        total = _fold(total, alpha[:, None], acc, beta[:, None])
+    if DEALT:
+        for first in range(0, cells, PIECE):
+            m, l, x = tl.full((1,), LOWEST, tl.float32), tl.zeros((1,), tl.float32), 0.0 * dim  # noqa: E741
+            end = tl.minimum(first + PIECE, cells)
+            m, l, x = _join_cells(m, l, x, cells_m, cells_l, cells_acc, first, end, H, dim, D)  # noqa: E741
+            m_all, l_all, total = _join(m_all, l_all, total, m, l, x)
+    else:
+        m_all, l_all, total = _join_cells(
+            m_all, l_all, total, cells_m, cells_l, cells_acc, 0, cells, H, dim, D
+        )
     y = total * _shares(m_all, l_all, tl.load(sink + h))[:, None]
     y = _unrotated(y, tl.reshape(dim, (4 * W,)), cis + t * ROPE, NOPE, D)
     to = out + (t * H + h[:, None]) * D + dim
@@ -407,7 +434,7 @@ def attention(
         if places > 1:
             merge[(heads, count)](
                 sink, sees, cis[rows], out[rows], *cell_args, choices, places, each, heads,
-                **shape, PIECE=launch.piece, num_warps=4,
+                **shape, PIECE=launch.piece, DEALT=dealt, num_warps=4,
             )  # fmt: skip
     return out
 
