@@ -34,7 +34,14 @@ from torch import Tensor
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.cache.step import Step
-from dsv4_plugin.kernels.attention.keys import NEVER, aligned, find_rows, load_quarter, part
+from dsv4_plugin.kernels.attention.keys import (
+    NEVER,
+    aligned,
+    decode_quarter,
+    find_rows,
+    load_quarter,
+    part,
+)
 from dsv4_plugin.kernels.attention.unpack import ALL, unpacked
 from dsv4_plugin.kernels.launch import pick, require
 
@@ -180,14 +187,20 @@ def _shares(m_i, l_i, sink):
 
 
 @triton.jit
-def _unrotated(x, dim, cis, NOPE: tl.constexpr, D: tl.constexpr):
-    """x [M, W], whose dims are dim [W], with RoPE undone by (cos, sin) pairs at pointer cis."""
+def _angles(dim, cis, NOPE: tl.constexpr, D: tl.constexpr):
+    """cos, sin [1, W / 2] of dims dim [W], from the pairs at pointer cis."""
+    turned = (dim >= NOPE) & (dim < D)
+    nothing = tl.where(dim % 2 == 0, 1.0, 0.0)
+    pairs = tl.load(cis + (dim - NOPE), mask=turned, other=nothing)
+    cos, sin = tl.split(tl.reshape(pairs, (dim.shape[0] // 2, 2)))
+    return cos[None, :], sin[None, :]
+
+
+@triton.jit
+def _unrotated(x, cos, sin):
+    """x [M, W] with RoPE undone."""
     M: tl.constexpr = x.shape[0]
     W: tl.constexpr = x.shape[1]
-    even, _ = tl.split(tl.reshape(dim, (W // 2, 2)))
-    turned = (even >= NOPE) & (even < D)
-    cos = tl.load(cis + (even - NOPE), mask=turned, other=1.0)[None, :]
-    sin = tl.load(cis + (even - NOPE + 1), mask=turned, other=0.0)[None, :]
     a, b = tl.split(tl.reshape(x, (M, W // 2, 2)))
     # The same roundings wherever this is compiled.
     return tl.reshape(tl.join(tl.fma(a, cos, b * sin), tl.fma(b, cos, -(a * sin))), (M, W))
@@ -232,12 +245,12 @@ def attend(
     column = tl.program_id(0) % COLUMNS
     h = tl.program_id(0) // COLUMNS % blocks * HEADS + tl.arange(0, HEADS)
     pos = tl.load(sees + t)
+    who = tl.load(request + t).to(tl.int64)
     front, seen, tiles = _tiles(pos, choices, SPAN, RATIO, CHOOSING, KEYS)
     cells = tl.maximum(tl.cdiv(tiles, each), 1)
     cell = tl.program_id(1)
-    if cell >= cells:
+    if (cell >= cells) | (who < 0):  # No request is; but so both are asked for together.
         return
-    who = tl.load(request + t).to(tl.int64)
     start = tl.load(starts + 2 * who, mask=take >= 0, other=0)
     if (take >= 0) & ((start >= 0) != (take == 1)):
         return
@@ -250,6 +263,7 @@ def attend(
         dim = (first ^ i) * W + w
         from_q = q + t * q_stride + h[:, None] * D + dim[None, :]
         q_parts += (tl.load(from_q, mask=head & (dim < D)[None, :], other=0.0),)
+    own_sink = tl.load(sink + h, mask=h < H, other=0.0)
     m_i, l_i, acc = _nothing(HEADS, W, N)
     end = tl.minimum(cell * each + each, tiles)
     for tile in tl.range(cell * each, end, num_stages=STAGES):
@@ -263,17 +277,19 @@ def attend(
             tl.where(near, front, seen) - begin, chosen + t * choices + begin,
             (pos + 1) // RATIO, WINDOW_ROWS, ENTRY_ROWS, WORDS, CHOOSING, KEYS, THREADS,
         )  # fmt: skip
-        k = ()  # type: tuple[object, ...]
+        stored, k = (), ()  # type: tuple[object, ...], tuple[object, ...]
+        for i in tl.static_range(4):  # All are asked for before one is decoded.
+            stored += (load_quarter(address, first ^ i, NOPE, ROPE, W, FP8, ALIGN),)
         for i in tl.static_range(4):
-            k += (load_quarter(address, first ^ i, NOPE, ROPE, W, FP8, ALIGN),)
+            k += (decode_quarter(stored[i], first ^ i, NOPE, W, FP8),)
         m_i, l_i, acc = _attend(q_parts, k, address != 0, scale, m_i, l_i, acc)
     if cells == 1:
-        share = _shares(m_i, l_i, tl.load(sink + h, mask=h < H, other=0.0))[:, None]
+        share = _shares(m_i, l_i, own_sink)[:, None]
         for i in tl.static_range(N):
             dim = (first + i) * W + w
             x = acc[i] * share
             if COLUMNS > 1 or (i + 1) * W > NOPE:
-                x = _unrotated(x, dim, cis + t * ROPE, NOPE, D)
+                x = _unrotated(x, *_angles(dim, cis + t * ROPE, NOPE, D))
             to = out + (t * H + h[:, None]) * D + dim[None, :]
             tl.store(to, x.to(out.dtype.element_ty), mask=head & (dim < D)[None, :])
     else:
@@ -321,6 +337,8 @@ def merge(
     D: tl.constexpr = NOPE + ROPE
     h = tl.program_id(0) + tl.arange(0, 1)
     t = tl.program_id(1).to(tl.int64)
+    own_sink = tl.load(sink + h)
+    cos, sin = _angles(tl.arange(0, 4 * W), cis + t * ROPE, NOPE, D)
     _, _, tiles = _tiles(tl.load(sees + t), choices, SPAN, RATIO, CHOOSING, KEYS)
     cells = tl.cdiv(tiles, each)
     if cells <= 1:
@@ -341,8 +359,7 @@ def merge(
         m_all, l_all, total = _join_cells(
             m_all, l_all, total, cells_m, cells_l, cells_acc, 0, cells, H, dim, D
         )
-    y = total * _shares(m_all, l_all, tl.load(sink + h))[:, None]
-    y = _unrotated(y, tl.reshape(dim, (4 * W,)), cis + t * ROPE, NOPE, D)
+    y = _unrotated(total * _shares(m_all, l_all, own_sink)[:, None], cos, sin)
     to = out + (t * H + h[:, None]) * D + dim
     tl.store(to, y.to(out.dtype.element_ty), mask=dim < D)
 

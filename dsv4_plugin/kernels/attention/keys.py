@@ -83,20 +83,29 @@ def load_quarter(
     address, quarter, NOPE: tl.constexpr, ROPE: tl.constexpr, W: tl.constexpr, FP8: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Dims quarter * W .. of the rows at `address`, bfloat16 [KEYS, W]; 0 where there is no row."""
+    """What is stored of dims quarter * W .. of the rows at `address`, 0 where there is no row."""
     some = (address != 0)[:, None]
     if FP8:
-        return _decoded(address, some, quarter, NOPE, ROPE, W)
-    i = quarter * W + tl.arange(0, W)
-    if 4 * W > NOPE + ROPE:
-        some = some & (i < NOPE + ROPE)[None, :]
-    row = tl.multiple_of(address.to(tl.pointer_type(tl.bfloat16)), 4 * ALIGN)
-    return tl.load(row[:, None] + i[None, :], mask=some, other=0.0)
+        return _packed(address, some, quarter, NOPE, ROPE, W)
+    else:  # noqa: RET505  (Triton 3.6 compiles what follows a return)
+        i = quarter * W + tl.arange(0, W)
+        if 4 * W > NOPE + ROPE:
+            some = some & (i < NOPE + ROPE)[None, :]
+        row = tl.multiple_of(address.to(tl.pointer_type(tl.bfloat16)), 4 * ALIGN)
+        return (tl.load(row[:, None] + i[None, :], mask=some, other=0.0),)
 
 
 @triton.jit
-def _decoded(address, some, quarter, NOPE: tl.constexpr, ROPE: tl.constexpr, W: tl.constexpr):
-    """The same of e4m3 rows: NOPE codes, ROPE bfloat16, then a UE8M0 byte for every 64 codes."""
+def decode_quarter(stored, quarter, NOPE: tl.constexpr, W: tl.constexpr, FP8: tl.constexpr):
+    """Dims quarter * W .., bfloat16 [KEYS, W], of what `load_quarter` found."""
+    return _decoded(stored, quarter, NOPE, W) if FP8 else stored[0]
+
+
+@triton.jit
+def _packed(address, some, quarter, NOPE: tl.constexpr, ROPE: tl.constexpr, W: tl.constexpr):
+    """Of e4m3 rows - NOPE codes, ROPE bfloat16, then a UE8M0 byte for every 64 codes - per column
+    of 8 dims: 8 bytes and, where it is RoPE's, the 8 after these; and the word [KEYS, 1] with the
+    scales of a quarter, of 256 dims at most."""
     u = quarter * (W // 8) + tl.arange(0, W // 8)
     row = address.to(tl.pointer_type(tl.int64))
     words = address.to(tl.pointer_type(tl.int32))
@@ -106,14 +115,22 @@ def _decoded(address, some, quarter, NOPE: tl.constexpr, ROPE: tl.constexpr, W: 
     # not quite true of those: without it threads would run along the rows. An element is 8 bytes.)
     at = tl.max_contiguous(tl.where(u < NOPE // 8, u, 2 * u - NOPE // 8), 2)
     a = tl.load(row[:, None] + at[None, :], mask=real, other=0)
+    b = tl.load(row[:, None] + (at + 1)[None, :], mask=real & rope, other=0)
     SCALES: tl.constexpr = NOPE // 4 + ROPE // 2
-    packed = tl.load(words[:, None] + (SCALES + u // 32)[None, :], mask=real & ~rope, other=0)
+    scale = tl.load(words[:, None] + (SCALES + quarter * (W // 8) // 32), mask=some, other=0)
+    return a, b, scale
+
+
+@triton.jit
+def _decoded(stored, quarter, NOPE: tl.constexpr, W: tl.constexpr):
+    a, b, packed = stored
+    u = quarter * (W // 8) + tl.arange(0, W // 8)
+    rope = (u >= NOPE // 8)[None, :]
     byte = (packed >> (u // 8 % 4 * 8)[None, :]) & 0xFF
     # Codes become float16 of the same bits: values divided by 2^8, subnormals included.
     scale = (((byte + 8) & 0xFF) << 23).to(tl.float32, bitcast=True)
     x0, x1, x2, x3 = _four(a.to(tl.int32), scale)
     x4, x5, x6, x7 = _four((a >> 32).to(tl.int32), scale)
-    b = tl.load(row[:, None] + (at + 1)[None, :], mask=real & rope, other=0)
     y0, y1 = halves(a.to(tl.int32), tl.bfloat16)
     y2, y3 = halves((a >> 32).to(tl.int32), tl.bfloat16)
     y4, y5 = halves(b.to(tl.int32), tl.bfloat16)
@@ -122,7 +139,7 @@ def _decoded(address, some, quarter, NOPE: tl.constexpr, ROPE: tl.constexpr, W: 
     x4, x5, x6, x7 = _choose(rope, y4, x4, y5, x5, y6, x6, y7, x7)
     even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
     odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
-    x = tl.reshape(tl.join(even, odd), (address.shape[0], W))
+    x = tl.reshape(tl.join(even, odd), (a.shape[0], W))
     # Pinned, or Triton 3.6 takes a product of what was joined in another order of its dims.
     return pin(x)
 

@@ -22,7 +22,13 @@ from torch import Tensor
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import BFloat16Rows, RowPool
 from dsv4_plugin.cache.step import Step
-from dsv4_plugin.kernels.attention.keys import aligned, find_rows, load_quarter, part
+from dsv4_plugin.kernels.attention.keys import (
+    aligned,
+    decode_quarter,
+    find_rows,
+    load_quarter,
+    part,
+)
 
 UNPACKED_BYTES = 1 << 28
 """Most of the unpacked rows of a layer: where they would take more, rows are read as they are."""
@@ -100,7 +106,8 @@ def unpack(
         i = tl.arange(0, ROWS)
         row = out + (tl.where(near, to_window, to_entries) + at + i).to(tl.int64) * D
         for quarter in tl.static_range(4):
-            x = load_quarter(address, quarter, NOPE, ROPE, W, True, ALIGN)
+            stored = load_quarter(address, quarter, NOPE, ROPE, W, True, ALIGN)
+            x = decode_quarter(stored, quarter, NOPE, W, True)
             dim = quarter * W + tl.arange(0, W)
             real = (i < left)[:, None] & (dim < D)[None, :]
             tl.store(row[:, None] + dim[None, :], x, mask=real)
