@@ -38,7 +38,10 @@ from dsv4_plugin.kernels.attention.keys import (
     NEVER,
     aligned,
     decode_quarter,
+    find_blocks,
+    find_places,
     find_rows,
+    load_choices,
     load_quarter,
     part,
 )
@@ -78,35 +81,36 @@ class Launch:
 
 LAUNCHES = {
     # measured, an H200, with other sums and cells of 128 keys: 32 keys; 4 columns for one row, 2
-    # for many; a window alone not dealt out; unpacking a row takes as long as decoding it once or
-    # twice. compiled: up to 13 spilled words, of wgmma's descriptors. bfloat16 rows take 40 % of
-    # the instructions of fp8's; stages would leave one program an SM (128 KiB) and spill
+    # for many; unpacking a row takes as long as decoding it once or twice. compiled: up to 18
+    # spilled words, some of them wgmma's descriptors. bfloat16 rows take 40 % of the instructions
+    # of fp8's; stages would leave one program an SM (128 KiB) and spill. modelled: a window is
+    # dealt out too, since one more tile takes as long as `merge`
     "hopper": Launch(
-        64, 32, 40, (Way(4, 4, 4, deal=4), Way(32, 2, 4, deal=4), Way(inf, 2, 4, unpack=4)),
-        (Way(4, 4, 4, deal=4), Way(32, 2, 4, deal=4), Way(inf, 2, 4)),
+        64, 32, 40, (Way(4, 4, 4, deal=2), Way(32, 2, 4, deal=2), Way(inf, 2, 4, unpack=4)),
+        (Way(4, 4, 4, deal=2), Way(32, 2, 4, deal=2), Way(inf, 2, 4)),
     ),
     # compiled: no spills; 64 heads would spill, 32 keys more of them. bfloat16 rows: 66 KiB, 56 %
     # of the instructions. counted: CSA, one row, 2.9 us of instructions at least, of 4 columns 3.9,
     # of 1 3.8; 16 rows 33 us, dealt out in 4 columns 57. A row's single tiles leave 2.6 MB, which
     # have to stay in L2
     "a100": Launch(
-        32, 32, 40, (Way(16, 2, 4, deal=4), Way(64, 2, 4), Way(inf, 1, 8, unpack=4)),
-        (Way(16, 2, 4, 2, deal=4), Way(64, 2, 4, 2), Way(inf, 1, 8, 2)),
+        32, 32, 40, (Way(16, 2, 4, deal=2), Way(64, 2, 4), Way(inf, 1, 8, unpack=4)),
+        (Way(16, 2, 4, 2, deal=2), Way(64, 2, 4, 2), Way(inf, 1, 8, 2)),
     ),
     # compiled: no spills, 66 KiB
     "consumer": Launch(
-        32, 32, 40, (Way(16, 2, 4, deal=4), Way(64, 2, 4), Way(inf, 1, 8, unpack=4)),
-        (Way(16, 2, 4, 2, deal=4), Way(64, 2, 4, 2), Way(inf, 1, 8, 2)),
+        32, 32, 40, (Way(16, 2, 4, deal=2), Way(64, 2, 4), Way(inf, 1, 8, unpack=4)),
+        (Way(16, 2, 4, 2, deal=2), Way(64, 2, 4, 2), Way(inf, 1, 8, 2)),
     ),
     # compiled: no spills; 32 heads would spill in the loop
     "cdna": Launch(
-        16, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 4, unpack=4)),
-        (Way(64, 4, 4, deal=4), Way(inf, 1, 4)),
+        16, 32, 40, (Way(64, 4, 4, deal=2), Way(inf, 1, 4, unpack=4)),
+        (Way(64, 4, 4, deal=2), Way(inf, 1, 4)),
     ),
     # guessed; compiled for sm_100: no spills, 66 KiB
     "any": Launch(
-        32, 32, 40, (Way(16, 2, 4, deal=4), Way(64, 2, 4), Way(inf, 1, 8, unpack=4)),
-        (Way(16, 2, 4, 2, deal=4), Way(64, 2, 4, 2), Way(inf, 1, 8, 2)),
+        32, 32, 40, (Way(16, 2, 4, deal=2), Way(64, 2, 4), Way(inf, 1, 8, unpack=4)),
+        (Way(16, 2, 4, 2, deal=2), Way(64, 2, 4, 2), Way(inf, 1, 8, 2)),
     ),
 }  # fmt: skip
 SCRATCH_BYTES = 1 << 27
@@ -217,6 +221,18 @@ def _tiles(pos, choices, SPAN: tl.constexpr, RATIO: tl.constexpr, CHOOSING: tl.c
     return front, seen, tl.cdiv(front, KEYS) + tl.cdiv(seen, KEYS)
 
 
+@triton.jit
+def _part(tile, end, pos, front, seen, KEYS: tl.constexpr):
+    """Is the tile of a row's list the window's? Where its first row lies in its part of the list,
+    and which that is of the window's rows or the entries; how many rows there are from it to that
+    part's end: none from tile `end` on."""
+    near_tiles = tl.cdiv(front, KEYS)
+    near = tile < near_tiles
+    begin = tl.where(near, tile, tile - near_tiles) * KEYS
+    count = tl.where(tile < end, tl.where(near, front, seen) - begin, 0)
+    return near, begin, begin + tl.where(near, pos + 1 - front, 0), count
+
+
 COUNTS = (
     "window_last", "window_tables", "entries_last", "entries_tables", "cells_m", "cells_l",
     "places", "each", "choices", "take",
@@ -254,7 +270,6 @@ def attend(
     start = tl.load(starts + 2 * who, mask=take >= 0, other=0)
     if (take >= 0) & ((start >= 0) != (take == 1)):
         return
-    near_tiles = tl.cdiv(front, KEYS)
     first = 0 if COLUMNS == 1 else column * N  # a constant, where it can be
     w = tl.arange(0, W)
     head = (h < H)[:, None]
@@ -265,23 +280,39 @@ def attend(
         q_parts += (tl.load(from_q, mask=head & (dim < D)[None, :], other=0.0),)
     own_sink = tl.load(sink + h, mask=h < H, other=0.0)
     m_i, l_i, acc = _nothing(HEADS, W, N)
-    end = tl.minimum(cell * each + each, tiles)
+    # (Triton unpacks no tuples.)
+    window += (window_last, window_tables)
+    entries += (entries_last, entries_tables)
+    chosen += t * choices
+    visible = (pos + 1) // RATIO
+    tile = cell * each
+    end = tl.minimum(tile + each, tiles)
+    # While a tile is multiplied, the next one's blocks and the choices of the one behind that are
+    # on their way.
+    near, begin, offset, count = _part(tile, end, pos, front, seen, KEYS)
+    listed = load_choices(near, count, chosen + begin, CHOOSING, KEYS, THREADS)
+    index = find_places(near, offset, count, listed, visible, CHOOSING, KEYS, THREADS)
+    block = find_blocks(near, index, window, entries, who, WINDOW_ROWS, ENTRY_ROWS)
+    near, begin, _, count = _part(tile + 1, end, pos, front, seen, KEYS)
+    listed = load_choices(near, count, chosen + begin, CHOOSING, KEYS, THREADS)
     for tile in tl.range(cell * each, end, num_stages=STAGES):
-        near = tile < near_tiles
-        begin = tl.where(near, tile, tile - near_tiles) * KEYS
+        near, _, _, _ = _part(tile, end, pos, front, seen, KEYS)
         address = find_rows(
-            near,
-            window + (window_last, window_tables),  # noqa: RUF005  (Triton unpacks no tuples)
-            entries + (entries_last, entries_tables),  # noqa: RUF005
-            who, tl.where(near, pos + 1 - front, 0) + begin,
-            tl.where(near, front, seen) - begin, chosen + t * choices + begin,
-            (pos + 1) // RATIO, WINDOW_ROWS, ENTRY_ROWS, WORDS, CHOOSING, KEYS, THREADS,
-        )  # fmt: skip
-        stored, k = (), ()  # type: tuple[object, ...], tuple[object, ...]
-        for i in tl.static_range(4):  # All are asked for before one is decoded.
-            stored += (load_quarter(address, first ^ i, NOPE, ROPE, W, FP8, ALIGN),)
-        for i in tl.static_range(4):
-            k += (decode_quarter(stored[i], first ^ i, NOPE, W, FP8),)
+            near, index, block, window, entries, WINDOW_ROWS, ENTRY_ROWS, WORDS, KEYS, THREADS
+        )
+        k = ()  # type: tuple[object, ...]
+        for i in tl.static_range(0, 4, 2):  # Two are asked for at once; more would spill.
+            one = load_quarter(address, first ^ i, NOPE, ROPE, W, FP8, ALIGN)
+            two = load_quarter(address, first ^ (i + 1), NOPE, ROPE, W, FP8, ALIGN)
+            k += (
+                decode_quarter(one, first ^ i, NOPE, W, FP8),
+                decode_quarter(two, first ^ (i + 1), NOPE, W, FP8),
+            )
+        near, _, offset, count = _part(tile + 1, end, pos, front, seen, KEYS)
+        index = find_places(near, offset, count, listed, visible, CHOOSING, KEYS, THREADS)
+        block = find_blocks(near, index, window, entries, who, WINDOW_ROWS, ENTRY_ROWS)
+        near, begin, _, count = _part(tile + 2, end, pos, front, seen, KEYS)
+        listed = load_choices(near, count, chosen + begin, CHOOSING, KEYS, THREADS)
         m_i, l_i, acc = _attend(q_parts, k, address != 0, scale, m_i, l_i, acc)
     if cells == 1:
         share = _shares(m_i, l_i, own_sink)[:, None]

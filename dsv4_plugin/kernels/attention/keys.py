@@ -43,36 +43,62 @@ def _either(near, a, b):
     )  # fmt: skip
 
 
+# A tile's rows are found in steps, since the addresses of each are made of what the one before has
+# loaded: whoever goes through many tiles loads ahead, and uses nothing before a tile's products.
+# near: is the tile the window's? window, entries: storage, table, stride, offset, last place and
+# row stride of the table. THREADS threads look for each row, and one address is taken of theirs: a
+# load with as many elements as a program has threads is not done again for every layout that its
+# value is used in.
+
+
 @triton.jit
-def find_rows(
-    near, window, entries, who, first, count, chosen, visible,
-    WINDOW_ROWS: tl.constexpr, ENTRY_ROWS: tl.constexpr, WORDS: tl.constexpr,
-    CHOOSING: tl.constexpr, KEYS: tl.constexpr, THREADS: tl.constexpr,
-):  # fmt: skip
-    """Byte addresses int64 [KEYS] of a tile's rows, 0 where there is none.
-
-    near: is it the window's? first, count: of the tile's first row, its index among those of the
-    window or the entries, and how many rows there are up to the end. chosen: where the entries of
-    this tile are listed; of them those below `visible` are seen. window, entries: storage, table,
-    stride, offset, last place and row stride of the table, as `row_pointers` takes them.
-
-    THREADS threads look for each row, and one address is taken of theirs: a load with as many
-    elements as a program has threads is not done again for every layout that its value is used in.
-    """
+def load_choices(
+    near, count, chosen, CHOOSING: tl.constexpr, KEYS: tl.constexpr, THREADS: tl.constexpr
+):
+    """Where the tile's entries are listed, these: int32 [KEYS * THREADS]. count: there are so many
+    up to the end."""
     i = tl.arange(0, KEYS * THREADS) // THREADS
-    real = i < count
+    if CHOOSING:
+        i = tl.load(chosen + i, mask=(i < count) & (not near), other=-1)
+    return i
+
+
+@triton.jit
+def find_places(
+    near, first, count, listed, visible, CHOOSING: tl.constexpr, KEYS: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
+    """The tile's rows as indices among those of the window or the entries: int32 [KEYS * THREADS],
+    -1 where there is none. first, count: of the first row, and how many there are up to the end.
+    listed: from `load_choices`; those below `visible` are seen."""
+    i = tl.arange(0, KEYS * THREADS) // THREADS
     index = first + i
     if CHOOSING:
-        listed = tl.load(chosen + i, mask=real & (not near), other=-1)
-        index = tl.where(near, index, listed)
-        real = real & (near | ((listed >= 0) & (listed < visible)))
-    storage, table, stride, offset, last, tables = _either(near, window, entries)
+        index = tl.where(near, index, tl.where(listed < visible, listed, -1))
+    return tl.where(i < count, index, -1)
+
+
+@triton.jit
+def find_blocks(
+    near, index, window, entries, who, WINDOW_ROWS: tl.constexpr, ENTRY_ROWS: tl.constexpr
+):  # fmt: skip
+    """The blocks of request `who` that hold its rows `index`; -1 where there is none."""
+    _, table, _, _, last, tables = _either(near, window, entries)
     place = tl.where(near, index // WINDOW_ROWS, index // ENTRY_ROWS)
+    real = (index >= 0) & (place <= last)
+    return tl.load(table + who * tables + place, mask=real, other=-1)
+
+
+@triton.jit
+def find_rows(
+    near, index, block, window, entries, WINDOW_ROWS: tl.constexpr, ENTRY_ROWS: tl.constexpr,
+    WORDS: tl.constexpr, KEYS: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Byte addresses int64 [KEYS], 0 where there is no row."""
+    storage, _, stride, offset, _, _ = _either(near, window, entries)
     inside = tl.where(near, index % WINDOW_ROWS, index % ENTRY_ROWS)
-    real = real & (place <= last)
-    block = tl.load(table + who * tables + place, mask=real, other=-1).to(tl.int64)
-    word = block * stride + (offset + inside * WORDS)
-    address = tl.where(real & (block >= 0), (storage + word).to(tl.int64), 0)
+    word = block.to(tl.int64) * stride + (offset + inside * WORDS)
+    address = tl.where(block >= 0, (storage + word).to(tl.int64), 0)
     if THREADS > 1:
         address = tl.max(tl.reshape(address, (KEYS, THREADS)), 1)
     return address
