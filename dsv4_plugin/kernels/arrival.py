@@ -63,7 +63,7 @@ def in_order(part, step, PIECES: tl.constexpr, mask=None):
     """The sum of what PIECES programs have stored, `step` values apart from the pointers `part` on,
     in their order; 0 where not `mask`. For the last to arrive."""
     other = None if mask is None else 0.0
-    parts = ()
+    parts = ()  # type: tuple[Tensor, ...]
     for piece in tl.static_range(PIECES):
         parts += (tl.load(part + piece * step, mask=mask, other=other, cache_modifier=".cg"),)
     tl.debug_barrier()  # which no load passes: all are asked for before the first is waited for

@@ -206,14 +206,15 @@ def add_pairs(
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
-    here = ()  # all choices, then all rows are asked for together: no load passes a barrier
+    # All choices, then all rows are asked for together: no load passes a barrier.
+    here = ()  # type: tuple[Tensor, ...]
     for i in tl.static_range(K):
         id = tl.load(ids + t * K + i)
         here += ((id >= 0) & (id < E),)
     if ALSO:
         more = tl.load(also + t * D + d, mask=d < D, other=0.0).to(tl.float32)
     tl.debug_barrier()
-    rows = ()
+    rows = ()  # type: tuple[Tensor, ...]
     for i in tl.static_range(K):
         rows += (tl.load(y + (t * K + i) * D + d, mask=here[i] & (d < D), other=0.0),)
     tl.debug_barrier()
