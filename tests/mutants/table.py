@@ -108,7 +108,7 @@ MUTANTS = [
     Mutant("pairs of nobody count", EXPERTS, "mask=(id >= 0) & (id < E))", "mask=id < EXPERTS)", "triton/test_experts", "place"),
     Mutant("an expert's next pairs begin anew", EXPERTS, "            next_row += tl.sum(mine", "            next_row = first * M + tl.sum(mine", "triton/test_experts", "place"),
     Mutant("scales of the wrong blocks", ATTENTION_KEYS, "(u // 8 % 4 * 8)", "(u // 8 % 2 * 8)", "triton/test_attention", "decode"),
-    Mutant("choices of another row", ATTENTION, "chosen + t * choices + begin", "chosen + begin", "triton/test_attention", "decode"),
+    Mutant("choices of another row", ATTENTION, "chosen += t * choices", "chosen += 0 * t", "triton/test_attention", "decode"),
     Mutant("quarters are counted on, past the last", ATTENTION, "dim = (first ^ i) * W + w", "dim = (first + i) * W + w", "triton/test_attention", "decode"),
     # Arithmetic that is nearly right
     Mutant("the sink is left out", ATTENTION, "_fold(tl.exp2(at - m), alpha, l_i, beta)", "_fold(0.0 * at, alpha, l_i, beta)", "triton/test_attention", "prefill"),
@@ -154,9 +154,11 @@ MUTANTS = [
     Mutant("a chunk writes where the one before does", INDEX_TOPK, "h = _counts(last, p, GROUP)", "h = _counts(last, p - 1, GROUP)", "triton/test_index", "in_chunks"),
     Mutant("counts of this pass, not of the one before", INDEX_TOPK, "(2 * t + (PASS + 1) % 2)", "(2 * t + PASS % 2)", "triton/test_index", "in_chunks"),
     Mutant("the last digit is not looked at", INDEX_TOPK, "take = (real & (order > least))", "take = (real & ((order >> 8) > (least >> 8)))", "triton/test_index", "in_chunks"),
-    Mutant("cells are folded from the last on", ATTENTION, "place = (t * places + cell) * H + h\n            x =", "place = (t * places + end - 1 - cell + piece * own) * H + h\n            x =", "triton/test_attention", "order"),
-    Mutant("dealt tiles know no pieces", ATTENTION, "own = PIECE // each", "own = 1", "triton/test_attention", "order"),
-    Mutant("a cell more than there is", ATTENTION, "end = tl.minimum(piece * own + own, cells)", "end = piece * own + own", "triton/test_attention", "order"),
+    Mutant("cells are folded from the last on", ATTENTION, "place = cell * H", "place = (first + end - 1 - cell) * H", "triton/test_attention", "order"),
+    Mutant("dealt tiles know no pieces", ATTENTION, "DEALT=dealt", "DEALT=False", "triton/test_attention", "order"),
+    Mutant("a cell more than there is", ATTENTION, "end = tl.minimum(first + PIECE, cells)", "end = first + PIECE", "triton/test_attention", "order"),
+    Mutant("the tile after the next is taken for the next", ATTENTION, "_part(tile + 1, end, pos, front, seen, KEYS)\n        index", "_part(tile + 2, end, pos, front, seen, KEYS)\n        index", "triton/test_attention", "prefill"),
+    Mutant("the next tile lies in this one's blocks", ATTENTION, "        block = find_blocks", "        find_blocks", "triton/test_attention", "prefill"),
     # Unpacked rows
     Mutant("a chunk's window is unpacked a row late", UNPACK, "length - count - (SPAN - 1), 0", "length - count - (SPAN - 2), 0", "triton/test_attention", "bits and positions0"),
     Mutant("unpacked rows of two requests overlap", UNPACK, "to_window += tl.sum(near + seen)", "to_window += tl.sum(near + seen) - 1", "triton/test_attention", "bits and positions0"),
@@ -177,7 +179,7 @@ MUTANTS = [
     Mutant("int32 page addresses", COMPRESS, "number = tl.load(page_table + begin // PAGE).to(tl.int64)", "number = tl.load(page_table + begin // PAGE)", "triton/test_compress", "gigabytes"),
     Mutant("int32 addresses of experts", PRODUCT, "e = tl.load(expert_of + block).to(tl.int64)", "e = tl.load(expert_of + block)", "triton/test_experts", "gigabytes"),
     Mutant("int32 window addresses", STEP, "mask=real, other=-1).to(tl.int64)", "mask=real, other=-1)", "triton/test_step"),
-    Mutant("int32 block addresses", ATTENTION_KEYS, "mask=real, other=-1).to(tl.int64)", "mask=real, other=-1)", "triton/test_attention", "gigabytes"),
+    Mutant("int32 block addresses", ATTENTION_KEYS, "block.to(tl.int64) * stride", "block * stride", "triton/test_attention", "gigabytes"),
     Mutant("int32 key addresses", DEVICE, "mask=ok, other=-1).to(tl.int64)\n    ok", "mask=ok, other=-1)\n    ok", "triton/test_index", "gigabytes"),
     # The network on CPUs
     Mutant("decoding misses the entry that it closes", GROUPS, "visible = (position + 1) // ratio", "visible = position // ratio", "core/test_exact", "ragged"),
