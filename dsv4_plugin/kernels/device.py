@@ -81,12 +81,23 @@ def rotate_tail(x, cis, at, PLAIN: tl.constexpr, D: tl.constexpr):
 
     at: which dim each value is, [B, N], neighbours side by side. cis: pointer to (cos, sin) pairs.
     """
+    return turn(x, tail_angles(cis, at, PLAIN, D), at, PLAIN, D)
+
+
+@triton.jit
+def tail_angles(cis, at, PLAIN: tl.constexpr, D: tl.constexpr):
+    """What `turn` takes, [B, N]: cos and sin of a pair side by side."""
+    return tl.load(cis + at - PLAIN, mask=(at >= PLAIN) & (at < D), other=0.0)
+
+
+@triton.jit
+def turn(x, angles, at, PLAIN: tl.constexpr, D: tl.constexpr):
+    """`rotate_tail` by angles that have been loaded before."""
     B: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
     even_at, _ = tl.split(tl.reshape(at, (B, N // 2, 2)))
     turned = (even_at >= PLAIN) & (even_at < D)
-    cos = tl.load(cis + even_at - PLAIN, mask=turned, other=1.0)
-    sin = tl.load(cis + even_at - PLAIN + 1, mask=turned, other=0.0)
+    cos, sin = tl.split(tl.reshape(angles, (B, N // 2, 2)))
     a, b = tl.split(tl.reshape(x, (B, N // 2, 2)))
     even = tl.where(turned, a * cos - b * sin, a)
     odd = tl.where(turned, a * sin + b * cos, b)

@@ -66,7 +66,7 @@ MUTANTS = [
     Mutant("rows past the end are placed", STEP, "inside & (row <", "inside | (row <", "triton/test_step"),
     Mutant("holes get an address", STEP, "number >= 0, address, -1", "number >= -9, address, -1", "triton/test_step"),
     Mutant("rows without a slot are written", QKV, "if row >= 0:", "if row >= -1:", "triton/test_qkv"),
-    Mutant("heads past the last", QKV, "if head < H:", "if head <= H:", "triton/test_qkv"),
+    Mutant("heads past the last", QKV, "inside = (at < D) & (first + i < H)", "inside = (at < D) & (first + i <= H)", "triton/test_qkv"),
     Mutant("the ring is read in every window", COMPRESS, "kept = used & middle\n        top", "kept = used & (middle | True)\n        top", "triton/test_compress", "hca"),
     Mutant("columns past the last", STREAMS, "inside = (n < N)[None, :] & (d < D)[:, None]", "inside = (n < N)[None, :] & (d < D + 9)[:, None]", "triton/test_streams"),
     Mutant("a share's tile past its end", STREAMS, "stop = tl.minimum(begin + rows, end)", "stop = begin + rows", "triton/test_streams", "batch"),

@@ -46,6 +46,7 @@ def route(
     follow()
     t = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PLACES)
+    real = tl.load(position + t) >= 0
     if HASH:
         token = tl.load(input_ids + t).to(tl.int64)
         ids = tl.load(table + token * K + place, mask=place < K, other=0).to(tl.int64)
@@ -53,9 +54,11 @@ def route(
         weight = tl.where(place < K, _score(logit), 0.0)
     else:
         e = tl.arange(0, EXPERTS)
+        correction = tl.load(bias + e, mask=e < E, other=0.0)
         logit = tl.load(logits + t * stride + e, mask=e < E, other=0.0).to(tl.float32)
         score = _score(logit)
-        ranked = score + tl.load(bias + e, mask=e < E, other=0.0) + 0.0
+        # Zero, so that no sum is -0.0; by the position, which else is asked for after a wait.
+        ranked = score + correction + tl.where(real, 0.0, -0.0)
         bits = ranked.to(tl.int32, bitcast=True)
         ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
         lowest = -9223372036854775808
@@ -69,7 +72,7 @@ def route(
             weight = tl.where(place == i, tl.sum(tl.where(chosen, score, 0.0), 0), weight)
             key = tl.where(chosen, lowest, key)
     weight = weight / tl.sum(weight, 0) * scale
-    ids = tl.where(tl.load(position + t) < 0, -1, ids)  # Padding chooses none.
+    ids = tl.where(real, ids, -1)  # Padding chooses none.
     tl.store(ids_out + t * K + place, ids, mask=place < K)
     tl.store(weight_out + t * K + place, weight, mask=place < K)
 

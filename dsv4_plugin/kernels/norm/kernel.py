@@ -20,9 +20,10 @@ def normalise(
     follow()
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, COLUMNS)
+    by = tl.load(weight + d, mask=d < D, other=0.0)
     y = tl.load(x + t * stride + d, mask=d < D, other=0.0).to(tl.float32)
     y = y * tl.rsqrt(tl.sum(y * y, 0) / D + eps)
-    y = y * tl.load(weight + d, mask=d < D, other=0.0)
+    y = y * by
     if FORM == PLAIN:
         tl.store(out + t * D + d, y, mask=d < D)
     else:

@@ -10,9 +10,10 @@ from torch import Tensor
 from dsv4_plugin.cache.rows import RowPool
 from dsv4_plugin.kernels.device import (
     inverse_rms,
-    rotate_tail,
     store_kv_row,
     sum_of_squares,
+    tail_angles,
+    turn,
 )
 from dsv4_plugin.kernels.launch import require
 from dsv4_plugin.kernels.programmatic import follow, kernel
@@ -46,25 +47,32 @@ def norm_rope_write(
     part = tl.program_id(1)
     PLAIN: tl.constexpr = D - ROPE
     at = tl.arange(0, BLOCKS)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    # Everything is asked for before the first of it is used: a load takes as long as many.
+    angles = tail_angles(cis + t * ROPE, at, PLAIN, D)
     if part == 0:
         row = tl.load(address + t)
+        w = tl.load(weight + at, mask=at < D, other=0.0)
+        x = tl.load(kv + t * kv_stride + at, mask=at < D, other=0.0)
+        kind: tl.constexpr = kv.dtype.element_ty
+        rms = inverse_rms(tl.sum(sum_of_squares(x, 1), 0), D, eps)
+        x = (x.to(tl.float32) * rms * w).to(kind).to(tl.float32)
+        x = turn(x, angles, at, PLAIN, D).to(kind).to(tl.float32)
         if row >= 0:
-            kind: tl.constexpr = kv.dtype.element_ty
-            x = tl.load(kv + t * kv_stride + at, mask=at < D, other=0.0)
-            w = tl.load(weight + at, mask=at < D, other=0.0)
-            rms = inverse_rms(tl.sum(sum_of_squares(x, 1), 0), D, eps)
-            x = (x.to(tl.float32) * rms * w).to(kind).to(tl.float32)
-            x = rotate_tail(x, cis + t * ROPE, at, PLAIN, D).to(kind).to(tl.float32)
             store_kv_row(storage + row, x, PLAIN, D, WORDS, FORMAT)
     else:
-        for i in range(HEADS):
-            head = (part - 1) * HEADS + i
-            if head < H:
-                x = tl.load(q + t * q_stride + head * D + at, mask=at < D, other=0.0)
-                x = x.to(tl.float32)
-                x = x * tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / D + eps)
-                x = rotate_tail(x, cis + t * ROPE, at, PLAIN, D)
-                tl.store(out + (t * H + head) * D + at, x, mask=at < D)
+        first = (part - 1) * HEADS
+        heads: tl.tuple = ()
+        for i in tl.static_range(HEADS):
+            used = (at < D) & (first + i < H)
+            heads += (tl.load(q + t * q_stride + (first + i) * D + at, mask=used, other=0.0),)
+        scales: tl.tuple = ()
+        for i in tl.static_range(HEADS):
+            z = heads[i].to(tl.float32)
+            scales += (tl.rsqrt(tl.sum(tl.sum(z * z, 1), 0) / D + eps),)
+        for i in tl.static_range(HEADS):
+            z = turn(heads[i].to(tl.float32) * scales[i], angles, at, PLAIN, D)
+            inside = (at < D) & (first + i < H)
+            tl.store(out + (t * H + first + i) * D + at, z, mask=inside)
 
 
 def qkv(
