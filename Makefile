@@ -122,5 +122,10 @@ test-gpu:
 vllm-0.33: $(STAMP)
 	$(VLLM)/bin/python -m tests.vllm033.get
 
+# Beside the environment's own: put first in PYTHONPATH.
+.cache/triton-%: $(STAMP)
+	$(call PIP,$(VLLM)) install --no-deps --target $@.part triton==$*
+	mv $@.part $@
+
 clean:
 	rm -rf .cache $(VLLM) $(SGLANG)

@@ -70,6 +70,8 @@ SERVERS = [f"tests/sglang/test_{name}.py" for name in ("device", "formats", "min
 """Files of SGLang's whose tests have servers of their own; the others share one."""
 ENGINES = [f"tests/triton/test_{name}.py" for name in ("vllm", "budgets")]
 """Files of emulated kernels that take as long as all others together."""
+OLDEST = ".cache/triton-3.6.0"
+"""The oldest Triton that kernels have to compile with, as they do in torch 2.11."""
 
 
 def without(folder: str, files: Sequence[str]) -> str:
@@ -91,6 +93,13 @@ PARTS = (
     pytest("mini", "tests/mini"),
     Part("lint", "make --no-print-directory lint"),
     pytest("emulated-others", "tests/triton", long=True, DSV4_TEST_GPU="sm120,sm86,sm89,sm90"),
+    Part(
+        "emulated-oldest",
+        f"make --no-print-directory {OLDEST} && "
+        + pytest("", without("tests/triton", ENGINES)).command,
+        {"DSV4_TEST_GPU": "sm80,sm90", "PYTHONPATH": str(ROOT / OLDEST)},
+        long=True,
+    ),
     pytest("sglang-servers", " ".join(SERVERS), "sglang", long=True),
     Part(
         "vllm-0.33",

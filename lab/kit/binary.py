@@ -50,7 +50,7 @@ class Resources:
 def resources(kernels: Sequence[Any]) -> list[Resources]:
     """Of kernels compiled by Triton for one target, NVIDIA or AMD, in order."""
     if kernels and "cubin" in kernels[0].asm:
-        return [_nvidia(k, lines) for k, lines in zip(kernels, _sass(kernels), strict=True)]
+        return [_nvidia(k, lines) for k, lines in zip(kernels, sass(kernels), strict=True)]
     return [_amd(k) for k in kernels]
 
 
@@ -86,7 +86,7 @@ class Line(NamedTuple):
     operands: str
 
 
-def _sass(kernels: Sequence[Any]) -> list[list[Line]]:
+def sass(kernels: Sequence[Any]) -> list[list[Line]]:
     """All kernels' code is disassembled as one: the tool takes 0.3 s to start."""
     arch = re.search(r"\.target sm_(\w+)", kernels[0].asm["ptx"])
     assert arch

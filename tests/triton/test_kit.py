@@ -20,6 +20,7 @@ from dsv4_plugin.kernels.bits import (
 from dsv4_plugin.quant.e4m3 import decode_e4m3, quantise_e4m3
 from lab.kit import binary, mode
 from lab.kit.order import seeded
+from lab.kit.waits import LOAD, waits
 
 interpreted = pytest.mark.skipif(not mode.INTERPRET, reason="the interpreter's checks")
 emulated = pytest.mark.skipif(
@@ -264,3 +265,19 @@ def test_multiply_adds_of_a_warp():
     of_one = {"HMMA.16816.F32.BF16": 2, "QMMA.16832.F32.E4M3.E4M3": 1, "HMMA.1684.F32.TF32": 1}
     assert binary.multiply_adds(of_one) == 2 * 2048 + 4096 + 512
     assert binary.multiply_adds({"HGMMA.64x32x16.F32.BF16": 3, "FFMA": 7}) == 3 * 64 * 32 * 16 // 4
+
+
+@pytest.mark.parametrize(
+    ("code", "stops"),
+    [
+        ("LDG.E R4, [R2.64] | LDG.E R5, [R8.64] | FADD R6, R4, R5 | STG.E [R2.64], R6", 1),
+        ("LDG.E R4, [R2.64] | IADD3 R8, R4, 1 | LDG.E R5, [R8.64] | FADD R6, R4, R5", 2),
+        ("LDG.E.128 R4, [R2.64] | FADD R6, R7, R7 | FADD R6, R4, R4", 1),  # R7 is of the four
+        ("STG.E [R4.64], R6 | FADD R6, R6, R4", 0),
+    ],
+)
+def test_a_warp_stops_for_loads_whose_values_are_used(code, stops):
+    lines = [binary.Line(16 * i, *line.split(" ", 1)) for i, line in enumerate(code.split(" | "))]
+    found = waits(lines)
+    assert found.stops == stops
+    assert stops * LOAD < found.cycles < (stops + 0.1) * LOAD

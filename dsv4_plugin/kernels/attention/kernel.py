@@ -34,7 +34,17 @@ from torch import Tensor
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import RowFormat
 from dsv4_plugin.cache.step import Step
-from dsv4_plugin.kernels.attention.keys import NEVER, aligned, find_rows, load_quarter, part
+from dsv4_plugin.kernels.attention.keys import (
+    NEVER,
+    aligned,
+    decode_quarter,
+    find_blocks,
+    find_places,
+    find_rows,
+    load_choices,
+    load_quarter,
+    part,
+)
 from dsv4_plugin.kernels.attention.unpack import ALL, unpacked
 from dsv4_plugin.kernels.launch import pick, require
 
@@ -71,35 +81,36 @@ class Launch:
 
 LAUNCHES = {
     # measured, an H200, with other sums and cells of 128 keys: 32 keys; 4 columns for one row, 2
-    # for many; a window alone not dealt out; unpacking a row takes as long as decoding it once or
-    # twice. compiled: up to 13 spilled words, of wgmma's descriptors. bfloat16 rows take 40 % of
-    # the instructions of fp8's; stages would leave one program an SM (128 KiB) and spill
+    # for many; unpacking a row takes as long as decoding it once or twice. compiled: up to 18
+    # spilled words, some of them wgmma's descriptors. bfloat16 rows take 40 % of the instructions
+    # of fp8's; stages would leave one program an SM (128 KiB) and spill. modelled: a window is
+    # dealt out too, since one more tile takes as long as `merge`
     "hopper": Launch(
-        64, 32, 40, (Way(4, 4, 4, deal=4), Way(32, 2, 4, deal=4), Way(inf, 2, 4, unpack=4)),
-        (Way(4, 4, 4, deal=4), Way(32, 2, 4, deal=4), Way(inf, 2, 4)),
+        64, 32, 40, (Way(4, 4, 4, deal=2), Way(32, 2, 4, deal=2), Way(inf, 2, 4, unpack=4)),
+        (Way(4, 4, 4, deal=2), Way(32, 2, 4, deal=2), Way(inf, 2, 4)),
     ),
     # compiled: no spills; 64 heads would spill, 32 keys more of them. bfloat16 rows: 66 KiB, 56 %
     # of the instructions. counted: CSA, one row, 2.9 us of instructions at least, of 4 columns 3.9,
     # of 1 3.8; 16 rows 33 us, dealt out in 4 columns 57. A row's single tiles leave 2.6 MB, which
     # have to stay in L2
     "a100": Launch(
-        32, 32, 40, (Way(16, 2, 4, deal=4), Way(64, 2, 4), Way(inf, 1, 8, unpack=4)),
-        (Way(16, 2, 4, 2, deal=4), Way(64, 2, 4, 2), Way(inf, 1, 8, 2)),
+        32, 32, 40, (Way(16, 2, 4, deal=2), Way(64, 2, 4), Way(inf, 1, 8, unpack=4)),
+        (Way(16, 2, 4, 2, deal=2), Way(64, 2, 4, 2), Way(inf, 1, 8, 2)),
     ),
     # compiled: no spills, 66 KiB
     "consumer": Launch(
-        32, 32, 40, (Way(16, 2, 4, deal=4), Way(64, 2, 4), Way(inf, 1, 8, unpack=4)),
-        (Way(16, 2, 4, 2, deal=4), Way(64, 2, 4, 2), Way(inf, 1, 8, 2)),
+        32, 32, 40, (Way(16, 2, 4, deal=2), Way(64, 2, 4), Way(inf, 1, 8, unpack=4)),
+        (Way(16, 2, 4, 2, deal=2), Way(64, 2, 4, 2), Way(inf, 1, 8, 2)),
     ),
     # compiled: no spills; 32 heads would spill in the loop
     "cdna": Launch(
-        16, 32, 40, (Way(64, 4, 4, deal=4), Way(inf, 1, 4, unpack=4)),
-        (Way(64, 4, 4, deal=4), Way(inf, 1, 4)),
+        16, 32, 40, (Way(64, 4, 4, deal=2), Way(inf, 1, 4, unpack=4)),
+        (Way(64, 4, 4, deal=2), Way(inf, 1, 4)),
     ),
     # guessed; compiled for sm_100: no spills, 66 KiB
     "any": Launch(
-        32, 32, 40, (Way(16, 2, 4, deal=4), Way(64, 2, 4), Way(inf, 1, 8, unpack=4)),
-        (Way(16, 2, 4, 2, deal=4), Way(64, 2, 4, 2), Way(inf, 1, 8, 2)),
+        32, 32, 40, (Way(16, 2, 4, deal=2), Way(64, 2, 4), Way(inf, 1, 8, unpack=4)),
+        (Way(16, 2, 4, 2, deal=2), Way(64, 2, 4, 2), Way(inf, 1, 8, 2)),
     ),
 }  # fmt: skip
 SCRATCH_BYTES = 1 << 27
@@ -108,6 +119,8 @@ DEALT_BYTES = 1 << 26
 """Most of the cells of single tiles: beyond, cells are pieces."""
 MIN_DOT = 16
 """Least size of any side of a product."""
+AHEAD = tl.constexpr(16)
+"""Cells that `merge` asks for ahead of the one it folds."""
 LOWEST = tl.constexpr(-(2.0**20))
 """The exponent of nothing at all."""
 
@@ -178,14 +191,20 @@ def _shares(m_i, l_i, sink):
 
 
 @triton.jit
-def _unrotated(x, dim, cis, NOPE: tl.constexpr, D: tl.constexpr):
-    """x [M, W], whose dims are dim [W], with RoPE undone by (cos, sin) pairs at pointer cis."""
+def _angles(dim, cis, NOPE: tl.constexpr, D: tl.constexpr):
+    """cos, sin [1, W / 2] of dims dim [W], from the pairs at pointer cis."""
+    turned = (dim >= NOPE) & (dim < D)
+    nothing = tl.where(dim % 2 == 0, 1.0, 0.0)
+    pairs = tl.load(cis + (dim - NOPE), mask=turned, other=nothing)
+    cos, sin = tl.split(tl.reshape(pairs, (dim.shape[0] // 2, 2)))
+    return cos[None, :], sin[None, :]
+
+
+@triton.jit
+def _unrotated(x, cos, sin):
+    """x [M, W] with RoPE undone."""
     M: tl.constexpr = x.shape[0]
     W: tl.constexpr = x.shape[1]
-    even, _ = tl.split(tl.reshape(dim, (W // 2, 2)))
-    turned = (even >= NOPE) & (even < D)
-    cos = tl.load(cis + (even - NOPE), mask=turned, other=1.0)[None, :]
-    sin = tl.load(cis + (even - NOPE + 1), mask=turned, other=0.0)[None, :]
     a, b = tl.split(tl.reshape(x, (M, W // 2, 2)))
     # The same roundings wherever this is compiled.
     return tl.reshape(tl.join(tl.fma(a, cos, b * sin), tl.fma(b, cos, -(a * sin))), (M, W))
@@ -200,6 +219,18 @@ def _tiles(pos, choices, SPAN: tl.constexpr, RATIO: tl.constexpr, CHOOSING: tl.c
     if CHOOSING:
         seen = tl.minimum(seen, choices)
     return front, seen, tl.cdiv(front, KEYS) + tl.cdiv(seen, KEYS)
+
+
+@triton.jit
+def _part(tile, end, pos, front, seen, KEYS: tl.constexpr):
+    """Is the tile of a row's list the window's? Where its first row lies in its part of the list,
+    and which that is of the window's rows or the entries; how many rows there are from it to that
+    part's end: none from tile `end` on."""
+    near_tiles = tl.cdiv(front, KEYS)
+    near = tile < near_tiles
+    begin = tl.where(near, tile, tile - near_tiles) * KEYS
+    count = tl.where(tile < end, tl.where(near, front, seen) - begin, 0)
+    return near, begin, begin + tl.where(near, pos + 1 - front, 0), count
 
 
 COUNTS = (
@@ -230,16 +261,15 @@ def attend(
     column = tl.program_id(0) % COLUMNS
     h = tl.program_id(0) // COLUMNS % blocks * HEADS + tl.arange(0, HEADS)
     pos = tl.load(sees + t)
+    who = tl.load(request + t).to(tl.int64)
     front, seen, tiles = _tiles(pos, choices, SPAN, RATIO, CHOOSING, KEYS)
     cells = tl.maximum(tl.cdiv(tiles, each), 1)
     cell = tl.program_id(1)
-    if cell >= cells:
+    if (cell >= cells) | (who < 0):  # No request is; but so both are asked for together.
         return
-    who = tl.load(request + t).to(tl.int64)
     start = tl.load(starts + 2 * who, mask=take >= 0, other=0)
     if (take >= 0) & ((start >= 0) != (take == 1)):
         return
-    near_tiles = tl.cdiv(front, KEYS)
     first = 0 if COLUMNS == 1 else column * N  # a constant, where it can be
     w = tl.arange(0, W)
     head = (h < H)[:, None]
@@ -248,30 +278,49 @@ def attend(
         dim = (first ^ i) * W + w
         from_q = q + t * q_stride + h[:, None] * D + dim[None, :]
         q_parts += (tl.load(from_q, mask=head & (dim < D)[None, :], other=0.0),)
+    own_sink = tl.load(sink + h, mask=h < H, other=0.0)
     m_i, l_i, acc = _nothing(HEADS, W, N)
-    end = tl.minimum(cell * each + each, tiles)
+    # (Triton unpacks no tuples.)
+    window += (window_last, window_tables)
+    entries += (entries_last, entries_tables)
+    chosen += t * choices
+    visible = (pos + 1) // RATIO
+    tile = cell * each
+    end = tl.minimum(tile + each, tiles)
+    # While a tile is multiplied, the next one's blocks and the choices of the one behind that are
+    # on their way.
+    near, begin, offset, count = _part(tile, end, pos, front, seen, KEYS)
+    listed = load_choices(near, count, chosen + begin, CHOOSING, KEYS, THREADS)
+    index = find_places(near, offset, count, listed, visible, CHOOSING, KEYS, THREADS)
+    block = find_blocks(near, index, window, entries, who, WINDOW_ROWS, ENTRY_ROWS)
+    near, begin, _, count = _part(tile + 1, end, pos, front, seen, KEYS)
+    listed = load_choices(near, count, chosen + begin, CHOOSING, KEYS, THREADS)
     for tile in tl.range(cell * each, end, num_stages=STAGES):
-        near = tile < near_tiles
-        begin = tl.where(near, tile, tile - near_tiles) * KEYS
+        near, _, _, _ = _part(tile, end, pos, front, seen, KEYS)
         address = find_rows(
-            near,
-            window + (window_last, window_tables),  # noqa: RUF005  (Triton unpacks no tuples)
-            entries + (entries_last, entries_tables),  # noqa: RUF005
-            who, tl.where(near, pos + 1 - front, 0) + begin,
-            tl.where(near, front, seen) - begin, chosen + t * choices + begin,
-            (pos + 1) // RATIO, WINDOW_ROWS, ENTRY_ROWS, WORDS, CHOOSING, KEYS, THREADS,
-        )  # fmt: skip
+            near, index, block, window, entries, WINDOW_ROWS, ENTRY_ROWS, WORDS, KEYS, THREADS
+        )
         k = ()  # type: tuple[object, ...]
-        for i in tl.static_range(4):
-            k += (load_quarter(address, first ^ i, NOPE, ROPE, W, FP8, ALIGN),)
+        for i in tl.static_range(0, 4, 2):  # Two are asked for at once; more would spill.
+            one = load_quarter(address, first ^ i, NOPE, ROPE, W, FP8, ALIGN)
+            two = load_quarter(address, first ^ (i + 1), NOPE, ROPE, W, FP8, ALIGN)
+            k += (
+                decode_quarter(one, first ^ i, NOPE, W, FP8),
+                decode_quarter(two, first ^ (i + 1), NOPE, W, FP8),
+            )
+        near, _, offset, count = _part(tile + 1, end, pos, front, seen, KEYS)
+        index = find_places(near, offset, count, listed, visible, CHOOSING, KEYS, THREADS)
+        block = find_blocks(near, index, window, entries, who, WINDOW_ROWS, ENTRY_ROWS)
+        near, begin, _, count = _part(tile + 2, end, pos, front, seen, KEYS)
+        listed = load_choices(near, count, chosen + begin, CHOOSING, KEYS, THREADS)
         m_i, l_i, acc = _attend(q_parts, k, address != 0, scale, m_i, l_i, acc)
     if cells == 1:
-        share = _shares(m_i, l_i, tl.load(sink + h, mask=h < H, other=0.0))[:, None]
+        share = _shares(m_i, l_i, own_sink)[:, None]
         for i in tl.static_range(N):
             dim = (first + i) * W + w
             x = acc[i] * share
             if COLUMNS > 1 or (i + 1) * W > NOPE:
-                x = _unrotated(x, dim, cis + t * ROPE, NOPE, D)
+                x = _unrotated(x, *_angles(dim, cis + t * ROPE, NOPE, D))
             to = out + (t * H + h[:, None]) * D + dim[None, :]
             tl.store(to, x.to(out.dtype.element_ty), mask=head & (dim < D)[None, :])
     else:
@@ -285,37 +334,63 @@ def attend(
             tl.store(at, acc[i], mask=head & (column_dim < D)[None, :])
 
 
+@triton.jit
+def _join(m_i, l_i, acc, m, l, x):  # noqa: E741
+    """A sum [1, 4 W] and one more."""
+    m_i, alpha, beta = _weights(m_i, m)
+    return m_i, _fold(l_i, alpha, l, beta), _fold(acc, alpha[:, None], x, beta[:, None])
+
+
+@triton.jit
+def _join_cells(
+    m_i, l_i, acc, cells_m, cells_l, cells_acc, first, end, H, dim, D: tl.constexpr
+):  # fmt: skip
+    """A sum and the cells first .. end - 1 of a row, in order. AHEAD of them are on their way at
+    any time: one after another, a program would do nothing but wait."""
+    for cell in tl.range(first, end, num_stages=AHEAD):
+        place = cell * H
+        m = tl.load(cells_m + place)
+        l = tl.load(cells_l + place)  # noqa: E741
+        x = tl.load(cells_acc + place * D + dim, mask=dim < D, other=0.0)
+        m_i, l_i, acc = _join(m_i, l_i, acc, m, l, x)
+    return m_i, l_i, acc
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def merge(
     sink, sees, cis, out, cells_m, cells_l, cells_acc, choices, places, each, H,
     NOPE: tl.constexpr, ROPE: tl.constexpr, W: tl.constexpr, SPAN: tl.constexpr,
     RATIO: tl.constexpr, CHOOSING: tl.constexpr, KEYS: tl.constexpr, PIECE: tl.constexpr,
+    DEALT: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, row): fold the cells of a piece in order, then the pieces."""
+    """Program (head, row): fold the cells in order. DEALT: each is a tile, and PIECE of them are
+    folded into a piece first."""
     D: tl.constexpr = NOPE + ROPE
     h = tl.program_id(0) + tl.arange(0, 1)
     t = tl.program_id(1).to(tl.int64)
+    own_sink = tl.load(sink + h)
+    cos, sin = _angles(tl.arange(0, 4 * W), cis + t * ROPE, NOPE, D)
     _, _, tiles = _tiles(tl.load(sees + t), choices, SPAN, RATIO, CHOOSING, KEYS)
     cells = tl.cdiv(tiles, each)
     if cells <= 1:
         return
+    place = t * places * H + h
+    cells_m += place
+    cells_l += place
+    cells_acc += place[:, None] * D
     dim = tl.arange(0, 4 * W)[None, :]
     m_all, l_all, total = tl.full((1,), LOWEST, tl.float32), tl.zeros((1,), tl.float32), 0.0 * dim
-    own = PIECE // each
-    for piece in range(tl.cdiv(cells, own)):
-        m_i, l_i, acc = tl.full((1,), LOWEST, tl.float32), tl.zeros((1,), tl.float32), 0.0 * dim
-        end = tl.minimum(piece * own + own, cells)
-        for cell in tl.range(piece * own, end, loop_unroll_factor=8):
-            place = (t * places + cell) * H + h
-            x = tl.load(cells_acc + place[:, None] * D + dim, mask=dim < D, other=0.0)
-            m_i, alpha, beta = _weights(m_i, tl.load(cells_m + place))
-            l_i = _fold(l_i, alpha, tl.load(cells_l + place), beta)
-            acc = _fold(acc, alpha[:, None], x, beta[:, None])
-        m_all, alpha, beta = _weights(m_all, m_i)
-        l_all = _fold(l_all, alpha, l_i, beta)
-        total = _fold(total, alpha[:, None], acc, beta[:, None])
-    y = total * _shares(m_all, l_all, tl.load(sink + h))[:, None]
-    y = _unrotated(y, tl.reshape(dim, (4 * W,)), cis + t * ROPE, NOPE, D)
+    if DEALT:
+        for first in range(0, cells, PIECE):
+            m, l, x = tl.full((1,), LOWEST, tl.float32), tl.zeros((1,), tl.float32), 0.0 * dim  # noqa: E741
+            end = tl.minimum(first + PIECE, cells)
+            m, l, x = _join_cells(m, l, x, cells_m, cells_l, cells_acc, first, end, H, dim, D)  # noqa: E741
+            m_all, l_all, total = _join(m_all, l_all, total, m, l, x)
+    else:
+        m_all, l_all, total = _join_cells(
+            m_all, l_all, total, cells_m, cells_l, cells_acc, 0, cells, H, dim, D
+        )
+    y = _unrotated(total * _shares(m_all, l_all, own_sink)[:, None], cos, sin)
     to = out + (t * H + h[:, None]) * D + dim
     tl.store(to, y.to(out.dtype.element_ty), mask=dim < D)
 
@@ -407,7 +482,7 @@ def attention(
         if places > 1:
             merge[(heads, count)](
                 sink, sees, cis[rows], out[rows], *cell_args, choices, places, each, heads,
-                **shape, PIECE=launch.piece, num_warps=4,
+                **shape, PIECE=launch.piece, DEALT=dealt, num_warps=4,
             )  # fmt: skip
     return out
 

@@ -22,7 +22,15 @@ from torch import Tensor
 from dsv4_plugin.cache.paged import Paged
 from dsv4_plugin.cache.rows import BFloat16Rows, RowPool
 from dsv4_plugin.cache.step import Step
-from dsv4_plugin.kernels.attention.keys import aligned, find_rows, load_quarter, part
+from dsv4_plugin.kernels.attention.keys import (
+    aligned,
+    decode_quarter,
+    find_blocks,
+    find_places,
+    find_rows,
+    load_quarter,
+    part,
+)
 
 UNPACKED_BYTES = 1 << 28
 """Most of the unpacked rows of a layer: where they would take more, rows are read as they are."""
@@ -84,23 +92,28 @@ def unpack(
     if tl.program_id(1) == 0:
         tl.store(starts + 2 * who, tl.where(some, to_window - first + before, -1))
         tl.store(starts + 2 * who + 1, tl.where(some, to_entries, -1))
+    # (Triton unpacks no tuples.)
+    window += (window_last, window_tables)
+    entries += (entries_last, entries_tables)
     near_tiles = tl.cdiv(front, ROWS)
     tiles = tl.where(some, near_tiles + tl.cdiv(seen, ROWS), 0)
     for tile in tl.range(tl.program_id(1), tiles, tl.num_programs(1)):
         near = tile < near_tiles
         at = tl.where(near, tile, tile - near_tiles) * ROWS
         left = tl.where(near, front, seen) - at
+        first_row = tl.where(near, first, 0) + at
+        index = find_places(near, first_row, left, 0, 0, False, ROWS, THREADS)
+        block = find_blocks(near, index, window, entries, who, WINDOW_ROWS, ENTRY_ROWS)
         address = find_rows(
-            near,
-            window + (window_last, window_tables),  # noqa: RUF005  (Triton unpacks no tuples)
-            entries + (entries_last, entries_tables),  # noqa: RUF005
-            who, tl.where(near, first, 0) + at, left, starts, 0,
-            WINDOW_ROWS, ENTRY_ROWS, WORDS, False, ROWS, THREADS,
-        )  # fmt: skip
+            near, index, block, window, entries, WINDOW_ROWS, ENTRY_ROWS, WORDS, ROWS, THREADS
+        )
+        stored = ()  # type: tuple[object, ...]
+        for quarter in tl.static_range(4):
+            stored += (load_quarter(address, quarter, NOPE, ROPE, W, True, ALIGN),)
         i = tl.arange(0, ROWS)
         row = out + (tl.where(near, to_window, to_entries) + at + i).to(tl.int64) * D
         for quarter in tl.static_range(4):
-            x = load_quarter(address, quarter, NOPE, ROPE, W, True, ALIGN)
+            x = decode_quarter(stored[quarter], quarter, NOPE, W, True)
             dim = quarter * W + tl.arange(0, W)
             real = (i < left)[:, None] & (dim < D)[None, :]
             tl.store(row[:, None] + dim[None, :], x, mask=real)

@@ -30,7 +30,7 @@ from dsv4_plugin.kernels.qkv.kernel import blocks_of
 
 AHEAD = tl.constexpr(4)
 """Tokens of a window whose values are asked for before the first is used; half of them for CSA,
-which has twice the values and would take the shared memory of other programs. (24 KiB)"""
+which has twice the values and would take the shared memory of other programs. (18 and 12 KiB)"""
 SCAN = 256
 """Requests looked at once, for one that fills a page or starts behind it."""
 

@@ -154,9 +154,9 @@ def _place(
         tl.store(row_of + rest, -1, mask=rest < last * M)
 
 
-@kernel(do_not_specialize=["pairs", "stride"])
+@kernel(do_not_specialize=["pairs"])
 def prepare(
-    x, out, ids, expert_of, row_of, used, pairs, stride,
+    x, out, ids, expert_of, row_of, used, pairs,
     K: tl.constexpr, OUT: tl.constexpr, ORDER: tl.constexpr, ROUND: tl.constexpr,
     BLOCKS: tl.constexpr, E: tl.constexpr, EXPERTS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -171,7 +171,7 @@ def prepare(
         i = tl.arange(0, BLOCK)
         first = (column * BLOCKS + tl.arange(0, BLOCKS))[:, None] * BLOCK
         at = first + i[None, :]
-        value = tl.load(x + t * stride + at, mask=at < K, other=0.0).to(tl.float32)
+        value = tl.load(x + t * K + at, mask=at < K, other=0.0).to(tl.float32)
         if ROUND:
             value = rounded(value, 1)
         to = first + position(i, ORDER)[None, :]
@@ -312,9 +312,9 @@ class Products:
         multiply_experts[(blocks.most, tiles, pieces if split else 1)](
             x, w.data, w.scale, w.top, too.data, too.scale, too.top, self.weight,
             blocks.expert_of, blocks.row_of, blocks.used, out, partial, counter,
-            pairs, x.stride(0), self.limit,
-            N=w.outputs, K=w.inputs, OUT=width, ROW=w.row, EACH=w.each, SCALE_EACH=w.scale_each,
-            KIND=w.kind, CODES=self.order(w), PAIRS=per, GATED=gated,
+            pairs, self.limit,
+            N=w.outputs, K=w.inputs, IN=x.shape[1], OUT=width, ROW=w.row, EACH=w.each,
+            SCALE_EACH=w.scale_each, KIND=w.kind, CODES=self.order(w), PAIRS=per, GATED=gated,
             ROUND=self.rounding and after is not None, ORDER=self.order(after) if after else 1,
             M=tile.rows, W=tile.columns, DEPTH=tile.depth if deep else BLOCK.value,
             PIECE=piece, SPLIT=split, num_warps=tile.warps,
@@ -333,7 +333,7 @@ def prepared(x: Tensor, ids: Tensor, blocks: Blocks, order: int, rounding: bool)
         columns = triton.cdiv(width, PREPARED * BLOCK.value)
         out = x.new_empty(rows, width)
     prepare[(triton.cdiv(e, columns) + rows, columns)](
-        x, out, ids, blocks.expert_of, blocks.row_of, blocks.used, ids.numel(), x.stride(0),
+        x, out, ids, blocks.expert_of, blocks.row_of, blocks.used, ids.numel(),
         K=k, OUT=width, ORDER=order, ROUND=rounding, BLOCKS=PREPARED,
         E=e, EXPERTS=triton.next_power_of_2(e), M=blocks.rows, num_warps=4,
     )  # fmt: skip
@@ -352,8 +352,7 @@ def _experts(
     also: Tensor | None,
 ) -> Tensor:
     (tokens, k), d = ids.shape, x.shape[1]
-    assert x.stride(1) == 1
-    require(also)
+    require(x, also)
     products = Products.of(ids, weight, w1, limit, rounding)
     h = products.multiply(products.prepared(x, w1), w1, w3, k, w2)
     y = products.multiply(h, w2, w2, 1)

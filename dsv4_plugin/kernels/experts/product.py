@@ -307,16 +307,17 @@ def _opened(fresh, total, part):
     return tl.where(fresh, total + part, total), part * tl.where(fresh, 0.0, 1.0)
 
 
-@kernel(do_not_specialize=["pairs", "x_stride", "limit"])
+@kernel(do_not_specialize=["pairs", "limit"])
 def multiply_experts(
     x, w1, scale1, top1, w3, scale3, top3, weight, expert_of, row_of, used, out, partial, counter,
-    pairs, x_stride, limit,
-    N: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr, ROW: tl.constexpr, EACH: tl.constexpr,
-    SCALE_EACH: tl.constexpr, KIND: tl.constexpr, CODES: tl.constexpr, PAIRS: tl.constexpr,
-    GATED: tl.constexpr, ROUND: tl.constexpr, ORDER: tl.constexpr, M: tl.constexpr,
-    W: tl.constexpr, DEPTH: tl.constexpr, PIECE: tl.constexpr, SPLIT: tl.constexpr,
+    pairs, limit,
+    N: tl.constexpr, K: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, ROW: tl.constexpr,
+    EACH: tl.constexpr, SCALE_EACH: tl.constexpr, KIND: tl.constexpr, CODES: tl.constexpr,
+    PAIRS: tl.constexpr, GATED: tl.constexpr, ROUND: tl.constexpr, ORDER: tl.constexpr,
+    M: tl.constexpr, W: tl.constexpr, DEPTH: tl.constexpr, PIECE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, output tile, piece): out [pair, OUT] = x [pair / PAIRS] times its expert's w1
+    """Program (block, output tile, piece): out [pair, OUT] = x [pair / PAIRS, IN] times its expert's w1
     or, if GATED, the clamped SwiGLU of that and of w3's, times the pair's weight. CODES > 1:
     turned. ROUND: each block of outputs is rounded; ORDER: they are stored for a next product of so
     many codes a word, zeros behind the last. If SPLIT, partial float32 [pieces, 1 + GATED, pairs,
@@ -329,7 +330,7 @@ def multiply_experts(
     pair = tl.load(row_of + block * M + tl.arange(0, M))
     real = pair >= 0
     pair = tl.where(real, pair, 0).to(tl.int64)
-    start = x + pair // PAIRS * x_stride
+    start = x + pair // PAIRS * IN
     n = tl.program_id(1) * W + tl.arange(0, W)
     inside = n < N
     w1 += e * EACH

@@ -250,7 +250,7 @@ def store_rounded_row(
     store_rounded(y, out + t * D + at, at < D, scale_at, block < COUNT, 1, FORM)
 
 
-@kernel(do_not_specialize=["rows", "first", "limit"])
+@kernel(do_not_specialize=["rows", "limit"])
 def fp8_product(
     x, x_scale, w, w_scale, out, out_scale, partial, counter,
     rows, x_stride, x_group, inputs, BLOCKS, N, first, limit,

@@ -39,7 +39,7 @@ class Launch:
 
     block: columns of every stream in a chunk; group: tokens whose `Spread` is made together. The
     order of sums follows from these. few: of up to so many tokens, a program takes one tile, and
-    asks for it before it splits its weights; of more, it takes one of `parts` shares, its next
+    asks for it and its weights at once; of more, it takes one of `parts` shares, its next
     tiles on their way into `stages` buffers. slab: most tokens whose partial sums are kept at a
     time, 128 bytes for each and chunk.
     """
@@ -71,18 +71,22 @@ def _tile(begin, end, M: tl.constexpr):
 
 
 @triton.jit
-def _joined(given, streams, post, mixing, tk, R: tl.constexpr):
-    """Stream k of tokens t [M] after the output `given` has joined, float32; tk: t * R + k."""
-    value = tl.load(post + tk)[:, None] * given.to(tl.float32)
+def _joined(asked, k: tl.constexpr, R: tl.constexpr):
+    """Stream k of the tokens `asked` for after the output has joined, float32."""
+    FIRST: tl.constexpr = R + 1 + k * (R + 1)
+    value = asked[FIRST][:, None] * asked[R].to(tl.float32)
     for j in tl.static_range(R):
-        share = tl.load(mixing + tk * R + j)[:, None]
-        value = tl.fma(share, streams[j].to(tl.float32), value)  # not left to the compiler
+        share = asked[FIRST + 1 + j][:, None]
+        value = tl.fma(share, asked[j].to(tl.float32), value)  # not left to the compiler
     return value
 
 
 @triton.jit
-def _asked(out, h, t, real, d, D: tl.constexpr, R: tl.constexpr, SPREAD: tl.constexpr):
-    """Columns d of tokens t [M]: R streams and, if SPREAD, the output."""
+def _asked(
+    out, h, post, mixing, t, real, d, D: tl.constexpr, R: tl.constexpr, SPREAD: tl.constexpr
+):
+    """Columns d of tokens t [M]: R streams and, if SPREAD, the output and by what they join: for
+    each stream the output's weight [M] and those of the streams."""
     inside = real[:, None] & (d < D)[None, :]
     at = (t * R * D)[:, None] + d[None, :]
     asked: tl.tuple = ()
@@ -91,19 +95,29 @@ def _asked(out, h, t, real, d, D: tl.constexpr, R: tl.constexpr, SPREAD: tl.cons
     if SPREAD:
         at = (t * D)[:, None] + d[None, :]
         asked += (tl.load(out + at, mask=inside, other=0.0),)
+        for k in tl.static_range(R):
+            tk = t * R + k
+            asked += (tl.load(post + tk),)
+            for j in tl.static_range(R):
+                asked += (tl.load(mixing + tk * R + j),)
     return asked
 
 
 @triton.jit
-def _split(
-    fn, k, d,
-    D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """fn's columns d of stream k, [len(d), WIDTH], as values of KIND that add up to them, the least
-    first."""
+def _weights(fn, d, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
+    """fn's columns d of each stream, [len(d), WIDTH]."""
     n = tl.arange(0, WIDTH)
-    at = n[None, :] * (R * D) + k * D + d[:, None]
-    w = tl.load(fn + at, mask=(n < N)[None, :] & (d < D)[:, None], other=0.0)
+    at = n[None, :] * (R * D) + d[:, None]
+    weights: tl.tuple = ()
+    for k in tl.static_range(R):
+        inside = (n < N)[None, :] & (d < D)[:, None]
+        weights += (tl.load(fn + at + k * D, mask=inside, other=0.0),)
+    return weights
+
+
+@triton.jit
+def _split(w, KIND: tl.constexpr):
+    """Values of KIND that add up to w, the least first."""
     if KIND == tl.float32:  # noqa: SIM300
         return (w,)
     else:  # noqa: RET505  (Triton 3.6 compiles what follows such a return)
@@ -115,7 +129,7 @@ def _split(
 
 @triton.jit
 def _multiply(
-    asked, weights, post, mixing, h_out, partial, t, real, d,
+    asked, weights, h_out, partial, t, real, d,
     D: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """A chunk's sums of tokens t [M], stored at partial [M]; the new streams into h_out."""
@@ -125,7 +139,7 @@ def _multiply(
     for k in tl.static_range(R):
         x = asked[k]
         if SPREAD:
-            x = pin(_joined(asked[R], asked, post, mixing, t * R + k, R).to(x.dtype))
+            x = pin(_joined(asked, k, R).to(x.dtype))
             at = ((t * R + k) * D)[:, None] + d[None, :]
             tl.store(h_out + at, x, mask=real[:, None] & (d < D)[None, :])
         wide = x.to(tl.float32)
@@ -152,42 +166,54 @@ def mix_part(
     partial += chunk * WIDTH
     if STAGES == 0:
         t, real = _tile(begin, stop, M)
-        asked = _asked(out, h, t, real, d, D, R, SPREAD)
+        asked = _asked(out, h, post, mixing, t, real, d, D, R, SPREAD)
+    whole = _weights(fn, d, D, R, N, WIDTH)
+    tl.debug_barrier()  # all is asked for before the first of it is used
     weights: tl.tuple = ()
     for k in tl.static_range(R):
-        weights += (_split(fn, k, d, D, R, N, WIDTH, h.dtype.element_ty),)
+        # Pinned, or what loads it also waits for it, and brings it into shared memory.
+        weights += (_split(pin(whole[k]), h.dtype.element_ty),)
     if STAGES == 0:
         to = partial + (t - first) * chunks * WIDTH
-        _multiply(asked, weights, post, mixing, h_out, to, t, real, d, D, R, WIDTH, SPREAD)
+        _multiply(asked, weights, h_out, to, t, real, d, D, R, WIDTH, SPREAD)
     else:
         for tile in tl.range(0, tl.cdiv(stop - begin, M), num_stages=STAGES):
             t, real = _tile(begin + tile * M, stop, M)
-            asked = _asked(out, h, t, real, d, D, R, SPREAD)
+            asked = _asked(out, h, post, mixing, t, real, d, D, R, SPREAD)
             to = partial + (t - first) * chunks * WIDTH
-            _multiply(asked, weights, post, mixing, h_out, to, t, real, d, D, R, WIDTH, SPREAD)
+            _multiply(asked, weights, h_out, to, t, real, d, D, R, WIDTH, SPREAD)
 
 
 @triton.jit
-def _sums(partial, chunks, n, SHARES: tl.constexpr, PER: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns n [O] of the sums at partial [G]: over SHARES times PER chunks, those of a share in
-    order."""
-    chunk = (tl.arange(0, SHARES) * PER)[None, :, None]
-    at = partial[:, None, None] + chunk * WIDTH + n[None, None, :]
-    total = tl.load(at, mask=chunk < chunks, other=0.0)
-    for i in tl.static_range(1, PER):
-        total += tl.load(at + i * WIDTH, mask=chunk + i < chunks, other=0.0)
-    return tl.sum(total, 1)
-
-
-@triton.jit
-def _outputs(
-    partial, base, scale, chunks, n, eps, SIZE: tl.constexpr, SHARES: tl.constexpr,
-    PER: tl.constexpr, WIDTH: tl.constexpr,
+def _asked_sums(
+    partial, base, scale, chunks, n,
+    SHARES: tl.constexpr, PER: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Outputs n [O] of the mixing product at partial [G], of SIZE values each: normed, scaled."""
-    squares = _sums(partial, chunks, WIDTH - 1 + tl.arange(0, 1), SHARES, PER, WIDTH)
-    m = _sums(partial, chunks, n, SHARES, PER, WIDTH) * tl.rsqrt(squares / SIZE + eps)
-    return m * tl.load(scale + n) + tl.load(base + n)
+    """For `_outputs` n [O] of the mixing product at partial [G]: the sums of each share's first
+    chunk, second and so on, of squares after those of outputs; then scale and base."""
+    chunk = (tl.arange(0, SHARES) * PER)[None, :, None]
+    rows = partial[:, None, None] + chunk * WIDTH
+    asked: tl.tuple = ()
+    for i in tl.static_range(PER):
+        at = rows + i * WIDTH
+        inside = chunk + i < chunks
+        asked += (tl.load(at + n[None, None, :], mask=inside, other=0.0),)
+        squares = WIDTH - 1 + tl.arange(0, 1)
+        asked += (tl.load(at + squares[None, None, :], mask=inside, other=0.0),)
+    asked += (tl.load(scale + n), tl.load(base + n))
+    return asked
+
+
+@triton.jit
+def _outputs(asked, eps, SIZE: tl.constexpr, PER: tl.constexpr):
+    """Outputs [G, O] of the mixing product of SIZE values each: summed up over the chunks of a
+    share in order, then over the shares, normed, scaled."""
+    total, squares = asked[0], asked[1]
+    for i in tl.static_range(1, PER):
+        total += asked[2 * i]
+        squares += asked[2 * i + 1]
+    m = tl.sum(total, 1) * tl.rsqrt(tl.sum(squares, 1) / SIZE + eps)
+    return m * asked[2 * PER] + asked[2 * PER + 1]
 
 
 @triton.jit
@@ -215,12 +241,15 @@ def _make_spreads(
 ):  # fmt: skip
     """Of tokens t [G], whose sums are at partial [G]."""
     r = tl.arange(0, R)
-    post = _outputs(partial, base, scale, chunks, R + r, norm_eps, R * D, SHARES, PER, WIDTH)
-    tl.store(post_out + t[:, None] * R + r[None, :], 2.0 * _sigmoid(post), mask=real[:, None])
     n = 2 * R + tl.arange(0, R * R)
-    mixing = _outputs(partial, base, scale, chunks, n, norm_eps, R * D, SHARES, PER, WIDTH)
-    at = (t * (R * R))[:, None, None] + r[None, None, :] * R + r[None, :, None]
-    tl.store(mixing_out + at, _sinkhorn(mixing, iters, eps, R), mask=real[:, None, None])
+    of_post = _asked_sums(partial, base, scale, chunks, R + r, SHARES, PER, WIDTH)
+    of_mixing = _asked_sums(partial, base, scale, chunks, n, SHARES, PER, WIDTH)
+    if chunks > 0:  # Always. Without a branch some of it is asked for after a wait for the rest.
+        post = _outputs(of_post, norm_eps, R * D, PER)
+        tl.store(post_out + t[:, None] * R + r[None, :], 2.0 * _sigmoid(post), mask=real[:, None])
+        mixing = _outputs(of_mixing, norm_eps, R * D, PER)
+        at = (t * (R * R))[:, None, None] + r[None, None, :] * R + r[None, :, None]
+        tl.store(mixing_out + at, _sinkhorn(mixing, iters, eps, R), mask=real[:, None, None])
 
 
 @triton.jit
@@ -233,18 +262,21 @@ def _collapse(
     in another FORM than PLAIN."""
     r = tl.arange(0, R)
     d = tl.arange(0, COLUMNS)
+    # All that it needs is asked for at once.
+    asked = _asked_sums(partial, base, scale, chunks, r, SHARES, PER, WIDTH)
     streams: tl.tuple = ()
     for k in tl.static_range(R):
         streams += (tl.load(h + (t * R + k) * D + d, mask=d < D, other=0.0),)
-    m = _outputs(partial, base, scale, chunks, r, norm_eps, R * D, SHARES, PER, WIDTH)
-    pre = tl.reshape(_sigmoid(m) + eps, (R,))
+    if NORM:
+        by = tl.load(norm + d, mask=d < D, other=0.0)
+    pre = tl.reshape(_sigmoid(_outputs(asked, norm_eps, R * D, PER)) + eps, (R,))
     y = tl.zeros((COLUMNS,), tl.float32)
     for k in tl.static_range(R):
         y += tl.sum(tl.where(r == k, pre, 0.0), 0) * streams[k].to(tl.float32)
     y = y.to(h.dtype.element_ty).to(tl.float32)
     if NORM:
         y = y * tl.rsqrt(tl.sum(y * y, 0) / D + norm_eps)
-        y = y * tl.load(norm + d, mask=d < D, other=0.0)
+        y = y * by
     tl.store(x_out + t * D + d, y, mask=d < D)
     if FORM != PLAIN:
         y = y.to(h.dtype.element_ty).to(tl.float32)
@@ -286,9 +318,9 @@ def join(out, h, post, mixing, h_out, D: tl.constexpr, R: tl.constexpr, BLOCK: t
     t, real = _tile(tl.program_id(0), tl.num_programs(0), 1)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (d < D)[None, :]
-    asked = _asked(out, h, t, real, d, D, R, True)
+    asked = _asked(out, h, post, mixing, t, real, d, D, R, True)
     for k in tl.static_range(R):
-        x = _joined(asked[R], asked, post, mixing, t * R + k, R)
+        x = _joined(asked, k, R)
         tl.store(h_out + ((t * R + k) * D)[:, None] + d[None, :], x, mask=inside)
 
 
