@@ -106,11 +106,8 @@ OPS = {
         {"scores and choice": work.index},
         LONG,
         {
-            "rows": (8, 32, 64),
-            "least": (2048, 4096, 8192),
-            "small_chunk": (512, 1024),
-            "chunk": (1024, 2048, 4096),
-            "warps": _WARPS,
+            "values": (8, 16, 32),
+            "warps": (8, 16),
         },
         sums=(),
     ),

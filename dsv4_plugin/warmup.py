@@ -50,13 +50,13 @@ def shapes(
     prompts and long ones, at every length that changes a launch."""
     from dsv4_plugin.kernels.attention import kernel as attention
     from dsv4_plugin.kernels.experts import kernel as experts
-    from dsv4_plugin.kernels.index.topk import BLOCKS, LAUNCHES
+    from dsv4_plugin.kernels.index.topk import BLOCKS
     from dsv4_plugin.kernels.launch import pick
     from dsv4_plugin.kernels.packed.fp8 import LINEARS
     from dsv4_plugin.kernels.streams import kernel as streams
 
     few = (1, 256)  # no compressed rows; some, but not more than are chosen
-    scores = *BLOCKS, pick(LAUNCHES).long
+    scores = *BLOCKS, BLOCKS[-1] + 1
     lengths = sorted({min(n, longest) for n in (*few, *(4 * b for b in scores))} | {longest})
     looked, short = 1 + drafts, min(rows, pick(LINEARS).line)
     # As few as go by attention's next way, and of one token each: keys are not unpacked.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -159,13 +157,11 @@ def test_topk(gpu, lengths, n, k):
     )
 
 
-@pytest.mark.parametrize("few", [True, False])
-def test_topk_in_chunks(gpu, monkeypatch, few):
-    """As for contexts of a million tokens: a row that many chunks are counted of, and a short one;
-    ties within a chunk and across chunks."""
-    launch = replace(topk.LAUNCHES["any"], least=0, small_chunk=256)
-    monkeypatch.setattr(topk, "LAUNCHES", {"any": launch})
-    n, k = 9000, 64
+@pytest.mark.parametrize(("few", "n", "k"), [(True, 9000, 64), (False, 9001, 63)])
+def test_topk_in_rounds(gpu, monkeypatch, few, n, k):
+    """As for contexts of a million tokens: a row of many blocks, and a short one; ties within a
+    block and across blocks."""
+    monkeypatch.setattr(topk, "BLOCKS", (32, 64, 256))
     score = torch.stack([tied(n, 1), normal(n, seed=2).cpu(), torch.ones(n)])
     score[2, [100, 3000]] = 2.0
     score = score.to(mode.DEVICE)
@@ -176,11 +172,9 @@ def test_topk_in_chunks(gpu, monkeypatch, few):
             assert torch.equal(topk.topk(score, position, RATIO, k), expected)
 
 
-def test_topk_in_chunks_of_every_kind(gpu, monkeypatch):
+def test_topk_in_rounds_of_every_kind(gpu, monkeypatch):
     """Infinities, NaN, subnormals, numbers that differ in their last bits, more chosen than there
     are of any one kind."""
-    launch = replace(topk.LAUNCHES["any"], least=0, small_chunk=256)
-    monkeypatch.setattr(topk, "LAUNCHES", {"any": launch})
     n, k = 1500, 512
     kinds = torch.tensor([float("inf"), float("-inf"), float("nan"), 1e-45, -1e-45, 0.0, -0.0])
     score = torch.stack(
@@ -190,11 +184,15 @@ def test_topk_in_chunks_of_every_kind(gpu, monkeypatch):
         ]
     ).to(mode.DEVICE)
     position = ints(4 * n - 1, 4 * n - 1)
-    whole = replace(launch, least=n)
-    chunks = topk.topk(score, position, RATIO, k)
-    monkeypatch.setattr(topk, "LAUNCHES", {"any": whole})
-    assert torch.equal(topk.topk(score, position, RATIO, k), chunks)
-    assert torch.equal(chunks[1:], reference.topk(score[1:], position[1:], RATIO, k))
+    whole = topk.topk(score, position, RATIO, k)
+    monkeypatch.setattr(topk, "BLOCKS", (256, 512, 1024))
+    assert torch.equal(topk.topk(score, position, RATIO, k), whole)
+    assert torch.equal(whole[1:], reference.topk(score[1:], position[1:], RATIO, k))
+
+
+def test_topk_of_more_than_rounds_leave(gpu):
+    with pytest.raises(ValueError, match="index_topk is 9000; the Triton indexer chooses at most"):
+        topk.topk(normal(1, 20000), ints(79999), RATIO, 9000)
 
 
 def test_choices_in_turns(gpu, monkeypatch):

@@ -28,6 +28,9 @@ from dsv4_plugin.kernels.launch import require
 from dsv4_plugin.kernels.programmatic import follow, kernel
 from dsv4_plugin.kernels.qkv.kernel import blocks_of
 
+AHEAD = tl.constexpr(4)
+"""Tokens of a window whose values are asked for before the first is used; half of them for CSA,
+which has twice the values and would take the shared memory of other programs. (18 and 12 KiB)"""
 SCAN = 256
 """Requests looked at once, for one that fills a page or starts behind it."""
 
@@ -117,17 +120,22 @@ def _segment(
             kv = tl.load(token, mask=used, other=0.0).to(tl.float32)
             top, total, value = _join(top, total, value, score, kv)
         if paging:
-            number = tl.load(page_table + tl.maximum(begin - 1, 0) // PAGE).to(tl.int64)
-            carry = page + number * page_stride + CARRY + channel
+            opened = tl.load(page_table + tl.maximum(begin - 1, 0) // PAGE).to(tl.int64)
+            carry = page + opened * page_stride + CARRY + channel
             lse = tl.load(carry.to(tl.pointer_type(tl.float32)), mask=used & stored, other=0.0)
             mean = tl.load(carry.to(tl.pointer_type(tl.float32)) + C, mask=used & stored, other=0.0)
             safe = tl.where(stored, 1.0, total)
             top = tl.where(stored, lse, top + log(safe))
             value = tl.where(stored, mean, tl.div_rn(value, safe))
             total = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
+    # What does not depend on the tokens is asked for before the barrier.
+    number = tl.load(page_table + begin // PAGE).to(tl.int64)
+    w = tl.load(weight + at, mask=used, other=0.0)
     keep_all = end - first <= RING_ROWS
     tl.debug_barrier()  # every thread has read the ring
-    for position in tl.range(start, tl.minimum(begin + R, end), disable_licm=True):
+    for position in tl.range(
+        start, tl.minimum(begin + R, end), disable_licm=True, num_stages=AHEAD // HALVES
+    ):
         row = (row_of_first + position - first).to(tl.int64)
         token = y + row * (2 * HALVES * C) + channel
         bias = ape + position % R * (HALVES * C) + channel
@@ -154,11 +162,9 @@ def _segment(
             tl.store(half, top, mask=used)
             tl.store(half + C, total, mask=used)
             tl.store(half + 2 * C, value, mask=used)
-    number = tl.load(page_table + begin // PAGE).to(tl.int64)
     if (begin + R <= end) & (number >= 0):
         x = tl.where(used, tl.div_rn(value, tl.where(used, total, 1.0)), 0.0)
         x = x.to(DTYPE).to(tl.float32)
-        w = tl.load(weight + at, mask=used, other=0.0)
         rms = inverse_rms(tl.sum(sum_of_squares(x, 1), 0), D, eps)
         x = (x * rms * w).to(DTYPE).to(tl.float32)
         x = rotate_tail(x, cis, at, D - ROPE, D).to(DTYPE).to(tl.float32)

@@ -1,16 +1,18 @@
 """Triton: the k best of a row's scores, lower entry first among equals.
 
-Scores become unsigned integers of their order; which is the least to be taken is found digit by
-digit. A program that has the whole row in registers does it alone, a bit at a time. Of few rows, or
-long ones, every CHUNK scores have a program: four launches count digits of 8 bits among the scores
-that begin as the threshold does, each program its own, and the next launch's all add the counts up;
-the fifth writes what is taken, behind what the chunks before have. Programs meet nowhere, and no
-count is left over for the next launch.
+Scores become unsigned integers of their order. A program has up to a block of them in its registers
+and halves the range in which the least to be taken lies: a step counts those above the middle. Few
+steps do: the range begins between the largest score and the least of the best of k groups, and ends
+as soon as exactly k reach its lower end.
+
+A longer row is chosen from in rounds: the best of each block, in order of their entries, are what
+the next round chooses from. Whoever is among a row's best is among its block's, ties included.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 import triton
@@ -21,213 +23,163 @@ from dsv4_plugin.kernels.launch import pick, require
 from dsv4_plugin.kernels.programmatic import follow, kernel
 
 BLOCKS = (1024, 4096, 16384)
-"""How many scores a program looks at that has a whole row: the least that holds it."""
+"""How many scores a program looks at: the least that holds a row, or else the most."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Up to `rows` rows go in chunks where they have more than `least` scores; all do that are
-    longer than BLOCKS[-1]. Chunks are small up to `long` scores; warps of a chunk."""
+    """Scores that a thread of 32 has, at least; most warps of a program."""
 
-    rows: int
-    least: int
-    long: int
-    small_chunk: int
-    chunk: int
+    values: int
     warps: int
 
-    def chunk_of(self, n: int) -> int:
-        return self.small_chunk if n <= self.long else self.chunk
 
-
-# measured, an H200, one row, with counts added up by atomics: 14 us of 16,384 in chunks of 512,
-# 24 us of 262,144 in chunks of 2,048; 64 rows are as fast with a program each
-LAUNCHES = {"any": Launch(32, 4096, 1 << 16, 512, 2048, 8)}
+# guessed: counting takes two instructions of each score, however many warps share them; fewer add
+# their counts up sooner
+LAUNCHES = {"any": Launch(16, 16)}
 
 
 @triton.jit
-def _ordered(x, real):
-    """float32 as uint32 of the same order, -0.0 as 0.0; 0, which no number is, where not real."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
-    return tl.where(real, order, 0)
+def _ordered(x, real, FIRST: tl.constexpr):
+    """float32 as uint32 of the same order, -0.0 as 0.0; 0, which no number is, where not real. The
+    first round's are handed on as int32."""
+    if FIRST:
+        bits = (x + 0.0).to(tl.int32, bitcast=True)
+        x = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) ^ -0x80000000
+    return tl.where(real, x.to(tl.uint32, bitcast=True), 0)
 
 
 @triton.jit
-def _store_rest(out, taken, K: tl.constexpr, KP: tl.constexpr):
-    """-1 in the places that are left over."""
-    rest = tl.arange(0, KP)
-    tl.store(out + rest, tl.full((KP,), -1, tl.int32), mask=(rest >= taken) & (rest < K))
+def _least(order, seen, K: tl.constexpr, KP: tl.constexpr):
+    """(least, room): what is above `least` is among the K best of `seen`, and so is the first
+    `room` of what equals it."""
+    BLOCK: tl.constexpr = order.shape[0]
+    GROUPS: tl.constexpr = min(KP, BLOCK)
+    best = tl.max(tl.reshape(order, (BLOCK // GROUPS, GROUPS)), 0)
+    # Each group has one that reaches `low`, which makes K at least; none is above `high`.
+    low = tl.where(seen > K, tl.min(best, 0), 0)
+    high = tl.where(seen > K, tl.max(best, 0), 0)
+    reach = tl.full((), K + 1, tl.int32)
+    above = tl.full((), 0, tl.int32)
+    while (low < high) & (reach != K):
+        middle = high - (high - low) // 2
+        count = tl.sum((order >= middle).to(tl.int32), 0)
+        enough = count >= K
+        reach = tl.where(enough, count, reach)
+        above = tl.where(enough, above, count)
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    alone = (reach == K) | (seen <= K)  # Exactly those from `low` on, or all.
+    return tl.where(reach == K, low - 1, low), tl.where(alone, 0, K - above)
 
 
 @triton.jit
-def _best(score, seen, out, BLOCK: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
-    """The K best of the first `seen` scores, at most BLOCK."""
-    i = tl.arange(0, BLOCK)
+def _quarters(x):
+    """Each fourth of the values [4 N], from the first on, from the second, ...: four times [N]."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0] // 4, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _best(
+    score, entry, begin, seen, out, keys, BLOCK: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    ALIGN: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """The K best of the row's scores `begin` .. `seen` - 1, BLOCK at most."""
+    i = begin + tl.arange(0, BLOCK)
     real = i < seen
-    order = _ordered(tl.load(score + i, mask=real, other=0.0), real)
-    # The largest threshold that at least K scores reach, bit by bit.
-    threshold = tl.full((), 0, tl.uint32)
-    for step in range(32):
-        trial = threshold | (tl.full((), 1, tl.uint32) << (31 - step))
-        reach = tl.sum((order >= trial).to(tl.int32), 0)
-        threshold = tl.where(reach >= K, trial, threshold)
-    above = order > threshold
-    tied = (order == threshold) & real
-    room = K - tl.sum(above.to(tl.int32), 0)
-    take = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
-    place = tl.cumsum(take.to(tl.int32), 0) - 1
-    tl.store(out + place, i, mask=take)
-    _store_rest(out, tl.sum(take.to(tl.int32), 0), K, KP)
+    whole = i < (seen + ALIGN - 1) // ALIGN * ALIGN  # vectors
+    order = _ordered(tl.load(score + i, mask=whole, other=0), real, FIRST)
+    least, room = _least(order, seen - begin, K, KP)
+    found = i if FIRST else tl.load(entry + i, mask=whole, other=0)
+    # A thread has four neighbours at a time. One scan counts those above in the upper half of its
+    # words, those tied in the lower.
+    orders, entries = _quarters(order), _quarters(found)
+    counts = tl.zeros_like(entries[0])
+    for j in tl.static_range(4):
+        counts += tl.where(orders[j] > least, 65536, (orders[j] == least).to(tl.int32))
+    before = tl.cumsum(counts, 0) - counts
+    ties = before & 65535
+    place = (before >> 16) + tl.minimum(ties, room)
+    for j in tl.static_range(4):
+        tied = orders[j] == least
+        take = (orders[j] > least) | (tied & (ties < room))
+        tl.store(out + place, entries[j], mask=take)
+        if not LAST:
+            tl.store(keys + place, orders[j].to(tl.int32, bitcast=True), mask=take & (seen > BLOCK))
+        ties += tied.to(tl.int32)
+        place += take.to(tl.int32)
 
 
-@kernel(do_not_specialize=["stride", "n"])
+@kernel(do_not_specialize=["stride", "next_stride", "n"])
 def choose_best(
-    score, position, out, stride, n, K: tl.constexpr, KP: tl.constexpr, RATIO: tl.constexpr,
-    BLOCK: tl.constexpr, SMALL: tl.constexpr,
+    score, entry, position, out, next_key, next_entry, stride, next_stride, n, K: tl.constexpr,
+    KP: tl.constexpr, RATIO: tl.constexpr, SMALL: tl.constexpr, MIDDLE: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr, ALIGN: tl.constexpr, ROUND: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
-    """Program (row). One of at most SMALL scores takes a shorter way."""
-    follow()
-    t = tl.program_id(0).to(tl.int64)
-    seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)
-    if seen <= SMALL:
-        _best(score + t * stride, seen, out + t * K, SMALL, K, KP)
-    elif BLOCK > SMALL:
-        _best(score + t * stride, seen, out + t * K, BLOCK, K, KP)
-
-
-@triton.jit
-def _counts(counts, chunks, GROUP: tl.constexpr):
-    """int32 [256]: those of the first `chunks` chunks together."""
-    b = tl.arange(0, 256)
-    total = tl.zeros((256,), tl.int32)
-    for first in range(0, chunks, GROUP):
-        c = first + tl.arange(0, GROUP)
-        at = counts + c[:, None] * 256 + b[None, :]
-        total += tl.sum(tl.load(at, mask=(c < chunks)[:, None], other=0), 0)
-    return total
-
-
-@triton.jit
-def _threshold(counts, state, chunks, need, PASS: tl.constexpr, GROUP: tl.constexpr):
-    """What PASS passes have found: the first digits of the least score to take, and how many to
-    take of those that begin so. counts: of the pass before; state: what the one before that had."""
-    prefix = tl.full((), 0, tl.uint32)
-    if PASS > 0:
-        if PASS > 1:
-            prefix = tl.load(state + 2 * (PASS - 1)).to(tl.uint32, bitcast=True)
-            need = tl.load(state + 2 * (PASS - 1) + 1)
-        b = tl.arange(0, 256)
-        h = _counts(counts, chunks, GROUP)
-        reach = tl.sum(h, 0) - tl.cumsum(h, 0) + h
-        digit = tl.sum((reach >= need).to(tl.int32), 0) - 1
-        need -= tl.sum(tl.where(b > digit, h, 0), 0)
-        prefix = (prefix << 8) | digit.to(tl.uint32)
-    return prefix, need
-
-
-@kernel(do_not_specialize=["stride", "n"])
-def count_digits(
-    score, position, counts, above, state, stride, n, K: tl.constexpr, RATIO: tl.constexpr,
-    CHUNK: tl.constexpr, SMALL: tl.constexpr, GROUP: tl.constexpr, PASS: tl.constexpr,
-):  # fmt: skip
-    """Program (row, chunk): how often each value of digit PASS is there among the scores that begin
-    as the threshold does; in the last pass, also how many begin above it."""
+    """Program (row, block): its K best, for the next round where the row has more blocks. Rows of
+    few scores take shorter ways. FULL: the block of the rounds before. LAST: no row has more than a
+    block."""
     follow()
     t = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1)
-    places = tl.num_programs(1)
     seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)
-    if (seen <= SMALL) | (p * CHUNK >= seen):
+    is_chosen = False
+    for _ in tl.static_range(ROUND):
+        is_chosen = seen <= FULL
+        seen = seen // FULL * K + tl.minimum(seen % FULL, K)
+    if is_chosen | ((p > 0) & (p * BLOCK >= seen)):
         return
-    before = counts + (2 * t + (PASS + 1) % 2) * places * 256
-    chunks = tl.cdiv(seen, CHUNK)
-    prefix, need = _threshold(before, state + 8 * t, chunks, tl.minimum(seen, K), PASS, GROUP)
-    if p == 0:
-        tl.store(state + 8 * t + 2 * PASS, prefix.to(tl.int32, bitcast=True))
-        tl.store(state + 8 * t + 2 * PASS + 1, need)
-    i = p * CHUNK + tl.arange(0, CHUNK)
-    real = i < seen
-    order = _ordered(tl.load(score + t * stride + i, mask=real, other=0.0), real)
-    equal = real
-    if PASS > 0:
-        equal = real & ((order >> (32 - 8 * PASS)) == prefix)
-    digit = ((order >> (24 - 8 * PASS)) & 255).to(tl.int32)
-    mine = (2 * t + PASS % 2) * places + p
-    tl.store(counts + mine * 256 + tl.arange(0, 256), tl.histogram(digit, 256, mask=equal))
-    if PASS == 3:
-        larger = real & ((order >> 8) > prefix)
-        tl.store(above + t * places + p, tl.sum(larger.to(tl.int32), 0))
-
-
-@kernel(do_not_specialize=["stride", "n"])
-def write_chosen(
-    score, position, counts, above, state, out, stride, n, K: tl.constexpr, KP: tl.constexpr,
-    RATIO: tl.constexpr, CHUNK: tl.constexpr, SMALL: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Program (row, chunk): its entries among the K best, behind those of the chunks before. A row
-    of at most SMALL scores was not counted, and is chosen here."""
-    follow()
-    t = tl.program_id(0).to(tl.int64)
-    p = tl.program_id(1)
-    places = tl.num_programs(1)
-    seen = tl.minimum((tl.load(position + t) + 1) // RATIO, n)
-    row = score + t * stride
+    row = tl.multiple_of(t * stride, ALIGN)
+    to = out + t * K
+    place = t * next_stride + p * K
+    if seen > BLOCK:
+        to = next_entry + place
+    rest = tl.arange(0, KP)
+    tl.store(to + rest, tl.full((KP,), -1, tl.int32), mask=(rest >= seen) & (rest < K))
+    first: tl.constexpr = ROUND == 0
+    score += row
+    entry += row
     if seen <= SMALL:
-        if p == 0:
-            _best(row, seen, out + t * K, SMALL, K, KP)
-        return
-    if p * CHUNK >= seen:
-        return
-    if p == 0:
-        _store_rest(out + t * K, seen, K, KP)
-    last = counts + (2 * t + 1) * places * 256
-    chunks = tl.cdiv(seen, CHUNK)
-    least, room = _threshold(last, state + 8 * t, chunks, tl.minimum(seen, K), 4, GROUP)
-    b = tl.arange(0, 256)
-    digit = (least & 255).to(tl.int32)
-    h = _counts(last, p, GROUP)
-    tied_before = tl.sum(tl.where(b == digit, h, 0), 0)
-    above_before = tl.sum(tl.where(b > digit, h, 0), 0)
-    for first in range(0, p, GROUP):
-        c = first + tl.arange(0, GROUP)
-        above_before += tl.sum(tl.load(above + t * places + c, mask=c < p, other=0), 0)
-    i = p * CHUNK + tl.arange(0, CHUNK)
-    real = i < seen
-    order = _ordered(tl.load(row + i, mask=real, other=0.0), real)
-    tied = real & (order == least)
-    left = room - tied_before
-    take = (real & (order > least)) | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= left))
-    start = above_before + tl.minimum(tied_before, room)
-    tl.store(out + t * K + start + tl.cumsum(take.to(tl.int32), 0) - 1, i, mask=take)
+        _best(score, entry, 0, seen, to, next_key, SMALL, K, KP, ALIGN, first, True)
+    elif (BLOCK > SMALL) & (seen <= MIDDLE):
+        _best(score, entry, 0, seen, to, next_key, MIDDLE, K, KP, ALIGN, first, True)
+    elif BLOCK > MIDDLE:
+        _best(
+            score, entry, p * BLOCK, seen, to, next_key + place, BLOCK, K, KP, ALIGN, first, LAST
+        )  # fmt: skip
 
 
 def topk(score: Tensor, position: Tensor, ratio: int, k: int) -> Tensor:
-    """As in `reference`."""
+    """As in `reference`.
+
+    Raises:
+        ValueError: more are to be chosen than half a block, so that rounds would not end.
+    """
     t, n = score.shape
+    if k > BLOCKS[-1] // 2:
+        most = BLOCKS[-1] // 2
+        raise ValueError(f"index_topk is {k}; the Triton indexer chooses at most {most}")
     require(position)
     assert score.stride(1) == 1
     out = torch.empty((t, k), dtype=torch.int32, device=score.device)
     if t == 0:
         return out
     launch = pick(LAUNCHES)
-    shape = {"K": k, "RATIO": ratio, "SMALL": BLOCKS[0]}
-    wide = {"KP": triton.next_power_of_2(k)}
-    if n <= BLOCKS[-1] and (n <= launch.least or t > launch.rows):
-        block = next(b for b in BLOCKS if b >= n)
-        choose_best[(t,)](
-            score, position, out, score.stride(0), n, BLOCK=block, **shape, **wide,
-            num_warps=16 if block > 4096 else 4,
+    key, entry, left, done = score, out, n, 0
+    while done == 0 or left > k:
+        block = next((b for b in BLOCKS if b >= left and not done), BLOCKS[-1])
+        chunks = triton.cdiv(left, block)
+        width = triton.cdiv(chunks * k, 4) * 4  # Pointers stay aligned.
+        next_key, next_entry = (out, out) if chunks == 1 else out.new_empty((2, t, width))
+        choose_best[(t, chunks)](
+            key, entry, position, out, next_key, next_entry, key.stride(0), next_key.stride(0), n,
+            K=k, KP=triton.next_power_of_2(k), RATIO=ratio, SMALL=BLOCKS[0], MIDDLE=BLOCKS[1],
+            BLOCK=block, FULL=BLOCKS[-1], ALIGN=gcd(key.stride(0), 4), ROUND=done,
+            LAST=chunks == 1, num_warps=min(max(4, block // (32 * launch.values)), launch.warps),
         )  # fmt: skip
-        return out
-    chunk = launch.chunk_of(n)
-    chunks = triton.cdiv(n, chunk)
-    counts = torch.empty((t, 2, chunks, 256), dtype=torch.int32, device=score.device)
-    above = torch.empty((t, chunks), dtype=torch.int32, device=score.device)
-    state = torch.empty((t, 4, 2), dtype=torch.int32, device=score.device)
-    shape |= {"CHUNK": chunk, "GROUP": 32, "num_warps": launch.warps}
-    given = score, position, counts, above, state
-    for digit in range(4):
-        count_digits[(t, chunks)](*given, score.stride(0), n, PASS=digit, **shape)
-    write_chosen[(t, chunks)](*given, out, score.stride(0), n, **shape, **wide)
+        key, entry, left, done = next_key, next_entry, chunks * k, done + 1
     return out
