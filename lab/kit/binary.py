@@ -21,14 +21,15 @@ import triton
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = 16
 """Bytes of one, on NVIDIA GPUs since Volta."""
+NARROW = r"(global|buffer)_load_([us]?byte|[us]?short)"
 MMA = ("HMMA", "QMMA", "IMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "v_mfma")
 
 
 @dataclass(frozen=True)
 class Resources:
     """registers, spill (bytes per thread, stored or of scratch), shared (bytes of a block);
-    instructions by name; loop_spills: spill instructions inside loops; byte_loads: global loads
-    of single bytes; loop: instructions by name of the innermost loop that multiplies most, or else
+    instructions by name; loop_spills: spill instructions inside loops; narrow_loads: global
+    loads of fewer than 4 bytes; loop: instructions by name of the innermost loop that multiplies most, or else
     is longest; mma: tensor-core instructions."""
 
     registers: int
@@ -36,7 +37,7 @@ class Resources:
     shared: int
     instructions: Counter[str]
     loop_spills: int
-    byte_loads: int
+    narrow_loads: int
     loop: Counter[str]
 
     @property
@@ -69,8 +70,8 @@ def _nvidia(kernel: Any, sass: Sequence[Line]) -> Resources:
         shared=kernel.metadata.shared,
         instructions=names,
         loop_spills=sum(n for name, n in in_loops.items() if name.startswith(("LDL", "STL"))),
-        byte_loads=sum(
-            n for k, n in names.items() if k.startswith("LDG") and re.search(r"\.[US]8", k)
+        narrow_loads=sum(
+            n for k, n in names.items() if k.startswith("LDG") and re.search(r"\.[US](8|16)", k)
         ),
         loop=_main(loops),
     )
@@ -166,8 +167,8 @@ def _amd(kernel: Any) -> Resources:
         shared=kernel.metadata.shared,
         instructions=names,
         loop_spills=sum(n for k, n in names.items() if k.startswith("scratch_")),
-        byte_loads=sum(
-            n for k, n in names.items() if re.match(r"(global|buffer)_load_[us]byte", k)
+        narrow_loads=sum(
+            n for k, n in names.items() if re.match(NARROW, k)
         ),
         loop=Counter(),
     )

@@ -31,7 +31,7 @@ class Built:
     spill: int
     loop_spills: int
     shared: int
-    byte_loads: int
+    narrow_loads: int
     mma: int
     instructions: dict[str, int]
     loop: dict[str, int]
@@ -83,7 +83,7 @@ def _target(target: str, group: str, only: Collection[str]) -> list[Built]:
     return failed + [
         Built(
             target, name, kernel.name, grid, r.registers, r.spill, r.loop_spills, r.shared,
-            r.byte_loads, r.mma, dict(r.instructions), dict(r.loop), launches,
+            r.narrow_loads, r.mma, dict(r.instructions), dict(r.loop), launches,
         )
         for name, kernel, grid, launches in launched
         for r in [taken[kernel.hash]]

@@ -35,7 +35,7 @@ def built(request: pytest.FixtureRequest) -> list[Built]:
 
 def budget(b: Built) -> dict[str, int]:
     table = BUDGETS[b.kernel]
-    return {"mma": 0, "bytes": 0, "loop_spills": 0, "copies": 0} | table | table.get(b.target, {})
+    return {"mma": 0, "narrow": 0, "loop_spills": 0, "copies": 0} | table | table.get(b.target, {})
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,8 @@ def test_budgets(built: list[Built], target: str):
         allowed = budget(b)
         if b.spill > allowed["spill"] or b.loop_spills > allowed["loop_spills"]:
             over.append(f"{b.kernel} ({b.case}) spills {b.spill} bytes, {b.loop_spills} in loops")
-        if b.byte_loads > allowed["bytes"]:
-            over.append(f"{b.kernel} ({b.case}) has {b.byte_loads} byte-wide loads")
+        if b.narrow_loads > allowed["narrow"]:
+            over.append(f"{b.kernel} ({b.case}) has {b.narrow_loads} loads of fewer than 4 bytes")
         if b.mma < allowed["mma"]:
             over.append(f"{b.kernel} ({b.case}) has {b.mma} tensor-core instructions")
         if b.shared > SHARED_LIMIT[target]:

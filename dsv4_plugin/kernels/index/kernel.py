@@ -71,7 +71,7 @@ LAUNCHES = {
     # 243 us for 4,096 rows at 8,192 tokens, where 1,525 were without gathering
     "any": Launch(entries=64, paged=Way(4, 1), flat=Way(4, 3)),
 }
-COUNTS = ("last", "tables", "flat", "scales", "padded", "ratio", "out_stride")
+COUNTS = ("last", "tables", "padded", "ratio", "out_stride")
 """Arguments whose values are not compiled in."""
 
 
