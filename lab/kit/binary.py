@@ -29,8 +29,8 @@ MMA = ("HMMA", "QMMA", "IMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "v_mfma")
 class Resources:
     """registers, spill (bytes per thread, stored or of scratch), shared (bytes of a block);
     instructions by name; loop_spills: spill instructions inside loops; narrow_loads: global
-    loads of fewer than 4 bytes; loop: instructions by name of the innermost loop that multiplies most, or else
-    is longest; mma: tensor-core instructions."""
+    loads of fewer than 4 bytes, which nothing loads ahead of time; loop: instructions by name of
+    the innermost loop that multiplies most, or else is longest; mma: tensor-core instructions."""
 
     registers: int
     spill: int

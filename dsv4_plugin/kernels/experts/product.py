@@ -195,7 +195,13 @@ def _scales(scale, n, first, used, COUNT: tl.constexpr, BLOCKS: tl.constexpr, WH
     """Of blocks first .. first + BLOCKS - 1 of rows n, of COUNT a row: [W, BLOCKS]."""
     block = first + tl.arange(0, BLOCKS)
     at = scale + n[:, None] * COUNT + block[None, :]
-    if WHOLE:
+    BYTES: tl.constexpr = scale.dtype.element_ty == tl.uint8
+    if WHOLE & BYTES & (BLOCKS == 4) & (COUNT % 4 == 0):
+        # As one word: nothing shorter is loaded ahead of time by a thread.
+        from_words = scale.to(tl.pointer_type(tl.int32)) + n * (COUNT // 4)
+        words = tl.load(from_words + first // 4)
+        scales = (words[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 0xFF
+    elif WHOLE:
         scales = tl.load(at)
     else:
         scales = tl.load(at, mask=used[:, None] & (block < COUNT)[None, :], other=0)
