@@ -219,23 +219,20 @@ def store_key_row(row, x, WIDTH: tl.constexpr, FORMAT: tl.constexpr):
 
 @triton.jit
 def row_pointers(
-    storage,
-    table,
-    index,
-    ok,
-    stride,
-    offset,
-    last,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """Pointers int32 [N] to the rows `index` of a request, and which of them exist."""
+    storage, table, first, end, stride, offset, last, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    ALIGN: tl.constexpr, N: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Pointers int32 [N] to the rows of a request from `first` on, those below `end`, and which of
+    them exist. THREADS look for each: a load with as many elements as a program has threads is not
+    done again for every layout that its value is used in."""
+    index = first + tl.arange(0, N * THREADS) // THREADS
     place = index // ROWS
-    ok = ok & (index >= 0) & (place <= last)
-    block = tl.load(table + place, mask=ok, other=-1).to(tl.int64)
-    ok = ok & (block >= 0)
+    block = tl.load(table + place, mask=(index < end) & (place <= last), other=-1).to(tl.int64)
     address = block * stride + offset + (index % ROWS) * WORDS
+    address = tl.where(block >= 0, address, -1)
+    if THREADS > 1:
+        address = tl.max(tl.reshape(address, (N, THREADS)), 1)
+    ok = address >= 0
     return storage + tl.multiple_of(tl.where(ok, address, 0), ALIGN), ok
 
 

@@ -167,8 +167,6 @@ def _amd(kernel: Any) -> Resources:
         shared=kernel.metadata.shared,
         instructions=names,
         loop_spills=sum(n for k, n in names.items() if k.startswith("scratch_")),
-        narrow_loads=sum(
-            n for k, n in names.items() if re.match(NARROW, k)
-        ),
+        narrow_loads=sum(n for k, n in names.items() if re.match(NARROW, k)),
         loop=Counter(),
     )

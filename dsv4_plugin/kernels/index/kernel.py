@@ -244,7 +244,7 @@ def _key_parts(row, ok, C: tl.constexpr, P: tl.constexpr, FORMAT: tl.constexpr):
 def gather_keys(
     paged, last, tables, lengths, flat, scales, padded, ratio, C: tl.constexpr, P: tl.constexpr,
     FORMAT: tl.constexpr, WORDS: tl.constexpr, PAGE_ROWS: tl.constexpr, ALIGN: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    ENTRIES: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Program (request, block of entries): keys as the products take them, side by side; those in
     no page are zero. There is room for `padded` entries of each request."""
@@ -257,8 +257,8 @@ def gather_keys(
     storage, table, stride, offset = paged
     entry = begin + tl.arange(0, ENTRIES)
     row, ok = row_pointers(
-        storage, table + who * tables, entry, entry < n, stride, offset, last, PAGE_ROWS, WORDS,
-        ALIGN,
+        storage, table + who * tables, begin, n, stride, offset, last, PAGE_ROWS, WORDS, ALIGN,
+        ENTRIES, THREADS,
     )  # fmt: skip
     k0, k1, k2, k3, scale = _key_parts(row, ok, C, P, FORMAT)
     w = tl.arange(0, P)[None, :]
@@ -278,16 +278,16 @@ def index_scores(
     INDEX_HEADS,
     IP: tl.constexpr, C: tl.constexpr, P: tl.constexpr, FORMAT: tl.constexpr, WORDS: tl.constexpr,
     PAGE_ROWS: tl.constexpr, ALIGN: tl.constexpr, RATIO: tl.constexpr, ENTRIES: tl.constexpr,
-    FLAT: tl.constexpr, STAGES: tl.constexpr,
+    FLAT: tl.constexpr, STAGES: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Program (row, share of the blocks of ENTRIES entries that it sees). FLAT: keys are
     `gather_keys`'s, else they are read in their pages."""
     follow()
     t = tl.program_id(0).to(tl.int64)
     seen = (tl.load(position + t) + 1) // RATIO
-    if tl.program_id(1) * ENTRIES >= seen:
-        return
     who = tl.load(request + t).to(tl.int64)
+    if (tl.program_id(1) * ENTRIES >= seen) | (who < 0):  # No request is; both are asked for.
+        return
     h = tl.arange(0, IP)
     real = h < INDEX_HEADS
     weights = tl.load(weight + t * INDEX_HEADS + h, mask=real, other=0.0)
@@ -314,8 +314,8 @@ def index_scores(
             scale = tl.load(scales + at)
         else:
             row, ok = row_pointers(
-                storage, table + who * tables, entry, entry < seen, stride, offset, last,
-                PAGE_ROWS, WORDS, ALIGN,
+                storage, table + who * tables, block * ENTRIES, seen, stride, offset, last,
+                PAGE_ROWS, WORDS, ALIGN, ENTRIES, THREADS,
             )  # fmt: skip
             k0, k1, k2, k3, scale = _key_parts(row, ok, C, P, FORMAT)
         # As many products of gathered keys: Triton lays them out by that, and the sum with them.
@@ -385,7 +385,7 @@ def gathered(keys: Paged, lengths: Tensor, ratio: int, n: int) -> Flat | None:
     )
     gather_keys[(requests, padded // block)](
         *_part(keys), lengths, found.keys, found.scale, padded, ratio, **_shape(keys, c),
-        ENTRIES=block, num_warps=4,
+        ENTRIES=block, THREADS=max(1, 128 // block), num_warps=4,
     )  # fmt: skip
     return found
 
@@ -425,8 +425,8 @@ def scores(
         flat.keys.shape[1] if flat else 0, out, width, heads,
         # With 16 heads ptxas takes 96 registers for sm_86, and spills in the loop.
         IP=max(32, triton.next_power_of_2(heads)), **_shape(keys, c), RATIO=ratio,
-        ENTRIES=launch.entries, FLAT=flat is not None, STAGES=way.stages, num_warps=way.warps,
-        num_stages=1,
+        ENTRIES=launch.entries, FLAT=flat is not None, STAGES=way.stages,
+        THREADS=max(1, 32 * way.warps // launch.entries), num_warps=way.warps, num_stages=1,
     )  # fmt: skip
     return out
 
