@@ -95,6 +95,16 @@ def test_small_heads_of_the_tiny_model(gpu, kind):
     assert error(attention(**case), reference(**case)) < ATTENTION_BF16
 
 
+too_wide = pytest.mark.skipif(not mode.INTERPRET, reason="takes more shared memory than chips have")
+
+
+@pytest.mark.parametrize("d", [576, pytest.param(1032, marks=too_wide)])
+def test_other_widths_of_fp8_rows(gpu, d):
+    """Of 576, quarters without a code of e4m3; of 1,032, quarters with two words of scales."""
+    case = world([[300], [5]], 4, "fp8", 4, 64, d=d)
+    assert error(attention(**case), reference(**case)) < ATTENTION_BF16
+
+
 PREFILL = [
     # a chunk that starts inside a window, two requests, padding at the end
     ([range(150, 157), range(5), [None] * 3], 8, "fp8", 0),

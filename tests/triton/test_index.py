@@ -191,7 +191,7 @@ def test_topk_in_rounds_of_every_kind(gpu, monkeypatch):
 
 
 def test_topk_of_more_than_rounds_leave(gpu):
-    with pytest.raises(ValueError, match="index_topk is 9000; the Triton indexer chooses at most"):
+    with pytest.raises(ValueError, match="index_topk is 9000; of 20000 entries"):
         topk.topk(normal(1, 20000), ints(79999), RATIO, 9000)
 
 

@@ -130,8 +130,8 @@ def decode_quarter(stored, quarter, NOPE: tl.constexpr, W: tl.constexpr, FP8: tl
 @triton.jit
 def _packed(address, some, quarter, NOPE: tl.constexpr, ROPE: tl.constexpr, W: tl.constexpr):
     """Of e4m3 rows - NOPE codes, ROPE bfloat16, then a UE8M0 byte for every 64 codes - per column
-    of 8 dims: 8 bytes and, where it is RoPE's, the 8 after these; and the word [KEYS, 1] with the
-    scales of a quarter, of 256 dims at most."""
+    of 8 dims: 8 bytes, the 8 after these where it is RoPE's, and the word with its scale; of 256
+    dims or less that is one word for all columns, [KEYS, 1]."""
     u = quarter * (W // 8) + tl.arange(0, W // 8)
     row = address.to(tl.pointer_type(tl.int64))
     words = address.to(tl.pointer_type(tl.int32))
@@ -143,7 +143,12 @@ def _packed(address, some, quarter, NOPE: tl.constexpr, ROPE: tl.constexpr, W: t
     a = tl.load(row[:, None] + at[None, :], mask=real, other=0)
     b = tl.load(row[:, None] + (at + 1)[None, :], mask=real & rope, other=0)
     SCALES: tl.constexpr = NOPE // 4 + ROPE // 2
-    scale = tl.load(words[:, None] + (SCALES + quarter * (W // 8) // 32), mask=some, other=0)
+    if W > 256:
+        at = (SCALES + u // 32)[None, :]
+        scale = tl.load(words[:, None] + at, mask=real & ~rope, other=0)
+    else:
+        coded = some & (quarter * W < NOPE)
+        scale = tl.load(words[:, None] + (SCALES + quarter * W // 256), mask=coded, other=0)
     return a, b, scale
 
 

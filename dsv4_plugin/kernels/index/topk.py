@@ -28,7 +28,7 @@ BLOCKS = (1024, 4096, 16384)
 
 @dataclass(frozen=True)
 class Launch:
-    """Scores that a thread of 32 has, at least; most warps of a program."""
+    """values: scores that a thread has, at least. warps: of a program, at most."""
 
     values: int
     warps: int
@@ -157,12 +157,15 @@ def topk(score: Tensor, position: Tensor, ratio: int, k: int) -> Tensor:
     """As in `reference`.
 
     Raises:
-        ValueError: more are to be chosen than half a block, so that rounds would not end.
+        ValueError: of a row longer than a block more are to be chosen than half a block, so that
+            rounds would not end.
     """
     t, n = score.shape
-    if k > BLOCKS[-1] // 2:
+    if n > BLOCKS[-1] and k > BLOCKS[-1] // 2:
         most = BLOCKS[-1] // 2
-        raise ValueError(f"index_topk is {k}; the Triton indexer chooses at most {most}")
+        raise ValueError(
+            f"index_topk is {k}; of {n} entries the Triton indexer chooses at most {most}"
+        )
     require(position)
     assert score.stride(1) == 1
     out = torch.empty((t, k), dtype=torch.int32, device=score.device)
@@ -171,6 +174,7 @@ def topk(score: Tensor, position: Tensor, ratio: int, k: int) -> Tensor:
     launch = pick(LAUNCHES)
     key, entry, left, done = score, out, n, 0
     while done == 0 or left > k:
+        # Later rounds take the largest, whatever is left: fewer variants are compiled.
         block = next((b for b in BLOCKS if b >= left and not done), BLOCKS[-1])
         chunks = triton.cdiv(left, block)
         width = triton.cdiv(chunks * k, 4) * 4  # Pointers stay aligned.

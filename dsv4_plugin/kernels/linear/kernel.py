@@ -46,7 +46,8 @@ class Launch:
 
 
 LAUNCHES = {
-    # guessed: CSA's compressors in one wave, 5 programs of 39 KiB on each SM. compiled: no spills
+    # guessed: CSA's compressors in one wave, 5 programs of 39 KiB on each SM (3 at Pro's width,
+    # whose pieces take 160 registers to add). compiled: no spills
     "hopper": Launch(16, 64, columns=64, depth=32, piece=256, split=128, warps=4, stages=3),
     # guessed; compiled: no spills, 96 KiB at most
     "any": Launch(16, 64, columns=64, depth=64, piece=512, split=128, warps=4, stages=3),
