@@ -139,7 +139,7 @@ def function(m: Blocks, i: Instruction, mask: Mask) -> None:
 
 @handles("add", "sub", "mul", "mad", "fma", "min", "max", "div", "rem")
 def arithmetic(m: Blocks, i: Instruction, mask: Mask) -> None:
-    if i.op[-1] in ("bf16x2", "f16x2", "f32x2"):
+    if i.op[-1].endswith("x2"):
         packed(m, i, mask)
         return
     if i.op[-2] == "f32":
@@ -211,6 +211,11 @@ def packed(m: Blocks, i: Instruction, mask: Mask) -> None:
         result = _float(i.op[0], values[0], values[1], values[2] if len(values) > 2 else None)
         bits = np.ascontiguousarray(result).view(np.uint64)
         m.write(i.operands[0], bits, Type("b", 64), mask)
+        return
+    if kind in ("u16x2", "s16x2"):
+        half = np.uint16 if kind[0] == "u" else np.int16
+        x, y = (np.ascontiguousarray(m.read_all(o, B32)).view(half) for o in i.operands[1:])
+        m.write(i.operands[0], _integer(i.op[0], x, y, None, kind[0]).view(np.uint32), B32, mask)
         return
     brain = kind == "bf16x2"
     halves = []

@@ -26,6 +26,8 @@ def type_of(suffix: str) -> Type:
         "bf16": Type("B", 16),
         "f16x2": Type("b", 32),
         "bf16x2": Type("b", 32),
+        "u16x2": Type("b", 32),
+        "s16x2": Type("b", 32),
         "f32x2": Type("b", 64),
     }
     return named.get(suffix) or Type(suffix[0], int(suffix[1:]))

@@ -331,7 +331,8 @@ class Products:
         tile, blocks, pairs, gated = self.tile, self.blocks, self.ids.numel(), too is not w
         width = w.outputs if after is None else padded(w.outputs)
         out, tiles = x.new_empty(pairs, width), triton.cdiv(width, tile.columns)
-        deep = w.kind != FP8.value and w.inputs % tile.depth == 0
+        # Float32 takes twice the room, as with stages.
+        deep = w.kind != FP8.value and w.inputs % tile.depth == 0 and x.dtype == torch.bfloat16
         piece = self.launch.piece if self.few and tile.turned else padded(w.inputs)
         pieces = triton.cdiv(w.inputs, piece)
         split = pieces > 1 and pairs <= self.launch.split
