@@ -44,7 +44,8 @@ class Server:
         self.lifetime = LIFETIME
         self.command = ["nice", "-n", "5", *command, "--host=127.0.0.1", f"--port={port}"]
         self.environ = {"DSV4_MODEL": "plugin"} | os.environ | {"HF_HUB_OFFLINE": "1"}
-        self.environ |= environ or {}
+        # Else vLLM closes an idle connection after 5 s, perhaps just when a client asks again.
+        self.environ |= {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"} | (environ or {})
 
     def __enter__(self) -> Server:
         self.launch()
