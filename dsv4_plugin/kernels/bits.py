@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.target_info import is_cuda
+
+from dsv4_plugin.kernels.pin import takes_ptx
 
 
 @triton.jit
@@ -118,16 +119,11 @@ def _int4_pair(words):
     return fma_pairs((words & 0x000F000F) | 0x43004300, 0x3F803F80, -0x3CF73CF8)  # * 1 - 136
 
 
-@triton.constexpr_function
-def _packed_arithmetic() -> bool:
-    return bool(is_cuda()) and not triton.knobs.runtime.interpret
-
-
 @triton.jit
 def fma_pairs(a, b, c):
     """a * b + c of words of two bfloat16 values, whose results are bfloat16 or are rounded. NVIDIA
     has an instruction for both; of the two alone Triton makes two, and moves between them."""
-    if _packed_arithmetic():
+    if takes_ptx():
         found = tl.inline_asm_elementwise(
             "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, True, 1
         )

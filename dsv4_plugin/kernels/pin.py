@@ -8,7 +8,8 @@ from triton.language.target_info import is_cuda
 
 
 @triton.constexpr_function
-def _pins() -> bool:
+def takes_ptx() -> bool:
+    """Is the kernel compiled for a chip of NVIDIA's, so that it may hold instructions of theirs?"""
     return bool(is_cuda()) and not triton.knobs.runtime.interpret
 
 
@@ -20,7 +21,7 @@ def pin(x):
     in which each of 4 warps holds all of it: four times the work, where a product is narrow. It
     does not move an instruction that is not pure. Elsewhere than on NVIDIA's chips: x as it is.
     """
-    if _pins():
+    if takes_ptx():
         IN_A_REGISTER: tl.constexpr = 32 // x.dtype.primitive_bitwidth
         x = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=IN_A_REGISTER

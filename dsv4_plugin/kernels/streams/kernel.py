@@ -15,12 +15,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.target_info import is_cuda
 
 from dsv4_plugin.kernels.launch import pick, require
 from dsv4_plugin.kernels.packed import ROUNDED, Both
 from dsv4_plugin.kernels.packed.fp8 import PLAIN, room, store_rounded_row
-from dsv4_plugin.kernels.pin import pin
+from dsv4_plugin.kernels.pin import pin, takes_ptx
 from dsv4_plugin.kernels.programmatic import follow, kernel
 from dsv4_plugin.kernels.streams import Mixer, Spread
 
@@ -222,16 +221,11 @@ def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
-@triton.constexpr_function
-def _divides_briefly() -> bool:
-    return bool(is_cuda()) and not triton.knobs.runtime.interpret
-
-
 @triton.jit
 def _over(x, sums):
     """x / sums, both from 2^-126 to 2^126. On NVIDIA's chips x times MUFU's 1 / sums, as Triton's
     division is there, but without the steps that scale what is larger or smaller."""
-    if _divides_briefly():
+    if takes_ptx():
         x, sums = tl.broadcast(x, sums)
         return tl.inline_asm_elementwise(
             "div.approx.ftz.f32 $0, $1, $2;", "=r,r,r", [x, sums], tl.float32, True, 1
