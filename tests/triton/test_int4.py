@@ -16,10 +16,10 @@ from lab.kit.mode import interpreted_first
 from tests.tolerances import BF16_SUM, OP_FP32
 
 
-def stack(e: int, n_out: int, n_in: int, seed: int) -> Int4Matrix:
+def stack(e: int, n_out: int, n_in: int, seed: int, block: int = 32) -> Int4Matrix:
     g = generator(seed)
     data = torch.randint(0, 256, (e, n_out, n_in // 2), generator=g, dtype=torch.uint8)
-    scale = torch.randn(e, n_out, n_in // 32, generator=g) / 100
+    scale = torch.randn(e, n_out, n_in // block, generator=g) / 100
     return Int4Matrix(data.to(mode.DEVICE), scale.half().to(mode.DEVICE))
 
 
@@ -37,6 +37,15 @@ def test_product(gpu, dtype):
     found = packed_kernel.product(x, matrix)
     assert found.dtype == dtype
     close(found, exact)
+
+
+@pytest.mark.parametrize("inputs", [512, 384])
+def test_scales_in_words_and_not(gpu, inputs):
+    """A step has one scale, half of a word; rows of an odd number of them are no whole words."""
+    matrix = stack(1, 64, inputs, 7, block=128).of(0)
+    x = torch.randn(5, inputs, generator=generator(8)).bfloat16().to(mode.DEVICE)
+    exact = x.float() @ decode_int4(matrix.data, matrix.scale).t()
+    close(packed_kernel.product(x, matrix), exact)
 
 
 @pytest.mark.parametrize("dtype", [interpreted_first(torch.float32), torch.bfloat16])

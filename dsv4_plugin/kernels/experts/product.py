@@ -195,12 +195,18 @@ def _scales(scale, n, first, used, COUNT: tl.constexpr, BLOCKS: tl.constexpr, WH
     """Of blocks first .. first + BLOCKS - 1 of rows n, of COUNT a row: [W, BLOCKS]."""
     block = first + tl.arange(0, BLOCKS)
     at = scale + n[:, None] * COUNT + block[None, :]
-    BYTES: tl.constexpr = scale.dtype.element_ty == tl.uint8
-    if WHOLE & BYTES & (BLOCKS == 4) & (COUNT % 4 == 0):
-        # As one word: nothing shorter is loaded ahead of time by a thread.
-        from_words = scale.to(tl.pointer_type(tl.int32)) + n * (COUNT // 4)
-        words = tl.load(from_words + first // 4)
-        scales = (words[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 0xFF
+    BITS: tl.constexpr = scale.dtype.element_ty.primitive_bitwidth
+    EACH: tl.constexpr = 32 // BITS
+    if WHOLE & (BITS < 32) & (BLOCKS <= EACH) & (COUNT % EACH == 0):
+        # Of the word that holds them: nothing shorter is loaded ahead of time by a thread.
+        from_words = scale.to(tl.pointer_type(tl.int32)) + n * (COUNT // EACH)
+        words = tl.load(from_words + first // EACH)
+        part = first % EACH + tl.arange(0, BLOCKS)
+        parts = words[:, None] >> (BITS * part)[None, :]
+        if BITS == 8:
+            scales = parts & 0xFF
+        else:
+            scales = parts.to(tl.int16).to(scale.dtype.element_ty, bitcast=True)
     elif WHOLE:
         scales = tl.load(at)
     else:
@@ -295,7 +301,7 @@ def _turned(
 
 
 @triton.jit
-def _straight(
+def straight(
     total, x, w, scale, n, k, used,
     K: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, DEPTH: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -408,9 +414,9 @@ def multiply_experts(
             if GATED:
                 up = _turned(up, part, w3, scale3, n, k, inside, K, ROW, KIND, CODES, DEPTH, WHOLE)
         else:
-            gate = _straight(gate, part, w1, scale1, n, k, inside, K, ROW, KIND, DEPTH, WHOLE)
+            gate = straight(gate, part, w1, scale1, n, k, inside, K, ROW, KIND, DEPTH, WHOLE)
             if GATED:
-                up = _straight(up, part, w3, scale3, n, k, inside, K, ROW, KIND, DEPTH, WHOLE)
+                up = straight(up, part, w3, scale3, n, k, inside, K, ROW, KIND, DEPTH, WHOLE)
     if (PIECES > 1) & (not SPLIT):
         gate += gate_before
         up += up_before

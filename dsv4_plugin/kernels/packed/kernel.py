@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4_plugin.kernels.bits import halves, int4_pairs
+from dsv4_plugin.kernels.experts.product import straight
 from dsv4_plugin.kernels.launch import pick
 from dsv4_plugin.kernels.packed import FP8Matrix, Inputs, Int4Matrix, Matrix, fp8
 from dsv4_plugin.kernels.packed.fp8 import (
@@ -64,21 +64,6 @@ TILES = {
 }
 
 
-@triton.jit
-def _values(words):
-    """int32 [N, W] of 8 codes -> bfloat16 [N, 8 W]."""
-    N: tl.constexpr = words.shape[0]
-    W: tl.constexpr = words.shape[1]
-    p0, p1, p2, p3 = int4_pairs(words)
-    k0, k4 = halves(p0, tl.bfloat16)
-    k1, k5 = halves(p1, tl.bfloat16)
-    k2, k6 = halves(p2, tl.bfloat16)
-    k3, k7 = halves(p3, tl.bfloat16)
-    even = tl.join(tl.join(k0, k4), tl.join(k2, k6))
-    odd = tl.join(tl.join(k1, k5), tl.join(k3, k7))
-    return tl.reshape(tl.join(even, odd), (N, 8 * W))
-
-
 @kernel(do_not_specialize=["rows", "out_stride"])
 def int4_product(
     x,
@@ -99,25 +84,18 @@ def int4_product(
     """Program (row tile, output tile). ROW: words from one output to the next; BLOCK: inputs that
     share a scale."""
     follow()
-    SCALES: tl.constexpr = DEPTH // BLOCK
-    t = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    t = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
     n = tl.program_id(1) * W + tl.arange(0, W)
+    real = t < rows
+    inside = n < N
+    start = x + tl.where(real, t, 0) * x_stride
+    WHOLE: tl.constexpr = (N % W == 0) & (K % DEPTH == 0)
     total = tl.zeros((M, W), tl.float32)
     for k in range(0, K, DEPTH):
         at = k + tl.arange(0, DEPTH)
-        used = (t < rows)[:, None] & (at < K)[None, :]
-        part = tl.load(x + t[:, None] * x_stride + at[None, :], mask=used, other=0.0)
-        word = k // 8 + tl.arange(0, DEPTH // 8)
-        used = (n < N)[:, None] & (word < K // 8)[None, :]
-        tile = _values(tl.load(w + n[:, None] * ROW + word[None, :], mask=used, other=0))
-        block = k // BLOCK + tl.arange(0, SCALES)
-        used = (n < N)[:, None] & (block < K // BLOCK)[None, :]
-        at = scale + n[:, None] * (K // BLOCK) + block[None, :]
-        factor = tl.load(at, mask=used, other=0.0).to(x.dtype.element_ty)
-        tile = tl.reshape(tile.to(x.dtype.element_ty), (W, SCALES, BLOCK)) * factor[:, :, None]
-        tile = tl.trans(tl.reshape(tile, (W, DEPTH)))
-        total = tl.dot(part, tile, total, input_precision="ieee")
-    used = (t < rows)[:, None] & (n < N)[None, :]
+        part = tl.load(start[:, None] + at[None, :], mask=(at < K)[None, :], other=0.0)
+        total = straight(total, part, w, scale, n, k, inside, K, ROW, BLOCK, DEPTH, WHOLE)
+    used = real[:, None] & inside[None, :]
     tl.store(out + t[:, None] * out_stride + n[None, :], total, mask=used)
 
 
