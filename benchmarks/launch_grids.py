@@ -203,6 +203,7 @@ OPS = {
             "many": (32, 64, 128),
             "columns": (32, 64, 128),
             "depth": (32, 64, 128),
+            "together": (1, 2, 4),
             "warps": _WARPS,
             "stages": _STAGES,
         },

@@ -67,15 +67,18 @@ def test_product(gpu, rows, n, k, parts, dtype):
 
 
 def test_alone_and_in_company(gpu, monkeypatch):
-    """The same bits: pieces by programs of their own in any order, by one, in tiles for many."""
+    """The same bits: pieces by programs of their own in any order, by one, in tiles for many, in
+    longer steps."""
     launch = pick(kernel.LAUNCHES)
     x, w = inputs(20, 1100), kernel.parts(weights(80, 1100, 3))
     found = kernel.product(x, w)
     for row in (0, 19):
         with seeded(row):
             assert torch.equal(kernel.product(x[row : row + 1].contiguous(), w)[0], found[row])
-    monkeypatch.setattr(kernel, "LAUNCHES", {"any": replace(launch, split=2)})
-    assert torch.equal(kernel.product(x, w), found)
+    for together in (1, 2):
+        many = replace(launch, split=2, together=together)
+        monkeypatch.setattr(kernel, "LAUNCHES", {"any": many})
+        assert torch.equal(kernel.product(x, w), found)
 
 
 @needs_shared

@@ -31,8 +31,9 @@ PARTS = 3
 @dataclass(frozen=True)
 class Launch:
     """Up to `split` rows each piece of `piece` inputs is a program's, in tiles of `few` rows; of
-    more rows tiles have `many`. columns: outputs of a tile; depth: inputs of a step; warps; stages
-    of its loads. taken: instead of torch's float32 product."""
+    more rows tiles have `many`. columns: outputs of a tile; depth: inputs of a step, all of one
+    part and then of the next; warps; stages of loads. taken: instead of torch's float32 product.
+    together: so many steps are one of the loop, with more rows."""
 
     few: int
     many: int
@@ -43,12 +44,14 @@ class Launch:
     warps: int
     stages: int
     taken: bool = True
+    together: int = 1
 
 
 LAUNCHES = {
     # guessed: CSA's compressors in one wave, 5 programs of 39 KiB on each SM (3 at Pro's width,
-    # whose pieces take 160 registers to add). compiled: no spills
-    "hopper": Launch(16, 64, columns=64, depth=32, piece=256, split=128, warps=4, stages=3),
+    # whose pieces take 160 registers to add). compiled: no spills; two steps together take 3.3
+    # instructions for 2,048 multiply-adds and 96 KiB, one 5.5
+    "hopper": Launch(16, 64, 64, depth=32, piece=256, split=128, warps=4, stages=3, together=2),
     # guessed; compiled: no spills, 96 KiB at most
     "any": Launch(16, 64, columns=64, depth=64, piece=512, split=128, warps=4, stages=3),
     # guessed: torch's product takes float32 on matrix cores there
@@ -93,7 +96,8 @@ def _step(
 def float32_product(
     x, w, out, partial, counter, rows,
     N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, W: tl.constexpr,
-    DEPTH: tl.constexpr, PIECE: tl.constexpr, SPLIT: tl.constexpr,
+    DEPTH: tl.constexpr, TOGETHER: tl.constexpr, PIECE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Program (output tile, row tile, piece): out float32 [T, N] = x [T, K] times w [PARTS, N, K].
     If SPLIT, partial float32 [pieces, T, N] and a counter for each tile."""
@@ -104,10 +108,11 @@ def float32_product(
     inside = n < N
     start = x + tl.where(real, t, 0) * K
     w += n * K
-    STEPS: tl.constexpr = PIECE // DEPTH
+    STRIDE: tl.constexpr = DEPTH * TOGETHER
+    STEPS: tl.constexpr = PIECE // STRIDE
     PIECES: tl.constexpr = (K + PIECE - 1) // PIECE
     first = 0
-    end = (K + DEPTH - 1) // DEPTH
+    end = (K + STRIDE - 1) // STRIDE
     if SPLIT:
         first = tl.program_id(2) * STEPS
         end = tl.minimum(first + STEPS, end)
@@ -117,7 +122,9 @@ def float32_product(
         if (PIECES > 1) & (not SPLIT):
             before = tl.where(i % STEPS == 0, before + total, before)
             total *= tl.where(i % STEPS == 0, 0.0, 1.0)  # a choice of 0 fails to compile, sm_100
-        total = _step(total, start, w, i * DEPTH, inside, K, PARTS, N * K, DEPTH)
+        for j in tl.static_range(TOGETHER):
+            k = (i * TOGETHER + j) * DEPTH
+            total = _step(total, start, w, k, inside, K, PARTS, N * K, DEPTH)
     total = tl.trans(before + total)
     at = t[:, None] * N + n[None, :]
     mask = real[:, None] & inside[None, :]
@@ -145,8 +152,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         counter = counters("linear", x.device, tiles[0] * tiles[1])
     float32_product[(*tiles, pieces if split else 1)](
         x, weight, out, partial, counter, rows,
-        N=n, K=k, PARTS=count, M=m, W=launch.columns, DEPTH=launch.depth, PIECE=launch.piece,
-        SPLIT=split, num_warps=launch.warps,
+        N=n, K=k, PARTS=count, M=m, W=launch.columns, DEPTH=launch.depth,
+        TOGETHER=1 if few else launch.together, PIECE=launch.piece, SPLIT=split,
+        num_warps=launch.warps,
         num_stages=launch.stages if x.dtype == torch.bfloat16 else 1,
     )  # fmt: skip
     return out
