@@ -141,6 +141,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, K] in the model's dtype, weight bfloat16 [P, N, K], see `parts` -> float32 [T, N]."""
     (rows, k), (count, n, _), launch = x.shape, weight.shape, pick(LAUNCHES)
     require(x, weight)
+    assert launch.piece % (launch.depth * launch.together) == 0, launch
     out = torch.empty((rows, n), dtype=torch.float32, device=x.device)
     pieces = triton.cdiv(k, launch.piece)
     few = rows <= launch.split
