@@ -20,12 +20,13 @@ from dsv4_plugin.kernels.linear import kernel as linear
 from dsv4_plugin.kernels.packed import FP8Matrix, Int4Matrix
 from dsv4_plugin.kernels.packed import fp8 as by_block
 from dsv4_plugin.kernels.packed import kernel as by_group
+from dsv4_plugin.kernels.programmatic import follow, prefetch
 from dsv4_plugin.kernels.streams import Mixer
 from dsv4_plugin.kernels.streams import kernel as streams
 from lab.kernels import production
 from lab.kit import mode
 from lab.kit.gpu import EmulatedGPU, _stop_at_ptx
-from lab.kit.memory import Counters
+from lab.kit.memory import AccessError, Counters
 from lab.kit.targets import FakeGPU
 from lab.paths import ROOT
 
@@ -267,3 +268,21 @@ def test_the_weights_that_are_read_are_asked_for(on, monkeypatch, case):
     assert flat(product.out)
     for a, b in zip(flat(product.out), flat(ordinary.out), strict=True):
         assert torch.equal(a, b)
+
+
+@triton.jit
+def _ask(x, rows, width):
+    prefetch(x, rows, width, width, 16)
+    follow()
+
+
+@compiles
+def test_a_prefetch_beyond_its_tensor_is_found():
+    x = torch.zeros(3, 8)
+    with EmulatedGPU("sm120", count=True) as gpu:
+        _ask[(1,)](x, 3, 8, launch_pdl=True)
+        _ask[(1,)](x, -1, 8, launch_pdl=True)
+        _ask[(1,)](x, 4, 8)
+        with pytest.raises(AccessError, match="out of bounds"):
+            _ask[(1,)](x, 4, 8, launch_pdl=True)
+    assert [c.prefetch_bytes for _, _, c in gpu.counted] == [96, 0, 0, 0]
