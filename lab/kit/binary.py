@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,9 +82,12 @@ def _run(tool: str, *args: str) -> str:
 
 
 class Line(NamedTuple):
+    """guard: the predicate under which it is executed, as "@!P0 "; "": always."""
+
     address: int
     name: str
     operands: str
+    guard: str = ""
 
 
 def sass(kernels: Sequence[Any]) -> list[list[Line]]:
@@ -95,8 +98,11 @@ def sass(kernels: Sequence[Any]) -> list[list[Line]]:
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(b"".join(codes))
         text = _run("nvdisasm", "--binary", f"SM{arch[1]}", file.name)
-    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)(.*)"
-    found = [Line(int(at, 16), *rest) for at, *rest in re.findall(pattern, text)]
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)(.*)"
+    found = [
+        Line(int(at, 16), name, operands, guard)
+        for at, guard, name, operands in re.findall(pattern, text)
+    ]
     assert len(found) * INSTRUCTION == sum(map(len, codes)), "instructions that were not read"
     lines = iter(found)
     return [list(islice(lines, len(code) // INSTRUCTION)) for code in codes]
@@ -116,22 +122,52 @@ def _code(cubin: bytes) -> bytes:
 
 
 def _loops(sass: Sequence[Line]) -> list[list[Line]]:
-    """What lies between each backward branch and its target."""
+    """Of each backward branch, what leads to it from its target on. A branch that is also reached
+    otherwise than through its target closes no loop: it leads back from where the compiler puts
+    what is seldom executed, behind the program's end."""
+    before: dict[int, list[int]] = {line.address: [] for line in sass}
+    targets = {line.address: _target(line) for line in sass}
+    for line, after in pairwise(sass):
+        if not _ends(line):
+            before[after.address].append(line.address)
+    for address, target in targets.items():
+        if target in before:
+            before[target].append(address)
     found = []
-    for line in sass:
-        target = re.search(r"\b0x([0-9a-f]+)\s*;", line.operands)
-        if line.name.startswith("BRA") and target:  # a jump to itself ends the program
-            inside = range(int(target[1], 16), line.address + 1, INSTRUCTION)
-            found.append([other for other in sass if other.address in inside])
-    return [loop for loop in found if len(loop) > 1]
+    for address, target in targets.items():
+        if target is None or target >= address:  # a jump to itself ends the program
+            continue
+        inside, open_ = {target}, [address]
+        while open_:
+            at = open_.pop()
+            if at not in inside:
+                inside.add(at)
+                open_ += before[at]
+        if target == sass[0].address or sass[0].address not in inside:
+            found.append([line for line in sass if line.address in inside])
+    return found
+
+
+def _target(line: Line) -> int | None:
+    """Of a branch."""
+    found = re.search(r"\b0x([0-9a-f]+)\s*;", line.operands)
+    return int(found[1], 16) if found and line.name.startswith("BRA") else None
+
+
+def _ends(line: Line) -> bool:
+    """Is nothing executed behind it? A condition is a guard, or of a warp the first operand."""
+    always = not line.guard and "," not in line.operands
+    return always and line.name.split(".")[0] in ("BRA", "BRX", "JMP", "RET", "EXIT")
 
 
 def _main(loops: Sequence[Sequence[Line]]) -> Counter[str]:
-    """Of loops around one another the inner one multiplies as much in fewer instructions."""
+    """Of loops around one another the inner one multiplies as much in fewer instructions. (Those of
+    tcgen05 do not say how much.)"""
     named = [Counter(line.name for line in loop) for loop in loops]
 
-    def order(loop: Counter[str]) -> tuple[int, int]:
-        return multiply_adds(loop), -loop.total() if multiply_adds(loop) else loop.total()
+    def order(loop: Counter[str]) -> tuple[int, int, int]:
+        tensor = sum(n for name, n in loop.items() if name.startswith(MMA))
+        return multiply_adds(loop), tensor, -loop.total() if tensor else loop.total()
 
     return max(named, key=order, default=Counter())
 

@@ -251,13 +251,32 @@ def test_counters():
 
 def test_the_main_loop_is_the_inner_one_that_multiplies():
     names = ("MOV", "LDG.E", "HMMA.16816.F32.BF16", "IADD3", "BRA", "STG.E", "BRA", "FADD", "BRA")
-    targets = {4: " 0x20;", 6: " 0x10;", 8: " 0x70;"}
-    sass = [binary.Line(16 * i, name, targets.get(i, "")) for i, name in enumerate(names)]
+    sass = code(names, {4: "0x20", 6: "0x10", 8: "0x70"})
     loops = binary._loops(sass)
     assert [len(loop) for loop in loops] == [3, 6, 2]
     assert binary._main(loops) == Counter(names[2:5])
     assert binary._main(loops[2:]) == Counter(names[7:])
     assert binary._main([]) == Counter()
+
+
+def test_a_branch_back_into_a_loop_from_behind_the_end_closes_none():
+    names = ("MOV", "UTCHMMA", "BRA", "LDG.E", "BRA", "STG.E", "EXIT", "SYNCS", "BRA", "BRA")
+    sass = code(names, {2: "0x70", 4: "0x10", 8: "0x70", 9: "0x30"}, always=(6, 9))
+    loops = binary._loops(sass)
+    assert [[line.address // 16 for line in loop] for loop in loops] == [
+        [1, 2, 3, 4, 7, 8, 9],
+        [7, 8],
+    ]
+    assert binary._main(loops) == Counter(names[1:5] + names[7:])
+
+
+def code(names, targets, always=()):
+    """targets of branches, all of which but those `always` taken have a condition."""
+    return [
+        binary.Line(16 * i, name, f" {targets[i]};" if i in targets else "", guard)
+        for i, name in enumerate(names)
+        for guard in ["" if i in always else "@P0 "]
+    ]
 
 
 def test_multiply_adds_of_a_warp():

@@ -104,13 +104,15 @@ LAUNCHES = {
         PLAIN_FEW,
         Tile(128, 128, 64, 8, 3),
     ),
-    # compiled: as below; in FP8 32 rows spill in loops, 64 do not, and few with 8 warps
+    # compiled: with many rows half the instructions for a multiply-add of 64 turned rows, which 8
+    # warps move into tensor memory through shared memory, or of 64 x 64 plain ones; in FP8 3 stages
+    # spill more, 24 bytes. 4 warps have few rows where tensor memory takes them, 8 move them, too
     "blackwell": Launch(
         Tile(16, 128, 128, 4, 3, True),
-        Tile(64, 128, 128, 8, 3, True),
-        Tile(64, 128, 128, 8, 3, True),
+        Tile(128, 128, 128, 8, 3),
+        Tile(128, 128, 128, 8, 2),
         PLAIN_FEW,
-        PLAIN_MANY,
+        Tile(128, 128, 64, 8, 3),
     ),
     # compiled: as below; 64 plain rows spill in loops
     "consumer": Launch(
