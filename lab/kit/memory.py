@@ -26,16 +26,20 @@ class Counters:
     store_requests: int = 0
     store_sectors: int = 0
     store_bytes: int = 0
+    prefetch_requests: int = 0
+    prefetch_sectors: int = 0
+    prefetch_bytes: int = 0
     shared_requests: int = 0
     shared_wavefronts: int = 0
     mma_flop: int = 0
     warp_instructions: int = 0
     touched: dict[str, list[np.ndarray]] = field(
-        default_factory=lambda: {"load": [], "store": []}, repr=False
+        default_factory=lambda: {"load": [], "store": [], "prefetch": []}, repr=False
     )
 
     def distinct(self, kind: str, tensors: Iterable[torch.Tensor] | None = None) -> int:
-        """Bytes of distinct sectors loaded or stored; of some tensors only, or of all."""
+        """Bytes of distinct sectors loaded, stored or prefetched; of some tensors only, or of
+        all."""
         if not self.touched[kind]:
             return 0
         sectors = np.unique(np.concatenate(self.touched[kind]))

@@ -16,6 +16,7 @@ from lab.kit.emulator import (
     handles,
     parts_of,
 )
+from lab.kit.memory import AccessError
 from lab.kit.ptx import Immediate, Instruction, Memory, Symbol, Type, type_of
 
 
@@ -76,6 +77,8 @@ def st(m: Blocks, i: Instruction, mask: Mask) -> None:
 @handles("cp")
 def cp_async(m: Blocks, i: Instruction, mask: Mask) -> None:
     """Copies at once what the GPU copies by the next wait; bytes beyond the source size are 0."""
+    if i.op[2:4] == ("bulk", "prefetch"):
+        prefetch(m, i, mask)
     if i.op[2] != "ca" and i.op[2] != "cg":
         return
     size = i.operands[2]
@@ -97,6 +100,22 @@ def cp_async(m: Blocks, i: Instruction, mask: Mask) -> None:
     if len(source):
         data[some] = m.memory.load(source, n, i.text)
     m.shared.store(to, data)
+
+
+def prefetch(m: Blocks, i: Instruction, mask: Mask) -> None:
+    """Changes nothing, but what is asked for has to be there, and in whole pieces of 16 bytes."""
+    lane = m.indices(mask)
+    address = np.ascontiguousarray(m.global_address(i.operands[0])[lane])
+    size = m.read_all(i.operands[1], U32)[lane].astype(np.int64)
+    if (size % 16).any():
+        raise AccessError(f"not a multiple of 16 bytes: {i.text}")
+    pieces = size // 16
+    which = np.repeat(np.arange(len(lane)), pieces)
+    nth = np.arange(len(which)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    address = address[which] + (16 * nth).astype(np.uint64)
+    m.memory.load(address, 16, i.text)
+    if m.counters is not None and len(address):
+        m.counters.note_global("prefetch", address, 16, lane[which])
 
 
 @handles("ldmatrix")

@@ -41,6 +41,7 @@ STEP, QKV, COMPRESS, STREAMS, GATE, EXPERTS, PACKED, ATTENTION, INDEX, SWIGLU = 
     ]
 )
 FP8 = f"{KERNELS}/packed/fp8.py"
+PROGRAMMATIC = f"{KERNELS}/programmatic.py"
 ATTENTION_KEYS, UNPACK = f"{KERNELS}/attention/keys.py", f"{KERNELS}/attention/unpack.py"
 INDEX_TOPK = f"{KERNELS}/index/topk.py"
 BLOCK, TRANSFORMER, DSPARK = (
@@ -144,6 +145,16 @@ MUTANTS = [
     Mutant("an expert's tiles share a counter", PRODUCT, "counter + tl.program_id(1) * tl.num_programs(0) + block", "counter + block", "triton/test_experts", "company"),
     Mutant("the last but one goes on", ARRIVAL, "== programs - 1", "== tl.maximum(programs - 2, 0)", "triton/test_arrival"),
     Mutant("a kernel does not wait for the launch before", GATE, "    follow()\n", "", "triton/test_programmatic", "follows"),
+    Mutant("a product that asks for its weights does not wait", LINEAR, "    follow()\n", "", "triton/test_programmatic", "follows"),
+    Mutant("a row more is asked for", PROGRAMMATIC, "(row < rows)", "(row <= rows)", "triton/test_programmatic", "asked", compiled=True),
+    Mutant("a row ends 16 bytes early", PROGRAMMATIC, "(begin + width * BYTES) & -16", "(begin + width * BYTES - 16) & -16", "triton/test_programmatic", "asked", compiled=True),
+    Mutant("what is asked for reaches beyond a row", PROGRAMMATIC, "(begin + width * BYTES) & -16", "(begin + width * BYTES + 15) & -16", "triton/test_programmatic", "asked", compiled=True),
+    Mutant("every thread asks for its row", PROGRAMMATIC, "(i % SHARE == 0) & ", "", "triton/test_programmatic", "asked", compiled=True),
+    Mutant("the second weight of a SwiGLU is not asked for", FP8, "(group + half)", "group", "triton/test_programmatic", "asked", compiled=True),
+    Mutant("every row tile asks for the weight", FP8, "tl.where(row_tile == 0, tl.minimum(N - n, W), 0)", "tl.minimum(N - n, W)", "triton/test_programmatic", "asked", compiled=True),
+    Mutant("the least part of a float32 weight is asked for alone", LINEAR, "w + (p * N + ", "w + (", "triton/test_programmatic", "asked", compiled=True),
+    Mutant("streams but the first are not asked for", STREAMS, "== 0, N * R, 0)", "== 0, N, 0)", "triton/test_programmatic", "asked", compiled=True),
+    Mutant("inputs are asked for with the weights", PACKED, "prefetch(scale + first", "prefetch(x, count, 0, 64, W)\n    prefetch(scale + first", "triton/test_programmatic", "asked", compiled=True),
     Mutant("counters are not put back", ARRIVAL, "tl.store(counter, 0)", "pass", "triton/test_arrival"),
     Mutant("no barrier before an arrival", ARRIVAL, "    tl.debug_barrier()  # one", "    # one", "triton/test_arrival"),
     Mutant("an arrival orders nothing", ARRIVAL, 'sem="acq_rel"', 'sem="relaxed"', "triton/test_arrival"),

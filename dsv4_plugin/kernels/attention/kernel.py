@@ -47,6 +47,7 @@ from dsv4_plugin.kernels.attention.keys import (
 )
 from dsv4_plugin.kernels.attention.unpack import ALL, unpacked
 from dsv4_plugin.kernels.launch import pick, require
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
 LOG2E = 1.4426950408889634
 
@@ -241,7 +242,7 @@ COUNTS = (
 of 16."""
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(do_not_specialize=COUNTS)
 def attend(
     q, sink, sees, request, cis, window, window_last, window_tables, entries, entries_last,
     entries_tables, starts, take, chosen, out, cells_m, cells_l, cells_acc, scale, choices, places,
@@ -254,6 +255,7 @@ def attend(
     """Program (column part, head block, row; cell of the row): a cell is `each` tiles, and there is
     room for `places` of them. take: 1, rows of requests that are unpacked (by `starts`); 0, of
     those that are not; -1, all."""
+    follow()
     D: tl.constexpr = NOPE + ROPE
     N: tl.constexpr = 4 // COLUMNS
     blocks = tl.cdiv(H, HEADS)
@@ -356,7 +358,7 @@ def _join_cells(
     return m_i, l_i, acc
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(do_not_specialize=COUNTS)
 def merge(
     sink, sees, cis, out, cells_m, cells_l, cells_acc, choices, places, each, H,
     NOPE: tl.constexpr, ROPE: tl.constexpr, W: tl.constexpr, SPAN: tl.constexpr,
@@ -365,6 +367,7 @@ def merge(
 ):  # fmt: skip
     """Program (head, row): fold the cells in order. DEALT: each is a tile, and PIECE of them are
     folded into a piece first."""
+    follow()
     D: tl.constexpr = NOPE + ROPE
     h = tl.program_id(0) + tl.arange(0, 1)
     t = tl.program_id(1).to(tl.int64)

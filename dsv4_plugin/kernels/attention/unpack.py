@@ -31,6 +31,7 @@ from dsv4_plugin.kernels.attention.keys import (
     load_quarter,
     part,
 )
+from dsv4_plugin.kernels.programmatic import follow, kernel
 
 UNPACKED_BYTES = 1 << 28
 """Most of the unpacked rows of a layer: where they would take more, rows are read as they are."""
@@ -67,7 +68,7 @@ def _needs(
     return first, tl.where(pays, near, 0), tl.where(pays, seen, 0)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(do_not_specialize=COUNTS)
 def unpack(
     query_start, seq_lens, window, window_last, window_tables, entries, entries_last,
     entries_tables, out, starts, room, before, choices, least,
@@ -78,6 +79,7 @@ def unpack(
     """Program (request, share of its tiles). out: bfloat16 rows, `room` of them. starts: int32
     [B, 2], which of them are the request's position 0, plus `before`, and its entry 0; -1 where
     they are not unpacked, since they are read less than `least` times, or have no room."""
+    follow()
     D: tl.constexpr = NOPE + ROPE
     who = tl.program_id(0).to(tl.int64)
     to_window = 0

@@ -22,7 +22,7 @@ from torch import Tensor
 from dsv4_plugin.kernels.arrival import counters, in_order, is_last
 from dsv4_plugin.kernels.launch import pick, require
 from dsv4_plugin.kernels.pin import pin
-from dsv4_plugin.kernels.programmatic import follow, kernel
+from dsv4_plugin.kernels.programmatic import follow, kernel, prefetch
 
 PARTS = 3
 """bfloat16 values that add up to any float32 one (24 = 3 * 8 bits)."""
@@ -101,6 +101,11 @@ def float32_product(
 ):  # fmt: skip
     """Program (output tile, row tile, piece): out float32 [T, N] = x [T, K] times w [PARTS, N, K].
     If SPLIT, partial float32 [pieces, T, N] and a counter for each tile."""
+    count = tl.where(tl.program_id(1) == 0, tl.minimum(N - tl.program_id(0) * W, W), 0)
+    k = tl.program_id(2) * PIECE
+    for p in tl.static_range(PARTS):
+        part = w + (p * N + tl.program_id(0) * W) * K + k
+        prefetch(part, count, K, tl.minimum(PIECE, K - k) if SPLIT else K, W)
     follow()
     t = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)
     n = tl.program_id(0) * W + tl.arange(0, W)

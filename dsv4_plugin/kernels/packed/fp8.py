@@ -39,7 +39,7 @@ from dsv4_plugin.kernels.bits import (
 )
 from dsv4_plugin.kernels.launch import pick, require
 from dsv4_plugin.kernels.packed import ROUNDED, FP8Matrix, Inputs, Rounded
-from dsv4_plugin.kernels.programmatic import follow, kernel
+from dsv4_plugin.kernels.programmatic import follow, kernel, prefetch
 from dsv4_plugin.kernels.swiglu.kernel import clamped
 
 PLAIN = tl.constexpr(0)
@@ -250,6 +250,25 @@ def store_rounded_row(
     store_rounded(y, out + t * D + at, at < D, scale_at, block < COUNT, 1, FORM)
 
 
+@triton.jit
+def _prefetch(
+    w, w_scale, row_tile, piece, group, n, N, BLOCKS,
+    HEIGHT: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, GATED: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    """What a program reads of a weight, whose outputs begin at n: for all row tiles the first asks,
+    for the few bytes of scales of all pieces the first piece."""
+    each = BLOCKS // PIECES
+    count = tl.where(row_tile == 0, tl.minimum(N - n, W), 0)
+    SCALES: tl.constexpr = W if HEIGHT == 1 else 1
+    scales = tl.where(piece == 0, tl.minimum(count, SCALES), 0)
+    for half in tl.static_range(2 if GATED else 1):
+        row = (group + half).to(tl.int64) * N + n  # a gated weight has one group
+        at = w + (row * BLOCKS + piece * each) * WORDS
+        prefetch(at, count, BLOCKS * WORDS, each * WORDS, W)
+        prefetch(w_scale + row // HEIGHT * BLOCKS, scales, BLOCKS, BLOCKS, SCALES)
+
+
 @kernel(do_not_specialize=["rows", "limit"])
 def fp8_product(
     x, x_scale, w, w_scale, out, out_scale, partial, counter,
@@ -259,15 +278,19 @@ def fp8_product(
     KIND: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of rows and outputs, piece of the inputs, group). BLOCKS: of 128 inputs."""
-    follow()
     row_tile, tile = _place(tl.cdiv(rows, M), tl.cdiv(N, W), GROUP)
     piece, group = tl.program_id(1), tl.program_id(2)
+    WORDS: tl.constexpr = 128 if EIGHT else 32
+    _prefetch(
+        w, w_scale, row_tile, piece, group, tile * W, N, BLOCKS,
+        HEIGHT, W, WORDS, GATED, PIECES,
+    )  # fmt: skip
+    follow()
     m, n = row_tile * M + tl.arange(0, M), tile * W + tl.arange(0, W)
     t = tl.where(m < rows, m, 0).to(tl.int64)
     x += t * x_stride + group * x_group
     x_scale += t * BLOCKS
     row = group.to(tl.int64) * N + tl.where(n < N, n, 0)
-    WORDS: tl.constexpr = 128 if EIGHT else 32
     w += row * (BLOCKS * WORDS)
     if HEIGHT == 1:
         scale = (w_scale + row * BLOCKS)[:, None]

@@ -26,7 +26,7 @@ from dsv4_plugin.kernels.packed.fp8 import (
     round_inputs,
     round_rows,
 )
-from dsv4_plugin.kernels.programmatic import follow, kernel
+from dsv4_plugin.kernels.programmatic import follow, kernel, prefetch
 
 __all__ = [
     "arranged", "gated_product", "grouped_product", "product", "products", "round_inputs",
@@ -83,6 +83,10 @@ def int4_product(
 ):
     """Program (row tile, output tile). ROW: words from one output to the next; BLOCK: inputs that
     share a scale."""
+    first = (tl.program_id(1) * W).to(tl.int64)
+    count = tl.where(tl.program_id(0) == 0, tl.minimum(N - first, W), 0)
+    prefetch(w + first * ROW, count, ROW, K // 8, W)
+    prefetch(scale + first * (K // BLOCK), count, K // BLOCK, K // BLOCK, W)
     follow()
     t = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
     n = tl.program_id(1) * W + tl.arange(0, W)

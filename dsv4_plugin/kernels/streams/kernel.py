@@ -20,7 +20,7 @@ from dsv4_plugin.kernels.launch import pick, require
 from dsv4_plugin.kernels.packed import ROUNDED, Both
 from dsv4_plugin.kernels.packed.fp8 import PLAIN, room, store_rounded_row
 from dsv4_plugin.kernels.pin import pin, takes_ptx
-from dsv4_plugin.kernels.programmatic import follow, kernel
+from dsv4_plugin.kernels.programmatic import follow, kernel, prefetch
 from dsv4_plugin.kernels.streams import Mixer, Spread
 
 TILE = 16
@@ -158,8 +158,10 @@ def mix_part(
 ):  # fmt: skip
     """Program (chunk, share of `rows` of the tokens first .. end - 1). partial float32 [tokens,
     chunks, WIDTH]. STAGES 0: a share is one tile."""
-    follow()
     chunk = tl.program_id(0)
+    count = tl.where(tl.program_id(1) == 0, N * R, 0)
+    prefetch(fn + chunk * BLOCK, count, D, tl.minimum(BLOCK, D - chunk * BLOCK), WIDTH * R)
+    follow()
     d = chunk * BLOCK + tl.arange(0, BLOCK)
     begin = first + tl.program_id(1) * rows
     stop = tl.minimum(begin + rows, end)

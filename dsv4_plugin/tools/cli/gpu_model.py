@@ -39,13 +39,14 @@ CHUNK = 2048
 @dataclass(frozen=True)
 class Stack:
     """Layers of a preset's width, with so many experts each, and the decode steps to check:
-    requests, and tokens that each has."""
+    requests, and tokens that each has. vocab_size: None, the preset's."""
 
     preset: str
     ratios: list[int]
     experts: int
     fmt: str
     steps: list[tuple[int, int]]
+    vocab_size: int | None = None
 
 
 CHECKED = Stack("slice", [0, 4, 128], 16, "fp8-fp4", [(1, 700), (4, 3000)])
@@ -149,6 +150,7 @@ def network(
     hf = preset_fields(stack.preset)
     hf |= {"num_hidden_layers": len(stack.ratios), "compress_ratios": stack.ratios}
     hf |= {"n_routed_experts": stack.experts, "num_hash_layers": min(3, len(stack.ratios))}
+    hf |= {"vocab_size": stack.vocab_size or hf["vocab_size"]}
     config = ModelConfig.from_hf(hf | format_fields(stack.fmt, hf))
     with torch.device(device):
         model = Transformer(config, LocalParallel(config, torch.bfloat16))
@@ -225,8 +227,10 @@ class Requests:
 
     @classmethod
     def of(
-        cls, model: Transformer, layout: CacheLayout, count: int, length: int, device: torch.device
-    ) -> Requests:
+        cls, model: Transformer, layout: CacheLayout, count: int, length: int,
+        device: torch.device, filled: bool = True,
+    ) -> Requests:  # fmt: skip
+        """filled: caches hold a prompt, many times over."""
         pages = -(-length // layout.page_size)
         reach = model.config.sliding_window + min(length, 2 * CHUNK)
         turns = -(-reach // layout.window_block) + 1
@@ -246,7 +250,8 @@ class Requests:
         )  # fmt: skip
         steps = StepBuilder(model.config, layout, rows, device)
         found = cls(model, caches, tables, steps, ids, count, length)
-        found._fill(min(CHUNK, length - 1), layout.page_size)
+        if filled:
+            found._fill(min(CHUNK, length - 1), layout.page_size)
         return found
 
     def _fill(self, tokens: int, page_size: int) -> None:
