@@ -141,6 +141,7 @@ MUTANTS = [
     Mutant("a float32 weight's middle part is dropped", LINEAR, "torch.stack(found[::-1])", "torch.stack([found[-1], found[0]])", "triton/test_linear"),
     Mutant("a piece of a float32 product is left out", ARRIVAL, "for piece in tl.static_range(1, PIECES):", "for piece in tl.static_range(2, PIECES):", "triton/test_linear"),
     Mutant("a float32 product's pieces are not made apart", LINEAR, "before = tl.where(i % STEPS == 0,", "before = tl.where(i < 0,", "triton/test_linear", "company"),
+    Mutant("of steps together the first counts twice", LINEAR, "at = (i * TOGETHER + j) * DEPTH", "at = i * TOGETHER * DEPTH", "triton/test_linear", "company"),
     # Between programs
     Mutant("an expert's tiles share a counter", PRODUCT, "counter + tl.program_id(1) * tl.num_programs(0) + block", "counter + block", "triton/test_experts", "company"),
     Mutant("the last but one goes on", ARRIVAL, "== programs - 1", "== tl.maximum(programs - 2, 0)", "triton/test_arrival"),

@@ -128,18 +128,18 @@ def float32_product(
             before = tl.where(i % STEPS == 0, before + total, before)
             total *= tl.where(i % STEPS == 0, 0.0, 1.0)  # a choice of 0 fails to compile, sm_100
         for j in tl.static_range(TOGETHER):
-            k = (i * TOGETHER + j) * DEPTH
-            total = _step(total, start, w, k, inside, K, PARTS, N * K, DEPTH)
+            at = (i * TOGETHER + j) * DEPTH
+            total = _step(total, start, w, at, inside, K, PARTS, N * K, DEPTH)
     total = tl.trans(before + total)
-    at = t[:, None] * N + n[None, :]
+    to = t[:, None] * N + n[None, :]
     mask = real[:, None] & inside[None, :]
     if SPLIT:
         step = rows.to(tl.int64) * N
-        tl.store(partial + tl.program_id(2) * step + at, total, mask=mask)
+        tl.store(partial + tl.program_id(2) * step + to, total, mask=mask)
         if not is_last(counter + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), PIECES):
             return
-        total = in_order(partial + at, step, PIECES, mask)
-    tl.store(out + at, total, mask=mask)
+        total = in_order(partial + to, step, PIECES, mask)
+    tl.store(out + to, total, mask=mask)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
