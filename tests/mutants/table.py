@@ -64,7 +64,7 @@ BENCH_CLIENT, MEASURES, DATASETS = (
 MUTANTS = [
     # Masks and guards
     Mutant("padding rows get a position", STEP, "tl.where(real, position, -1)", "position", "triton/test_step"),
-    Mutant("rows past the end are placed", STEP, "inside & (row <", "inside | (row <", "triton/test_step"),
+    Mutant("rows past the end are placed", STEP, "inside & (request <", "inside | (request <", "triton/test_step"),
     Mutant("holes get an address", STEP, "number >= 0, address, -1", "number >= -9, address, -1", "triton/test_step"),
     Mutant("rows without a slot are written", QKV, "if row >= 0:", "if row >= -1:", "triton/test_qkv"),
     Mutant("heads past the last", QKV, "inside = (at < D) & (first + i < H)", "inside = (at < D) & (first + i <= H)", "triton/test_qkv"),
@@ -85,7 +85,7 @@ MUTANTS = [
     Mutant("the ring's row after, not before", COMPRESS, "(first + RING_ROWS - 1) % RING_ROWS", "first % RING_ROWS", "triton/test_compress", "drafts"),
     Mutant("one choice too few", GATE, "for i in tl.static_range(K):", "for i in tl.static_range(K - 1):", "triton/test_gate"),
     Mutant("one Sinkhorn turn too few", STREAMS, "for _ in range(1, iters):", "for _ in range(2, iters):", "triton/test_streams", "2-4-72"),
-    Mutant("a search turn too few", STEP, "SEARCH = 16", "SEARCH = 3", "triton/test_step"),
+    Mutant("requests past the first look", STEP, "tl.range(0, requests, ENDS", "tl.range(0, ENDS, ENDS", "triton/test_step"),
     Mutant("a block too few", EXPERTS, "+ (M - 1)) // M", "+ (M - 2)) // M", "triton/test_experts", "place"),
     Mutant("blocks of the expert before", EXPERTS, "first = tl.sum(tl.where(number < e,", "first = tl.sum(tl.where(number < e - 1,", "triton/test_experts", "place"),
     # Wrong index
