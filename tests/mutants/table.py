@@ -64,7 +64,7 @@ BENCH_CLIENT, MEASURES, DATASETS = (
 MUTANTS = [
     # Masks and guards
     Mutant("padding rows get a position", STEP, "tl.where(real, position, -1)", "position", "triton/test_step"),
-    Mutant("rows past the end are placed", STEP, "inside & (row <", "inside | (row <", "triton/test_step"),
+    Mutant("rows past the end are placed", STEP, "inside & (request <", "inside | (request <", "triton/test_step"),
     Mutant("holes get an address", STEP, "number >= 0, address, -1", "number >= -9, address, -1", "triton/test_step"),
     Mutant("rows without a slot are written", QKV, "if row >= 0:", "if row >= -1:", "triton/test_qkv"),
     Mutant("heads past the last", QKV, "inside = (at < D) & (first + i < H)", "inside = (at < D) & (first + i <= H)", "triton/test_qkv"),
@@ -80,12 +80,12 @@ MUTANTS = [
     Mutant("entries that do not exist yet are seen", ATTENTION, "seen = (pos + 1) // RATIO\n", "seen = (pos + RATIO) // RATIO\n", "triton/test_attention", "prefill"),
     # Off by one
     Mutant("the window is one too long", ATTENTION, "front = tl.minimum(pos + 1, SPAN)", "front = tl.minimum(pos + 1, SPAN + 1)", "triton/test_attention", "prefill"),
-    Mutant("an entry closes a token late", COMPRESS, "(begin + R <= end)", "(begin + R < end)", "triton/test_compress", "csa"),
+    Mutant("an entry closes a token late", COMPRESS, "mask=begin + R <= end", "mask=begin + R < end", "triton/test_compress", "csa"),
     Mutant("early windows are too few", COMPRESS, "early = begin + HALVES", "early = begin + HALVES - 1", "triton/test_compress", "csa"),
     Mutant("the ring's row after, not before", COMPRESS, "(first + RING_ROWS - 1) % RING_ROWS", "first % RING_ROWS", "triton/test_compress", "drafts"),
     Mutant("one choice too few", GATE, "for i in tl.static_range(K):", "for i in tl.static_range(K - 1):", "triton/test_gate"),
     Mutant("one Sinkhorn turn too few", STREAMS, "for _ in range(1, iters):", "for _ in range(2, iters):", "triton/test_streams", "2-4-72"),
-    Mutant("a search turn too few", STEP, "SEARCH = 16", "SEARCH = 3", "triton/test_step"),
+    Mutant("requests past the first look", STEP, "tl.range(0, requests, ENDS", "tl.range(0, ENDS, ENDS", "triton/test_step"),
     Mutant("a block too few", EXPERTS, "+ (M - 1)) // M", "+ (M - 2)) // M", "triton/test_experts", "place"),
     Mutant("blocks of the expert before", EXPERTS, "first = tl.sum(tl.where(number < e,", "first = tl.sum(tl.where(number < e - 1,", "triton/test_experts", "place"),
     # Wrong index
@@ -124,8 +124,8 @@ MUTANTS = [
     Mutant("no rounding to the model's dtype", QKV, "(x.to(tl.float32) * rms * w).to(kind).to(tl.float32)", "x.to(tl.float32) * rms * w", "triton/test_qkv", "real"),
     Mutant("multiply-adds are fused", QKV, "enable_fp_fusion=False", "enable_fp_fusion=True", "triton/test_qkv", "real", compiled=True),
     Mutant("a carry is not packed", COMPRESS, "top = tl.where(stored, lse, top + log(safe))", "top = tl.where(stored, lse, top)", "triton/test_compress", "csa"),
-    Mutant("segments after a carry do not wait", COMPRESS, "begin += left.to(tl.int32)", "begin += 0", "triton/test_compress", "filled"),
-    Mutant("segments after a carry are left out", COMPRESS, "(opens <= its_end)", "(opens < 0)", "triton/test_compress", "filled"),
+    Mutant("segments after a carry do not wait", COMPRESS, "begin += (filler < requests).to(tl.int32)", "begin += 0", "triton/test_compress", "filled"),
+    Mutant("segments after a carry are left out", COMPRESS, "(opens % PAGE == 0) & (opens <= end)", "(opens < 0)", "triton/test_compress", "filled"),
     Mutant("only one segment after a carry is taken", COMPRESS, "& (who > after)", "& (who > 9 * after + 9)", "triton/test_compress", "filled"),
     Mutant("the weights' middle part is dropped", STREAMS, "(w - middle.to(tl.float32)).to(KIND), middle, high", "(w - middle.to(tl.float32)).to(KIND), high", "triton/test_streams", "4096 or 264"),
     Mutant("a share's last chunk is left out", STREAMS, "for i in tl.static_range(1, PER):", "for i in tl.static_range(1, PER - 1):", "triton/test_streams", "4096"),
@@ -193,7 +193,7 @@ MUTANTS = [
     # Graphs
     Mutant("attention is captured with its metadata", BLOCK, "self.attend = parallel.breaking(self.attn.forward)", "self.attend = self.attn.forward", "triton/test_vllm", compiled=True),
     # Addresses
-    Mutant("int32 page addresses", COMPRESS, "number = tl.load(page_table + begin // PAGE).to(tl.int64)", "number = tl.load(page_table + begin // PAGE)", "triton/test_compress", "gigabytes"),
+    Mutant("int32 page addresses", COMPRESS, "begin + R <= end, other=-1).to(tl.int64)", "begin + R <= end, other=-1)", "triton/test_compress", "gigabytes"),
     Mutant("int32 addresses of experts", PRODUCT, "e = tl.load(expert_of + block).to(tl.int64)", "e = tl.load(expert_of + block)", "triton/test_experts", "gigabytes"),
     Mutant("int32 window addresses", STEP, "mask=real, other=-1).to(tl.int64)", "mask=real, other=-1)", "triton/test_step"),
     Mutant("int32 block addresses", ATTENTION_KEYS, "block.to(tl.int64) * stride", "block * stride", "triton/test_attention", "gigabytes"),

@@ -203,11 +203,12 @@ def _angles(dim, cis, NOPE: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _unrotated(x, cos, sin):
-    """x [M, W] with RoPE undone."""
+    """x [M, W] with RoPE undone: `device.turn` backwards, with fused multiply-adds, since it has no
+    twin in torch that it would have to equal bit for bit."""
     M: tl.constexpr = x.shape[0]
     W: tl.constexpr = x.shape[1]
     a, b = tl.split(tl.reshape(x, (M, W // 2, 2)))
-    # The same roundings wherever this is compiled.
+    # Written out, they are the same wherever this is compiled.
     return tl.reshape(tl.join(tl.fma(a, cos, b * sin), tl.fma(b, cos, -(a * sin))), (M, W))
 
 

@@ -19,10 +19,11 @@ from dsv4_plugin.kernels.device import (
     hadamard,
     inverse_rms,
     log,
-    rotate_tail,
     store_key_row,
     store_kv_row,
     sum_of_squares,
+    tail_angles,
+    turn,
 )
 from dsv4_plugin.kernels.launch import require
 from dsv4_plugin.kernels.programmatic import follow, kernel
@@ -88,6 +89,8 @@ def _segment(
     nothing = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     zero = tl.zeros((ROWS, COLUMNS), tl.float32)
     half = ring + (first + RING_ROWS - 1) % RING_ROWS * RING_WORDS + channel
+    stored = (HALVES == 2) & (begin > 0) & (begin % PAGE == 0) & (begin == first)
+    opened = tl.load(page_table + (begin - 1) // PAGE, mask=stored, other=0)
     shared_top = nothing
     shared_total = zero
     shared_value = zero
@@ -98,7 +101,6 @@ def _segment(
         value = tl.load(half + 2 * C, mask=kept, other=0.0)
     else:
         paging = (begin >= first) & (begin > 0) & (begin % PAGE == 0)
-        stored = paging & (begin == first)
         before = begin - R
         # In the middle of a window, or right after one that has no carry.
         began = (begin > 0) & (before < first)
@@ -120,17 +122,17 @@ def _segment(
             kv = tl.load(token, mask=used, other=0.0).to(tl.float32)
             top, total, value = _join(top, total, value, score, kv)
         if paging:
-            opened = tl.load(page_table + tl.maximum(begin - 1, 0) // PAGE).to(tl.int64)
-            carry = page + opened * page_stride + CARRY + channel
+            carry = page + opened.to(tl.int64) * page_stride + CARRY + channel
             lse = tl.load(carry.to(tl.pointer_type(tl.float32)), mask=used & stored, other=0.0)
             mean = tl.load(carry.to(tl.pointer_type(tl.float32)) + C, mask=used & stored, other=0.0)
             safe = tl.where(stored, 1.0, total)
             top = tl.where(stored, lse, top + log(safe))
             value = tl.where(stored, mean, tl.div_rn(value, safe))
             total = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
-    # What does not depend on the tokens is asked for before the barrier.
-    number = tl.load(page_table + begin // PAGE).to(tl.int64)
+    # What does not depend on the tokens is asked for before them, and before any barrier.
     w = tl.load(weight + at, mask=used, other=0.0)
+    angles = tail_angles(cis, at, D - ROPE, D)
+    number = tl.load(page_table + begin // PAGE, mask=begin + R <= end, other=-1).to(tl.int64)
     keep_all = end - first <= RING_ROWS
     tl.debug_barrier()  # every thread has read the ring
     for position in tl.range(
@@ -162,12 +164,12 @@ def _segment(
             tl.store(half, top, mask=used)
             tl.store(half + C, total, mask=used)
             tl.store(half + 2 * C, value, mask=used)
-    if (begin + R <= end) & (number >= 0):
+    if number >= 0:
         x = tl.where(used, tl.div_rn(value, tl.where(used, total, 1.0)), 0.0)
         x = x.to(DTYPE).to(tl.float32)
         rms = inverse_rms(tl.sum(sum_of_squares(x, 1), 0), D, eps)
         x = (x * rms * w).to(DTYPE).to(tl.float32)
-        x = rotate_tail(x, cis, at, D - ROPE, D).to(DTYPE).to(tl.float32)
+        x = turn(x, angles, at, D - ROPE, D).to(DTYPE).to(tl.float32)
         block = page + number * page_stride
         target = block + OFFSET + begin % PAGE // R * WORDS
         if KEY:
@@ -201,30 +203,7 @@ def _page_of(who, position, page_table, table_stride, some, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _is_filled(
-    page,
-    opens,
-    query_start,
-    seq_lens,
-    page_table,
-    table_stride,
-    requests,
-    PAGE: tl.constexpr,
-    SCAN: tl.constexpr,
-):
-    """Does a request fill `page`, the one before position `opens`, in this step?"""
-    found = 0
-    for some in range(0, requests, SCAN):
-        who = some + tl.arange(0, SCAN)
-        first, end, _ = _rows_of(who, query_start, seq_lens, who < requests)
-        fills = (first < opens) & (opens <= end) & (who < requests)
-        number = _page_of(who, opens - 1, page_table, table_stride, fills, PAGE)
-        found += tl.sum((fills & (number == page)).to(tl.int32), 0)
-    return (found > 0) & (page >= 0)
-
-
-@triton.jit
-def _next_behind(
+def _next_request(
     after,
     page,
     opens,
@@ -233,18 +212,22 @@ def _next_behind(
     page_table,
     table_stride,
     requests,
+    FILLS: tl.constexpr,
     PAGE: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """The first request above `after` whose rows begin at position `opens`, right behind `page`;
-    `requests` where there is none or page is -1."""
+    """The first request above `after` that in this step fills `page`, the one before position
+    `opens` (FILLS), or whose rows begin right behind it; `requests` where there is none or page
+    is -1."""
     found = requests
     for some in range(0, tl.where(page >= 0, requests, 0), SCAN):
         who = some + tl.arange(0, SCAN)
-        first, end, _ = _rows_of(who, query_start, seq_lens, who < requests)
-        begins = (first == opens) & (first < end) & (who < requests) & (who > after)
-        number = _page_of(who, opens - 1, page_table, table_stride, begins, PAGE)
-        found = tl.minimum(found, tl.min(tl.where(begins & (number == page), who, requests), 0))
+        real = who < requests
+        first, end, _ = _rows_of(who, query_start, seq_lens, real)
+        number = _page_of(who, opens - 1, page_table, table_stride, real, PAGE)
+        fits = (first < opens) & (opens <= end) if FILLS else (first == opens) & (first < end)
+        fits = fits & (number == page) & (who > after) & real
+        found = tl.minimum(found, tl.min(tl.where(fits, who, requests), 0))
     return found
 
 
@@ -255,12 +238,12 @@ def _take(
     first,
     end,
     row_of_first,
+    ring_number,
     y,
     ape,
     kv_weight,
     key_weight,
     cis,
-    ring_table,
     page_table,
     ring,
     page,
@@ -289,7 +272,7 @@ def _take(
     DTYPE: tl.constexpr,
 ):
     """A window of request `who` through this program's compressor."""
-    own_ring = ring + tl.load(ring_table + who).to(tl.int64) * ring_stride
+    own_ring = ring + ring_number.to(tl.int64) * ring_stride
     own_table = page_table + who.to(tl.int64) * table_stride
     row = row_of_first + tl.minimum(window * R + R, end) - 1 - first
     angles = cis + row.to(tl.int64) * ROPE
@@ -353,7 +336,9 @@ def pool_and_write(
     follow()
     here = tl.load(position + tl.program_id(0))
     who = tl.load(request + tl.program_id(0))
-    first, end, _ = _rows_of(who, query_start, seq_lens, here >= 0)
+    # What later steps need is loaded here, all at once; in the loops it would be waited for.
+    first, end, row = _rows_of(who, query_start, seq_lens, here >= 0)
+    own_ring = tl.load(ring_table + who)
     # A request's first HALVES windows may start from its ring: its last row takes them too.
     window = here // R
     begin = first // R
@@ -365,36 +350,37 @@ def pool_and_write(
     begin = tl.where(is_last, begin, window)
     if (HALVES == 2) & is_last & (stop >= 0) & (first > 0) & (first % PAGE == 0):
         before = _page_of(who, first - 1, page_table, table_stride, True, PAGE)
-        left = _is_filled(
-            before, first, query_start, seq_lens, page_table, table_stride, requests, PAGE, SCAN
-        )
-        begin += left.to(tl.int32)
+        filler = _next_request(
+            -1, before, first, query_start, seq_lens, page_table, table_stride, requests,
+            True, PAGE, SCAN,
+        )  # fmt: skip
+        begin += (filler < requests).to(tl.int32)
     for i in tl.range(begin, stop + 1, disable_licm=True):
         own = tl.where(i == stop, window, i)
-        # This segment (-1) and, where it fills a page, the first ones of requests that start behind
-        # it. What is needed again is loaded again: registers are short.
-        taker = own * 0 - 1
-        while taker < requests:
-            mine = tl.load(request + tl.program_id(0))
-            other = tl.where(taker < 0, mine, taker)
-            its_first, its_end, its_row = _rows_of(other, query_start, seq_lens, True)
+        opens = own * R + R
+        fills = (HALVES == 2) & (opens % PAGE == 0) & (opens <= end)
+        full = _page_of(who, opens - 1, page_table, table_stride, fills, PAGE)
+        # This segment and, where it fills a page, the first ones of requests that start behind it.
+        taker, after = who, own * 0 - 1
+        part, its_first, its_end, its_row, its_ring = own, first, end, row, own_ring
+        while after < requests:
             _take(
-                tl.where(taker < 0, own, own + 1), other, its_first, its_end, its_row, y, ape,
-                kv_weight, key_weight, cis,
-                ring_table, page_table, ring, page, table_stride, ring_stride, page_stride, eps,
+                part, taker, its_first, its_end, its_row, its_ring, y, ape, kv_weight, key_weight,
+                cis, page_table, ring, page, table_stride, ring_stride, page_stride, eps,
                 D, ROPE, BLOCKS, KEY_D, KEY_STAGES, KV_OFFSET, KV_WORDS, KV_FORMAT, KEY_OFFSET,
                 KEY_WORDS, KEY_FORMAT, R, HALVES, C, PAGE, CARRY, RING_ROWS, RING_WORDS, DTYPE,
             )  # fmt: skip
             tl.debug_barrier()  # every thread has written its part of the carry
-            opens = own * R + R
-            mine = tl.load(request + tl.program_id(0))
-            its_end = tl.load(seq_lens + mine).to(tl.int32)
-            fills = (HALVES == 2) & (opens % PAGE == 0) & (opens <= its_end)
-            full = _page_of(mine, opens - 1, page_table, table_stride, fills, PAGE)
-            taker = _next_behind(
-                taker, full, opens, query_start, seq_lens, page_table, table_stride, requests,
-                PAGE, SCAN,
-            )  # fmt: skip
+            if HALVES == 1:  # There are no carries.
+                after = requests
+            else:
+                after = _next_request(
+                    after, full, opens, query_start, seq_lens, page_table, table_stride, requests,
+                    False, PAGE, SCAN,
+                )  # fmt: skip
+                taker, part, some = after, own + 1, after < requests
+                its_first, its_end, its_row = _rows_of(taker, query_start, seq_lens, some)
+                its_ring = tl.load(ring_table + taker, mask=some, other=0)
 
 
 def compress(

@@ -121,8 +121,8 @@ def choose_best(
     LAST: tl.constexpr,
 ):  # fmt: skip
     """Program (row, block): its K best, for the next round where the row has more blocks. Rows of
-    few scores take shorter ways. FULL: the block of the rounds before. LAST: no row has more than a
-    block."""
+    few scores take shorter ways. FULL: the block of the rounds before. LAST: the last round, in
+    which no row has more than a block."""
     follow()
     t = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1)

@@ -12,8 +12,10 @@ from dsv4_plugin.kernels.programmatic import follow, kernel
 from dsv4_plugin.kernels.step import Rows
 
 BLOCK = 128
-SEARCH = 16
-"""Halvings that find a row's request among 65,535."""
+ENDS = 32
+"""Requests that a row is compared with at once. To count those that end before it takes one wait
+for memory where there are few, and loads are ahead where there are more; a search would wait for
+each of its loads."""
 
 
 @kernel(do_not_specialize=["rows", "requests", "table_stride"])
@@ -30,24 +32,25 @@ def place_rows(
     requests,
     table_stride,
     block_stride,
-    SEARCH: tl.constexpr,
     WINDOW_BLOCK: tl.constexpr,
     ROW_WORDS: tl.constexpr,
     KINDS: tl.constexpr,
+    KINDS_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
+    ENDS: tl.constexpr,
 ):
     follow()
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
-    real = inside & (row < tl.load(query_start + requests).to(tl.int32))
-    low = tl.zeros((BLOCK,), tl.int32)
-    high = low + requests
-    for _ in range(SEARCH):  # the last request that starts at or before the row and is not empty
-        middle = (low + high) // 2
-        start = tl.load(query_start + middle, mask=real, other=0).to(tl.int32)
-        low = tl.where(start <= row, middle, low)
-        high = tl.where(start > row, middle, high)
-    request = tl.where(real, low, 0)
+    kind = tl.arange(0, KINDS_BLOCK)[:, None]
+    grain = tl.load(grains + kind, mask=kind < KINDS, other=1)
+    request = tl.zeros((BLOCK,), tl.int32)
+    for first in tl.range(0, requests, ENDS, num_stages=4):  # as many as end at or before the row
+        who = first + tl.arange(0, ENDS)
+        ends = tl.load(query_start + who + 1, mask=who < requests, other=rows).to(tl.int32)
+        request += tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), 1)
+    real = inside & (request < requests)
+    request = tl.where(real, request, 0)
     end = tl.load(query_start + request + 1, mask=real, other=0).to(tl.int32)
     length = tl.load(seq_lens + request, mask=real, other=0).to(tl.int32)
     position = tl.where(real, length - end + row, 0)
@@ -57,9 +60,9 @@ def place_rows(
     tl.store(position_out + row, tl.where(real, position, -1), mask=inside)
     tl.store(request_out + row, request, mask=inside)
     tl.store(write_out + row, tl.where(number >= 0, address, -1), mask=inside)
-    for k in tl.static_range(KINDS):
-        grain = tl.load(grains + k)
-        tl.store(angles_out + k * rows + row, position // grain * grain, mask=inside)
+    angles = position[None, :] // grain * grain
+    at = kind * rows + row[None, :]
+    tl.store(angles_out + at, angles, mask=inside[None, :] & (kind < KINDS))
 
 
 def place(
@@ -75,12 +78,10 @@ def place(
     n, requests = len(rows.position), len(seq_lens)
     require(query_start, seq_lens, rows.position, rows.request, rows.window_write, rows.angles_at)
     assert tables.window.stride(1) == 1
-    assert requests < 1 << SEARCH
     place_rows[(triton.cdiv(n, BLOCK),)](
         query_start, seq_lens, tables.window,
         rows.position, rows.request, rows.window_write, rows.angles_at, grains,
         n, requests, tables.window.stride(0), tables.window_stride,
-        SEARCH=SEARCH,
-        WINDOW_BLOCK=window_block, ROW_WORDS=row_words, KINDS=len(grains), BLOCK=BLOCK,
-        num_warps=4,
+        WINDOW_BLOCK=window_block, ROW_WORDS=row_words, KINDS=len(grains),
+        KINDS_BLOCK=triton.next_power_of_2(len(grains)), BLOCK=BLOCK, ENDS=ENDS, num_warps=4,
     )  # fmt: skip

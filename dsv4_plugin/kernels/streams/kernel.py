@@ -259,7 +259,9 @@ def _make_spreads(
     n = 2 * R + tl.arange(0, R * R)
     of_post = _asked_sums(partial, base, scale, chunks, R + r, SHARES, PER, WIDTH)
     of_mixing = _asked_sums(partial, base, scale, chunks, n, SHARES, PER, WIDTH)
-    if chunks > 0:  # Always. Without a branch some of it is asked for after a wait for the rest.
+    # There always are chunks. The branch keeps loads before it: without one, the compiler moves
+    # some of them to where they are used, behind a wait for others.
+    if chunks > 0:
         post = _outputs(of_post, norm_eps, R * D, PER)
         tl.store(post_out + t[:, None] * R + r[None, :], 2.0 * _sigmoid(post), mask=real[:, None])
         mixing = _outputs(of_mixing, norm_eps, R * D, PER)
