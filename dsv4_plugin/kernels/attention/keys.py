@@ -147,8 +147,9 @@ def _packed(address, some, quarter, NOPE: tl.constexpr, ROPE: tl.constexpr, W: t
         at = (SCALES + u // 32)[None, :]
         scale = tl.load(words[:, None] + at, mask=real & ~rope, other=0)
     else:
-        coded = some & (quarter * W < NOPE)
-        scale = tl.load(words[:, None] + (SCALES + quarter * W // 256), mask=coded, other=0)
+        if 3 * W >= NOPE:  # There are quarters without codes, behind the last scale.
+            some = some & (quarter * W < NOPE)
+        scale = tl.load(words[:, None] + (SCALES + quarter * W // 256), mask=some, other=0)
     return a, b, scale
 
 
