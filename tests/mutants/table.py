@@ -81,6 +81,7 @@ MUTANTS = [
     # Off by one
     Mutant("the window is one too long", ATTENTION, "front = tl.minimum(pos + 1, SPAN)", "front = tl.minimum(pos + 1, SPAN + 1)", "triton/test_attention", "prefill"),
     Mutant("an entry closes a token late", COMPRESS, "mask=begin + R <= end", "mask=begin + R < end", "triton/test_compress", "csa"),
+    Mutant("an entry without a page is written", COMPRESS, "if number >= 0:", "if begin + R <= end:", "triton/test_compress", "without_a_page"),
     Mutant("early windows are too few", COMPRESS, "early = begin + HALVES", "early = begin + HALVES - 1", "triton/test_compress", "csa"),
     Mutant("the ring's row after, not before", COMPRESS, "(first + RING_ROWS - 1) % RING_ROWS", "first % RING_ROWS", "triton/test_compress", "drafts"),
     Mutant("one choice too few", GATE, "for i in tl.static_range(K):", "for i in tl.static_range(K - 1):", "triton/test_gate"),

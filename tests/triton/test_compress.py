@@ -112,6 +112,14 @@ def test_a_page_filled_in_the_same_step(gpu, decoding, monkeypatch):
 
 
 @pytest.mark.parametrize("ratio", [CSA, HCA])
+def test_a_window_without_a_page_is_kept_in_the_ring_alone(gpu, ratio):
+    layer = Layer(SMALL, ratio, "fp8", 2, 1, 128)
+    layer.run(reference.compress, layer.products(252), [126, 126], [0, 0])
+    layer.caches.tables.page[0, 0] = -1
+    both(layer, layer.products(4), [2, 2], [126, 126])
+
+
+@pytest.mark.parametrize("ratio", [CSA, HCA])
 @pytest.mark.parametrize("drafts", [interpreted_first(1), 5])
 def test_rings_keep_what_rejected_drafts_go_back_to(gpu, ratio, drafts):
     layer = Layer(SMALL, ratio, "float32", 3, 2, 128, drafts)

@@ -29,10 +29,18 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert error <= tolerance * expected.float().abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_product(gpu, dtype):
-    matrix = stack(1, 96, 160, 1).of(0)
-    x = torch.randn(5, 160, generator=generator(2)).to(dtype).to(mode.DEVICE)
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "block", "dtype"),
+    [
+        (5, 96, 160, 32, torch.float32),
+        (5, 96, 160, 32, torch.bfloat16),
+        (18, 70, 320, 64, torch.bfloat16),
+    ],
+)
+def test_product(gpu, rows, n, k, block, dtype):
+    """In tiles of few rows and of many; of one group of inputs."""
+    matrix = stack(1, n, k, 1, block).of(0)
+    x = torch.randn(rows, 2, k, generator=generator(2)).to(dtype).to(mode.DEVICE)[:, 1]
     exact = x.float() @ decode_int4(matrix.data, matrix.scale).t()
     found = packed_kernel.product(x, matrix)
     assert found.dtype == dtype

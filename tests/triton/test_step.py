@@ -32,6 +32,7 @@ def rows_of(n: int) -> Rows:
         ([1, 1, 0, 0], [17, 300, 0, 0], 8),  # padded, as for a captured graph
         ([0, 0], [0, 0], 3),
         ([1] * 130, range(130), 130),
+        ([2, 0] * 17 + [0] * 3, range(37), 200),  # rows of padding in a block of their own
     ],
 )
 def test_rows_find_their_request(gpu, dtype, counts, before, rows):
