@@ -1,7 +1,9 @@
 """Triton: the products with FP8 weights, see `fp8`, and with int4 ones, which are here.
 
 An int4 tile becomes values of the inputs' dtype in registers, by its bits. Sums are float32 and run
-over the inputs in steps of DEPTH, whatever the tile: a row has the same sum in every batch.
+over the inputs in steps of DEPTH, whatever the tile: with mma.sync a row has the same sum in every
+batch. On sm_90, sm_100 and AMD few and many rows are products of different instructions, which
+may add in another order within a step.
 
 Shapes: T rows, K inputs, N outputs; tiles of M rows and W outputs.
 """
