@@ -129,7 +129,7 @@ def _segment(
             top = tl.where(stored, lse, top + log(safe))
             value = tl.where(stored, mean, tl.div_rn(value, safe))
             total = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
-    # What does not depend on the tokens is asked for before them, and before any barrier.
+    # What does not depend on the tokens is asked for before the window's, and before any barrier.
     w = tl.load(weight + at, mask=used, other=0.0)
     angles = tail_angles(cis, at, D - ROPE, D)
     number = tl.load(page_table + begin // PAGE, mask=begin + R <= end, other=-1).to(tl.int64)

@@ -96,8 +96,7 @@ def _step(
 def float32_product(
     x, w, out, partial, counter, rows,
     N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, W: tl.constexpr,
-    DEPTH: tl.constexpr, TOGETHER: tl.constexpr, PIECE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    DEPTH: tl.constexpr, TOGETHER: tl.constexpr, PIECE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Program (output tile, row tile, piece): out float32 [T, N] = x [T, K] times w [PARTS, N, K].
     If SPLIT, partial float32 [pieces, T, N] and a counter for each tile."""
