@@ -76,23 +76,17 @@ def sum_of_squares(x, axis: tl.constexpr):
 
 
 @triton.jit
-def rotate_tail(x, cis, at, PLAIN: tl.constexpr, D: tl.constexpr):
-    """Rotary embedding of dims PLAIN .. D-1 of float32 x [B, N].
+def tail_angles(cis, at, PLAIN: tl.constexpr, D: tl.constexpr):
+    """What `turn` takes, [B, N]: cos and sin of a pair side by side.
 
     at: which dim each value is, [B, N], neighbours side by side. cis: pointer to (cos, sin) pairs.
     """
-    return turn(x, tail_angles(cis, at, PLAIN, D), at, PLAIN, D)
-
-
-@triton.jit
-def tail_angles(cis, at, PLAIN: tl.constexpr, D: tl.constexpr):
-    """What `turn` takes, [B, N]: cos and sin of a pair side by side."""
     return tl.load(cis + at - PLAIN, mask=(at >= PLAIN) & (at < D), other=0.0)
 
 
 @triton.jit
 def turn(x, angles, at, PLAIN: tl.constexpr, D: tl.constexpr):
-    """`rotate_tail` by angles that have been loaded before."""
+    """Rotary embedding of dims PLAIN .. D-1 of float32 x [B, N] by `tail_angles`."""
     B: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
     even_at, _ = tl.split(tl.reshape(at, (B, N // 2, 2)))

@@ -361,7 +361,7 @@ def pool_and_write(
         fills = (HALVES == 2) & (opens % PAGE == 0) & (opens <= end)
         full = _page_of(who, opens - 1, page_table, table_stride, fills, PAGE)
         # This segment and, where it fills a page, the first ones of requests that start behind it.
-        taker, after = who, own * 0 - 1
+        taker, after = who, -1
         part, its_first, its_end, its_row, its_ring = own, first, end, row, own_ring
         while after < requests:
             _take(
