@@ -104,9 +104,10 @@ LAUNCHES = {
         PLAIN_FEW,
         Tile(128, 128, 64, 8, 3),
     ),
-    # compiled: with many rows half the instructions for a multiply-add of 64 turned rows, which 8
-    # warps move into tensor memory through shared memory, or of 64 x 64 plain ones; in FP8 3 stages
-    # spill more, 24 bytes. 4 warps have few rows where tensor memory takes them, 8 move them, too
+    # compiled: many rows take half the instructions for a multiply-add that 64 turned ones did,
+    # whose weights 8 warps move into tensor memory through shared memory, or 64 x 64 plain ones; in
+    # FP8 2 stages spill 8 bytes, 3 spill 24. 4 warps have the weights of few rows where tensor
+    # memory takes them, 8 would move them, too
     "blackwell": Launch(
         Tile(16, 128, 128, 4, 3, True),
         Tile(128, 128, 128, 8, 3),

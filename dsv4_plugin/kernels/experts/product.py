@@ -192,7 +192,8 @@ def _joined(pairs, factors, DTYPE: tl.constexpr):
 
 @triton.jit
 def _scales(scale, n, first, used, COUNT: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr):
-    """Of blocks first .. first + BLOCKS - 1 of rows n, of COUNT a row: [W, BLOCKS]."""
+    """Of blocks first .. first + BLOCKS - 1 of rows n, of COUNT a row: [W, BLOCKS]. `first` is a
+    multiple of BLOCKS, and scale at the beginning of a word (4 bytes)."""
     block = first + tl.arange(0, BLOCKS)
     at = scale + n[:, None] * COUNT + block[None, :]
     BITS: tl.constexpr = scale.dtype.element_ty.primitive_bitwidth
