@@ -49,6 +49,14 @@ class Server:
 
     def __enter__(self) -> Server:
         self.launch()
+        try:
+            self._wait()
+        except BaseException:  # Ctrl-C, too, after which nobody would end it.
+            self.stop()
+            raise
+        return self
+
+    def _wait(self) -> None:
         limit = time.monotonic() + START
         while time.monotonic() < limit and self.process.poll() is None:
             try:
@@ -56,8 +64,7 @@ class Server:
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.5)
             else:
-                return self
-        self.stop()
+                return
         raise RuntimeError(f"the server did not start:\n{self.read_log()[-5000:]}")
 
     def launch(self) -> None:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from lab import server
 from lab.paths import ROOT
 from tests import run
 
@@ -66,6 +67,19 @@ def test_a_part_that_hangs_is_ended(runs, monkeypatch, tmp_path):
     child = (tmp_path / "child").read_text().strip()
     state = subprocess.run(["ps", "-o", "stat=", child], capture_output=True, text=True).stdout
     assert not state.strip() or state.startswith("Z")
+
+
+def test_a_server_that_is_waited_for_ends_with_its_test(tmp_path, monkeypatch):
+    waiting = server.Server([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")
+    waiting.command = waiting.command[:-2]  # its host and port
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(server.urllib.request, "urlopen", interrupted)
+    with pytest.raises(KeyboardInterrupt), waiting:
+        pytest.fail("it is never healthy")
+    assert waiting.process.poll() is not None
 
 
 def test_every_test_belongs_to_a_part():
