@@ -187,9 +187,9 @@ MUTANTS = [
     Mutant("requests without rows are unpacked", UNPACK, "pays = pays & (count > 0)", "pays = pays | (count < 0)", "triton/test_attention", "bits and positions0"),
     Mutant("all requests are unpacked with the prompts", UNPACK, "0.0 if fits else least,", "0.0,", "triton/test_attention", "only and positions0"),
     Mutant("decoded rows among prompts are left out", ATTENTION, "[] if plain.all else [replace(lies, take=0)]", "[]", "triton/test_attention", "only and positions0"),
-    Mutant("decoded rows among prompts are taken for unpacked", ATTENTION, "-1 if plain.all else 1", "-1", "triton/test_attention", "only and positions0"),
+    Mutant("decoded rows among prompts are taken for unpacked", ATTENTION, "-1 if plain.all else 1", "-1", "triton/test_attention", "taken"),
     Mutant("one request's entries are counted", UNPACK, "n + requests * (span - 1 + most)", "n + requests * (span - 1) + most", "triton/test_attention", "when", compiled=True),
-    Mutant("decoded rows are unpacked", ATTENTION, "if fp8 and step.tiles and", "if fp8 and", "triton/test_attention", "decode"),
+    Mutant("decoded rows are unpacked", ATTENTION, "if fp8 and step.tiles and", "if fp8 and", "triton/test_attention", "taken"),
     Mutant("only steps of prompts are warmed up with many rows", "dsv4_plugin/warmup.py", "*((n, 1) for n in ways),", "", "triton/test_warmup", "pages", compiled=True),
     # Graphs
     Mutant("attention is captured with its metadata", BLOCK, "self.attend = parallel.breaking(self.attn.forward)", "self.attend = self.attn.forward", "triton/test_vllm", compiled=True),

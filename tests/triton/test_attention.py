@@ -244,6 +244,29 @@ def test_only_prompts_among_decoded_rows_are_unpacked(gpu, monkeypatch, position
     assert error(plain, reference(**case)) < ATTENTION_BF16
 
 
+def test_a_row_is_taken_by_one_launch(gpu, monkeypatch):
+    """By that which reads unpacked rows (1) or by that which reads the others (0), or all by one
+    (-1), as in steps of decode, which unpack nothing."""
+    taken, attend = [], kernel.attend
+
+    class Noted:
+        def __getitem__(self, grid):
+            def launch(*given, **sizes):
+                taken.append(given[12])
+                attend[grid](*given, **sizes)
+
+            return launch
+
+    monkeypatch.setattr(kernel, "attend", Noted())
+    positions, ratio, k = SOME[0]
+    case = prompts(positions, 4, "fp8", ratio, k, d=64, rope=16)
+    both_ways(monkeypatch, case, 7.0, piece=2)
+    assert taken == [-1, 1, 0]
+    monkeypatch.setattr(kernel, "unpacked", lambda *_: pytest.fail("for decoded rows"))
+    attention(**world([[700], [3]], 4, "fp8", d=64, rope=16))
+    assert taken == [-1, 1, 0, -1]
+
+
 def test_unpacked_rows_of_a_long_limit(gpu, monkeypatch):
     """Lengths that the host knows are bounds; what is beyond a request's is not touched."""
     case = prompts([range(300, 316), range(2)], 4, "fp8", 4, 64, d=64, rope=16)
