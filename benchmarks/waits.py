@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from triton import knobs
 
-from dsv4_plugin.config import CSA, HCA, SWA
+from benchmarks.launches import KINDS
 from dsv4_plugin.tools.cli.gpu_model import Requests, Stack, network
 from lab.kernels import production
 from lab.kit.binary import sass
@@ -27,7 +27,6 @@ from lab.kit.waits import waits
 
 COLUMNS = ("commit", "chip", "case", "kernel", "launches", "cycles", "stops")
 NVIDIA = tuple(t for t in TARGETS if t.startswith("sm"))
-KINDS = {"SWA": SWA, "CSA": CSA, "HCA": HCA}
 EXPERTS, VOCABULARY = 32, 1024
 """Of a step's layer: fewer than Flash's, which nothing but `prepare` and the head sees."""
 CPU = torch.device("cpu")
@@ -86,7 +85,8 @@ def main() -> None:
         print(f"{case:45} {kernel:18} x{launches} {cycles:6} cycles, {stops:2} stops", flush=True)
     if given.out:
         old = list(csv.reader(given.out.open()))[1:] if given.out.exists() else []
-        kept = [row for row in old if row[:3] not in [one[:3] for one in found]]
+        anew = {tuple(row[:3]) for row in found}
+        kept = [row for row in old if tuple(row[:3]) not in anew]
         with given.out.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *kept, *found])
 
